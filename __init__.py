@@ -1,0 +1,9 @@
+"""Lambda Solvers: few-step samplers for diffusion and flow models, for ComfyUI."""
+try:
+    import comfy.samplers  # noqa: F401
+except ImportError:
+    pass  # outside ComfyUI: `import samplers` from this folder is all there is
+else:
+    from .nodes import comfy_entrypoint  # noqa: F401
+
+WEB_DIRECTORY = "./web"

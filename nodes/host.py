@@ -1,0 +1,49 @@
+"""ComfyUI's conventions: which path a loaded model is on, and a solver as a sampler function of KSAMPLER."""
+from __future__ import annotations
+
+from typing import Any, Callable
+
+import comfy.model_sampling
+from torch import Tensor
+
+from ..samplers.families import Sampler
+from ..samplers.k_diffusion import k_diffusion_function
+
+REFUSED = {
+    "IMG_TO_IMG": "it maps an image to an image and does not denoise",
+    "IMG_TO_IMG_FLOW": "it maps an image to an image and does not denoise",
+    "V_PREDICTION_DDPM": "its network and its sampler disagree on what x is",
+}
+"""Sampling classes that no schedule in lambda fits. By name: some exist in newer ComfyUI only."""
+
+
+def path_of(model_sampling: object) -> str:
+    """The Gaussian path of ComfyUI's sampling class: "flow" for CONST, "ve" for the classes that see x0 + sigma eps.
+
+    ValueError naming the class if it is neither.
+    """
+    names = [c.__name__ for c in type(model_sampling).__mro__]
+    for name, reason in REFUSED.items():
+        if name in names:
+            raise ValueError(f"Lambda Solvers cannot sample a model of sampling class {name}: {reason}. "
+                             "Choose one of ComfyUI's own samplers, such as euler")
+    if isinstance(model_sampling, comfy.model_sampling.CONST):
+        return "flow"
+    if isinstance(model_sampling, (comfy.model_sampling.EPS, comfy.model_sampling.COSMOS_RFLOW)):
+        return "ve"
+    raise ValueError(f"Lambda Solvers does not know the sampling class of this model ({', '.join(names[:-1])}): it knows "
+                     "EPS, V_PREDICTION, EDM, X0, COSMOS_RFLOW (sigma schedules) and CONST (flow). "
+                     "Choose one of ComfyUI's own samplers, such as euler")
+
+
+def sampler_function(sampler: Sampler) -> Callable[..., Tensor]:
+    """The function ComfyUI's KSAMPLER calls; its extra_options are the sampler's options."""
+
+    def sample(model: Any, x: Tensor, sigmas: Tensor, extra_args: dict | None = None,
+               callback: Callable | None = None, disable: bool | None = None, **options: Any) -> Tensor:
+        model_sampling = model.inner_model.model_patcher.get_model_object("model_sampling")
+        scale = getattr(model_sampling, "noise_scale", 1.0)  # newer ComfyUI: some flow models start from scaled noise
+        fn = k_diffusion_function(sampler, path_of(model_sampling), options, noise_scale=scale)
+        return fn(model, x.float(), sigmas, extra_args=extra_args, callback=callback, disable=disable).to(x.dtype)
+
+    return sample

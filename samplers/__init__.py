@@ -1,0 +1,21 @@
+"""Lambda Solvers: few-step solvers for diffusion and flow models, in half-log-SNR.
+
+    from samplers import k_diffusion_sampler
+    x = k_diffusion_sampler("dpmpp_2m")(model, x, sigmas)
+
+Read in this order: schedule (noise levels and paths), phi (quadrature), integrand (what is interpolated), solver (which
+evaluations a step uses), sample (the loop), families (the catalogue), k_diffusion (the host's convention).
+
+Symbols, the same everywhere:
+
+    x           state, x = alpha x0 + sigma eps            lam         log(alpha / sigma)
+    D, denoised the model's estimate of x0                 s -> t      departure and arrival of a step, h = lam_t - lam_s
+    eps         (x - alpha D) / sigma                      r           a node's place in the step, in units of h
+    m           what is interpolated: D or eps             z           argument of the phi-functions: h, -h, (1 + eta) h
+    eta         share of noise, 0 the ODE, 1 the SDE       nfe         number of model evaluations
+"""
+from .families import FAMILIES, SAMPLERS, nfe
+from .k_diffusion import k_diffusion_sampler
+from .schedule import PATHS
+
+__all__ = ["FAMILIES", "PATHS", "SAMPLERS", "k_diffusion_sampler", "nfe"]

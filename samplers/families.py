@@ -1,0 +1,252 @@
+"""The catalogue: every solver by name, with its options, their ranges, and where it comes from.
+
+A family is one function. Its signature gives the options with their defaults and ranges, its docstring what it is, its
+presets the names; nodes, tests, the README table and `nfe` all iterate over SAMPLERS, so a new solver is one function
+here (or a preset of one that exists).
+"""
+from __future__ import annotations
+
+import inspect
+import typing
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Callable, Mapping, NamedTuple, Sequence
+
+from .integrand import PREDICTIONS, DataPrediction
+from .phi import RULES
+from .schedule import find_path, levels
+from .solver import TABLEAUX, Adaptive, Grouped, Multistep, Singlestep
+
+Solver = Multistep | Singlestep | Grouped | Adaptive
+
+
+@dataclass(frozen=True)
+class Option:
+    """One setting: its kind (int, float or a choice), range, and what it does."""
+
+    help: str
+    low: float | None = None
+    high: float | None = None
+    step: float | None = None
+    choices: tuple[str, ...] = ()
+    advanced: bool = False
+    kind: type = str
+    default: Any = None
+
+    @property
+    def range(self) -> str:
+        if self.choices:
+            return "one of " + ", ".join(self.choices)
+        return f"{'a whole number' if self.kind is int else 'a number'} from {self.low:g} to {self.high:g}"
+
+    def check(self, name: str, value: Any) -> Any:
+        """`value` if it is admissible; ValueError naming the option, the value and the range if not."""
+        if self.choices:
+            good = value in self.choices
+        else:
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            good = (whole or (self.kind is float and isinstance(value, float))) and self.low <= value <= self.high
+        if not good:
+            raise ValueError(f"{name} = {value!r} is out of range: choose {self.range}")
+        return value
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A solver to choose: a family, or a name that stands for some of its options. What SAMPLERS and FAMILIES hold."""
+
+    name: str
+    title: str
+    help: str
+    family: str
+    citation: str
+    options: Mapping[str, Option]
+    fixed: Mapping[str, Any]
+    build: Callable[..., Solver]
+
+    def settings(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """All settings: what the name fixes, what is given, and defaults. ValueError if one is not admissible."""
+        for name in options:
+            if name in self.fixed:
+                raise ValueError(f"{name} is not an option of {self.name}, which stands for {name} = {self.fixed[name]!r}: "
+                                 f"choose another sampler of the family {self.family}")
+            if name not in self.options:
+                raise ValueError(f"{self.name} has no option {name!r}: choose from {', '.join(self.options) or 'none'}")
+        free = {name: option.check(name, options.get(name, option.default)) for name, option in self.options.items()}
+        return {**self.fixed, **free}
+
+    def solver(self, **options: Any) -> Solver:
+        return self.build(**self.settings(options))
+
+    @property
+    def evaluations_per_step(self) -> int | None:
+        """Model evaluations on each interval of finite length; None if they depend on the model (adaptive)."""
+        if isinstance(self.solver(), Adaptive):
+            return None
+        return nfe(self.name, range(13, 0, -1)) // 12
+
+
+class Preset(NamedTuple):
+    """A name in a family: the options it stands for, other defaults, and when to reach for it."""
+
+    title: str
+    when: str
+    fixed: Mapping[str, Any]
+    defaults: Mapping[str, Any] = {}
+
+
+FAMILIES: dict[str, Sampler] = {}
+SAMPLERS: dict[str, Sampler] = {}
+
+
+def family(title: str, citation: str, presets: Mapping[str, Preset]) -> Callable[[Callable[..., Solver]], Callable]:
+    """Enter the decorated function and its presets into the catalogue."""
+
+    def enter(build: Callable[..., Solver]) -> Callable[..., Solver]:
+        hints = typing.get_type_hints(build, include_extras=True)
+        options = {}
+        for name, parameter in inspect.signature(build).parameters.items():
+            kind, option = typing.get_args(hints[name])
+            options[name] = replace(option, kind=kind, default=parameter.default)
+        whole = Sampler(build.__name__, title, inspect.getdoc(build), title, citation, options, {}, build)
+        FAMILIES[whole.name] = whole
+        for name, (preset_title, when, fixed, defaults) in presets.items():
+            free = {key: replace(option, default=defaults.get(key, option.default))
+                    for key, option in options.items() if key not in fixed}
+            SAMPLERS[name] = replace(whole, name=name, title=preset_title, help=when, options=free, fixed=fixed)
+        return build
+
+    return enter
+
+
+def find(name: str) -> Sampler:
+    if name not in SAMPLERS:
+        raise ValueError(f"unknown sampler {name!r}: choose one of {', '.join(SAMPLERS)}")
+    return SAMPLERS[name]
+
+
+def nfe(name: str, steps: int | Sequence[float], path: str = "ve", **options: Any) -> int | None:
+    """Model evaluations of a run, without running it; None if they depend on the model (adaptive solvers).
+
+    steps: the number of intervals of a schedule that ends at sigma = 0, as KSampler's; or the sigmas themselves.
+    """
+    solver = find(name).solver(**options)
+    if isinstance(steps, int):
+        if steps < 0:
+            raise ValueError(f"steps = {steps} is out of range: choose a whole number >= 0")
+        steps, path = range(steps, -1, -1), "ve"
+    if isinstance(solver, Adaptive):
+        return None
+    gaussian = find_path(path)
+    return sum(step.evaluations for step in solver.steps(levels([float(sigma) for sigma in steps], gaussian), gaussian))
+
+
+Prediction = Annotated[str, Option(
+    "What is interpolated: data = the denoised image (DPM-Solver++, right for guided sampling), noise = the predicted "
+    "noise (DPM-Solver)", choices=tuple(PREDICTIONS), advanced=True)]
+LowerOrderFinal = Annotated[str, Option(
+    "Lower the order towards the end. auto: on for runs to sigma = 0 in fewer than 15 steps", advanced=True,
+    choices=("auto", "on", "off"))]
+SinglestepRule = Annotated[str, Option(
+    "How the inner evaluations are combined. midpoint: as published; taylor: the polynomial through all of them",
+    choices=("midpoint", "taylor"), advanced=True)]
+MultistepRule = Annotated[str, Option(
+    "How earlier evaluations are combined. midpoint: as published by Lu et al., for order 2 the usual DPM++ 2M; "
+    "taylor: exact for polynomials, of full order; published: order 3 as published, order 2 as taylor (k-diffusion's "
+    "3M SDE)", choices=tuple(RULES), advanced=True)]
+ORDER_HELP = "Order of accuracy. Higher is better for smooth models and many steps, 2 is the safe choice with guidance"
+
+DPM_SOLVER = "Lu et al. 2022, DPM-Solver (arXiv:2206.00927)"
+DPM_SOLVER_PP = "Lu et al. 2022, DPM-Solver++ (arXiv:2211.01095)"
+
+
+@family("DPM-Solver Multistep", f"{DPM_SOLVER_PP}; {DPM_SOLVER}", {
+    "dpmpp_1m": Preset("DPM-Solver++(1M), DDIM", "a first-order reference: DDIM, Euler in sigma",
+                       {"order": 1, "prediction": "data"}),
+    "dpmpp_2m": Preset("DPM-Solver++(2M)", "the standard for guided images at 8 to 30 steps",
+                       {"order": 2, "prediction": "data"}),
+    "dpmpp_3m": Preset("DPM-Solver++(3M)", "smooth models, weak guidance, 10 steps and more",
+                       {"order": 3, "prediction": "data"}, {"rule": "taylor"}),
+    "dpm_1m": Preset("DPM-Solver-1, DDIM", "a first-order reference: the same as dpmpp_1m",
+                     {"order": 1, "prediction": "noise"}),
+    "dpm_2m": Preset("DPM-Solver(2M)", "without guidance, many steps", {"order": 2, "prediction": "noise"}),
+    "dpm_3m": Preset("DPM-Solver(3M)", "without guidance, many steps", {"order": 3, "prediction": "noise"},
+                     {"rule": "taylor"}),
+})
+def multistep(
+    order: Annotated[int, Option(ORDER_HELP, 1, 3)] = 2,
+    prediction: Prediction = "data",
+    rule: MultistepRule = "midpoint",
+    lower_order_final: LowerOrderFinal = "auto",
+) -> Solver:
+    """DPM-Solver and DPM-Solver++, multistep: the last evaluations are reused, each step costs one new one."""
+    return Multistep(PREDICTIONS[prediction], order, RULES[rule], lower_order_final)
+
+
+@family("DPM-Solver Singlestep", f"{DPM_SOLVER}, Algorithms 1-2; {DPM_SOLVER_PP}, Algorithm 1", {
+    "dpmpp_2s": Preset("DPM-Solver++(2S)", "two evaluations a step, no history: steady where a multistep method wobbles",
+                       {"order": 2, "prediction": "data"}),
+    "dpmpp_3s": Preset("DPM-Solver++(3S)", "three evaluations a step, for reference images",
+                       {"order": 3, "prediction": "data"}),
+    "dpm_2s": Preset("DPM-Solver-2", "as dpmpp_2s, without guidance", {"order": 2, "prediction": "noise"}),
+    "dpm_3s": Preset("DPM-Solver-3", "as dpmpp_3s, without guidance", {"order": 3, "prediction": "noise"}),
+})
+def singlestep(
+    order: Annotated[int, Option("Order of accuracy, and evaluations in each step", 1, 3)] = 2,
+    prediction: Prediction = "data",
+    rule: SinglestepRule = "midpoint",
+) -> Solver:
+    """DPM-Solver and DPM-Solver++, singlestep: every step makes all its evaluations itself, 1, 2 or 3 of them."""
+    return Singlestep(PREDICTIONS[prediction], TABLEAUX[order, rule])
+
+
+@family("DPM-Solver Fast", f"{DPM_SOLVER}, section 3.4", {
+    "dpm_fast": Preset("DPM-Solver-fast", "singlestep accuracy at one evaluation a step", {}),
+})
+def fast(
+    order: Annotated[int, Option("Highest order, and the largest number of intervals a step takes at once", 1, 3)] = 3,
+    prediction: Prediction = "noise",
+    rule: SinglestepRule = "midpoint",
+) -> Solver:
+    """Singlestep methods over groups of intervals: steps = evaluations, exactly, with orders 3, 3, ... and the rest."""
+    return Grouped(PREDICTIONS[prediction], order, rule)
+
+
+@family("DPM-Solver Adaptive", f"{DPM_SOLVER}, appendix C", {
+    "dpm_adaptive_12": Preset("DPM-Solver-12 (adaptive)", "the number of evaluations follows from a tolerance",
+                              {"order": 2}),
+    "dpm_adaptive_23": Preset("DPM-Solver-23 (adaptive)", "as dpm_adaptive_12, for tighter tolerances", {"order": 3}),
+})
+def adaptive(
+    order: Annotated[int, Option("Order of the higher of the two methods, and evaluations in each trial step", 2, 3)] = 3,
+    prediction: Prediction = "noise",
+    rtol: Annotated[float, Option("Relative tolerance of a step: smaller is more exact and slower", 1e-5, 1.0, 1e-3)] = 0.05,
+    atol: Annotated[float, Option("Absolute tolerance of a step, in units of the latent", 1e-6, 1.0, 1e-4)] = 0.0078,
+    h_init: Annotated[float, Option("First step length in lambda", 1e-3, 2.0, 1e-2, advanced=True)] = 0.05,
+    theta: Annotated[float, Option("Safety factor on the next step's length", 0.1, 0.99, 0.01, advanced=True)] = 0.9,
+    rule: SinglestepRule = "midpoint",
+) -> Solver:
+    """Steps of free length from the schedule's first to its last sigma, by an error tolerance instead of a step count.
+
+    The sigmas in between only place the progress bar. The worst image of a batch sets the step for all.
+    """
+    return Adaptive(PREDICTIONS[prediction], TABLEAUX[order, rule], rtol, atol, h_init, theta)
+
+
+@family("DPM-Solver++ SDE", f"{DPM_SOLVER_PP}, SDE-DPM-Solver++", {
+    "dpmpp_sde": Preset("SDE-DPM-Solver++(1)", "ancestral sampling in lambda; needs many steps", {"order": 1}),
+    "dpmpp_2m_sde": Preset("SDE-DPM-Solver++(2M)", "stochastic sampling at 15 steps and more", {"order": 2}),
+    "dpmpp_3m_sde": Preset("SDE-DPM-Solver++(3M)", "stochastic sampling at 25 steps and more", {"order": 3},
+                           {"rule": "published"}),
+})
+def sde(
+    order: Annotated[int, Option(ORDER_HELP, 1, 3)] = 2,
+    eta: Annotated[float, Option("Share of noise: 1 is the diffusion SDE, 0 the ODE (no noise)", 0.0, 10.0, 0.01)] = 1.0,
+    s_noise: Annotated[float, Option("Factor on the added noise; 1 is exact, a little more adds texture", 0.0, 10.0, 0.01)] = 1.0,
+    rule: MultistepRule = "midpoint",
+    lower_order_final: LowerOrderFinal = "auto",
+    noise_device: Annotated[str, Option(
+        "Where the noise is drawn. cpu: the same image on every device; gpu: quicker for large latents, tied to the device",
+        choices=("cpu", "gpu"), advanced=True)] = "cpu",
+) -> Solver:
+    """DPM-Solver++ multistep on the diffusion SDE: fresh noise in every step forgets earlier errors, given enough steps."""
+    return Multistep(DataPrediction(eta, s_noise), order, RULES[rule], lower_order_final)

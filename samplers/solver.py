@@ -1,0 +1,221 @@
+"""Solvers as data: which evaluations each step uses, and the finished coefficients of every step.
+
+A solver turns the levels of a schedule into a list of Steps before anything is evaluated. A Step names its evaluations
+by number: 0 is the one at its start, 1, 2, ... are its own inner ones in order, -1, -2, ... the first ones of the steps
+before. So a multistep method is a stage that uses (0, -1, -2), a singlestep method a row of stages with inner levels:
+
+    Multistep of order 3    s_-2 ---- s_-1 ---- s -------> t        Stage((0, -1, -2))
+    DPM_3S                                      s --o--o-> t        Stage((0,)), Stage((0, 1)), Stage((0, 2))
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Iterator, Literal, Mapping, NamedTuple, Sequence
+
+from .integrand import DataPrediction, Integrand
+from .phi import Rule, midpoint, taylor, weights
+from .schedule import Level, Path
+
+
+class Update(NamedTuple):
+    """x at `to` = decay x_s + sum_k coefficient_k m_k + std xi, over the evaluations k that `terms` names."""
+
+    to: Level
+    decay: float
+    terms: tuple[tuple[int, float], ...]
+    std: float
+
+
+class Step(NamedTuple):
+    """One step of a run. Every update but the last is followed by an evaluation where it arrives."""
+
+    integrand: Integrand
+    s: Level
+    updates: tuple[Update, ...]
+    intervals: int = 1  # how many of the schedule's intervals it covers; its inner levels are then the schedule's own
+
+    @property
+    def t(self) -> Level:
+        return self.updates[-1].to
+
+    @property
+    def std(self) -> float:
+        return self.updates[-1].std
+
+    @property
+    def evaluations(self) -> int:
+        return len(self.updates)
+
+    @property
+    def lookback(self) -> int:
+        """How many earlier evaluations it needs."""
+        return max(-k for update in self.updates for k, _ in (*update.terms, (0, 0.0)))
+
+
+class Stage(NamedTuple):
+    """One row of a tableau: the evaluations its polynomial passes through, and the quadrature rule."""
+
+    uses: tuple[int, ...]
+    rule: Rule = taylor
+
+
+class Tableau(NamedTuple):
+    """A singlestep method: stage i lands on s + c_i h, the last one on t."""
+
+    c: tuple[float, ...]
+    stages: tuple[Stage, ...]
+    embedded: Stage | None = None  # a lower order from the same evaluations, for the error estimate
+
+
+ORDER_1 = Tableau((), (Stage((0,)),))
+DPM_2S = Tableau((1 / 2,), (Stage((0,)), Stage((0, 1), midpoint)), embedded=Stage((0,)))
+DPM_3S = Tableau((1 / 3, 2 / 3), (Stage((0,)), Stage((0, 1)), Stage((0, 2))), embedded=Stage((0, 1), midpoint))
+DPM_2S_TAYLOR = Tableau((1 / 2,), (Stage((0,)), Stage((0, 1))), embedded=Stage((0,)))
+DPM_3S_TAYLOR = Tableau((1 / 3, 2 / 3), (Stage((0,)), Stage((0, 1)), Stage((0, 1, 2))), embedded=Stage((0, 1)))
+
+TABLEAUX: Mapping[tuple[int, str], Tableau] = {
+    (1, "midpoint"): ORDER_1, (2, "midpoint"): DPM_2S, (3, "midpoint"): DPM_3S,
+    (1, "taylor"): ORDER_1, (2, "taylor"): DPM_2S_TAYLOR, (3, "taylor"): DPM_3S_TAYLOR,
+}
+"""Lu et al. 2022 (arXiv:2206.00927), Algorithms 1-2, and 2022b (arXiv:2211.01095), Algorithm 1; "taylor" takes the
+polynomial through all evaluations where the published methods take a difference quotient."""
+
+
+def update(integrand: Integrand, s: Level, to: Level, stage: Stage, at: Mapping[int, Level]) -> Update:
+    """The finished coefficients of one stage from s; at[k] is the level of evaluation k."""
+    h = to.lam - s.lam
+    decay, gain, z, std = integrand.flow(s, to)
+    nodes = [(at[k].lam - s.lam) / h for k in stage.uses]
+    terms = zip(stage.uses, weights(nodes, stage.rule(len(nodes), z)))
+    return Update(to, decay, tuple((k, gain * w) for k, w in terms if w), std)
+
+
+def step(integrand: Integrand, nodes: Sequence[Level], stages: Sequence[Stage], past: Sequence[Level] = (),
+         intervals: int = 1) -> Step:
+    """The step over nodes = (s, inner levels ..., t); past are the levels at the starts of earlier steps, latest first."""
+    s = nodes[0]
+    at = {**dict(enumerate(nodes[:-1])), **{-k: level for k, level in enumerate(past, 1)}}
+    return Step(integrand, s, tuple(update(integrand, s, to, stage, at) for to, stage in zip(nodes[1:], stages)), intervals)
+
+
+def ddim(integrand: Integrand, s: Level, t: Level) -> Step:
+    """The first-order step in data prediction, which stays finite from lam = -inf and to lam = +inf."""
+    flow = integrand if isinstance(integrand, DataPrediction) else DataPrediction()
+    return step(flow, (s, t), ORDER_1.stages)
+
+
+def finite(*ends: Level) -> bool:
+    return all(math.isfinite(end.lam) for end in ends)
+
+
+@dataclass(frozen=True)
+class Multistep:
+    """Adams methods in lam: the polynomial through the last `order` evaluations; one evaluation a step.
+
+    The order rises from 1 at the start. With lower_order_final it falls to 1 again towards the end; "auto" does so for
+    runs that go to sigma = 0 in fewer than 15 steps (Lu et al. 2022b, sec. 3.4 of the supplement: it helps there only).
+    """
+
+    integrand: Integrand
+    order: int
+    rule: Rule
+    lower_order_final: Literal["auto", "on", "off"] = "auto"
+
+    def steps(self, levels: Sequence[Level], path: Path) -> list[Step]:
+        n = len(levels) - 1
+        lower = self.lower_order_final == "on" or (
+            self.lower_order_final == "auto" and n < 15 and not finite(levels[-1]))
+        result = []
+        for i, (s, t) in enumerate(pairwise(levels)):
+            if not finite(s, t):
+                result.append(ddim(self.integrand, s, t))
+                continue
+            past = [level for level in reversed(levels[:i]) if finite(level)]  # lam = -inf carries no slope
+            order = min(self.order, 1 + len(past), n - i if lower else self.order)
+            stage = Stage(tuple(range(0, -order, -1)), self.rule)
+            result.append(step(self.integrand, (s, t), (stage,), past[:order - 1]))
+        return result
+
+
+@dataclass(frozen=True)
+class Singlestep:
+    """One tableau on every interval of the schedule, its inner levels between the schedule's own."""
+
+    integrand: Integrand
+    tableau: Tableau
+
+    def steps(self, levels: Sequence[Level], path: Path) -> list[Step]:
+        return [self.step(s, t, path) if finite(s, t) else ddim(self.integrand, s, t) for s, t in pairwise(levels)]
+
+    def step(self, s: Level, t: Level, path: Path) -> Step:
+        h = t.lam - s.lam
+        inner = [path.at(s.lam + c * h) for c in self.tableau.c]
+        return step(self.integrand, (s, *inner, t), self.tableau.stages)
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """Singlestep methods over groups of intervals: a k-stage step takes k intervals of the schedule.
+
+    The schedule's own levels are the inner ones, so a schedule of n intervals costs n evaluations: "DPM-Solver-fast",
+    Lu et al. 2022 (arXiv:2206.00927), sec. 3.4 (orders 3, 3, ..., then what is left of the budget).
+    """
+
+    integrand: Integrand
+    order: int
+    rule: str
+
+    def steps(self, levels: Sequence[Level], path: Path) -> list[Step]:
+        result, start = [], 0
+        for size in self._sizes(levels):
+            nodes = levels[start:start + size + 1]
+            start += size
+            result.append(step(self.integrand, nodes, TABLEAUX[size, self.rule].stages, intervals=size)
+                          if finite(*nodes) else ddim(self.integrand, *nodes))
+        return result
+
+    def _sizes(self, levels: Sequence[Level]) -> Iterator[int]:
+        """How many intervals each step takes; an interval of infinite length stands alone."""
+        n = len(levels) - 1
+        if n and not finite(levels[0]):
+            yield 1
+            n -= 1
+        to_zero = n and not finite(levels[-1])
+        groups = _orders(n, self.order)
+        if to_zero and groups[-1] > 1:
+            groups[-1:] = [groups[-1] - 1, 1]
+        yield from groups
+
+
+def _orders(n: int, order: int) -> list[int]:
+    """Orders that spend exactly n evaluations and end low: 3, 3, ..., 3, 2, 1 / 3, ..., 3, 1 / 3, ..., 3, 2."""
+    whole, rest = divmod(n, order)
+    if order == 3 and rest == 0 and whole:
+        return [3] * (whole - 1) + [2, 1]
+    return [order] * whole + [rest] * (rest > 0)
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """A tableau with an embedded lower order; the step length follows from the difference of the two.
+
+        error = max over the batch of  RMS( (x_high - x_low) / max(atol, rtol max(|x_low|, |x_before|)) ),
+        x_before: x_low of the last accepted step;   a step with error <= 1 is accepted;   h <- min(theta h error^(-1/order), what is left)
+
+    Lu et al. 2022 (arXiv:2206.00927), appendix C: DPM-Solver-12 and -23.
+    """
+
+    integrand: Integrand
+    tableau: Tableau
+    rtol: float
+    atol: float
+    h_init: float
+    theta: float
+
+    def step(self, s: Level, t: Level, path: Path) -> tuple[Step, Update]:
+        """The step s -> t, and the update of the embedded lower order."""
+        high = Singlestep(self.integrand, self.tableau).step(s, t, path)
+        at = dict(enumerate([s, *(u.to for u in high.updates[:-1])]))
+        return high, update(self.integrand, s, t, self.tableau.embedded, at)

@@ -1,0 +1,77 @@
+"""Problems with known answers: denoisers in closed form, and the exact solution where there is one.
+
+Every denoiser takes (x, sigma[B], **extra) as k-diffusion's models do, and is built for one path.
+"""
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from samplers.schedule import PATHS
+
+REFERENCE = json.loads((Path(__file__).parent / "reference" / "official_outputs.json").read_text())
+
+
+def alpha_of(sigma: Tensor, path: str) -> Tensor:
+    return {"ve": torch.ones_like(sigma), "flow": 1 - sigma, "vp": (1 - sigma * sigma).clamp(min=0).sqrt()}[path]
+
+
+def column(sigma: Tensor, x: Tensor) -> Tensor:
+    return sigma.reshape(-1, *[1] * (x.ndim - 1))
+
+
+@dataclass
+class Gaussian:
+    """Data N(mean, spread^2), mean and spread per element: D is linear in x and the ODE has a closed-form solution.
+
+    x_t = alpha_t m + (x_s - alpha_s m) sqrt(v_t / v_s),  v = alpha^2 c^2 + sigma^2.
+    """
+
+    path: str = "ve"
+    mean: float | Tensor = 0.7
+    spread: float | Tensor = 0.4
+
+    def __call__(self, x: Tensor, sigma: Tensor, **extra) -> Tensor:
+        sigma = column(sigma, x)
+        alpha = alpha_of(sigma, self.path)
+        gain = alpha * self.spread**2 / (alpha**2 * self.spread**2 + sigma**2)
+        return self.mean + gain * (x - alpha * self.mean)
+
+    def exact(self, x: Tensor, s: float, t: float) -> Tensor:
+        a, b = PATHS[self.path].level(s), PATHS[self.path].level(t)
+        v = [level.alpha**2 * self.spread**2 + level.sigma**2 for level in (a, b)]
+        return b.alpha * self.mean + (x - a.alpha * self.mean) * (torch.as_tensor(v[1] / v[0]) ** 0.5)
+
+
+@dataclass
+class Mixture:
+    """The posterior mean of a mixture of isotropic Gaussians."""
+
+    means: Tensor    # [K, d]
+    stds: Tensor     # [K]
+    weights: Tensor  # [K]
+    path: str = "ve"
+
+    def __call__(self, x: Tensor, sigma: Tensor, **extra) -> Tensor:
+        y = x.flatten(1)
+        sigma = sigma[:, None]
+        alpha = alpha_of(sigma, self.path)
+        variance = (alpha * self.stds) ** 2 + sigma**2                                    # [B, K]
+        offset = y[:, None, :] - alpha[..., None] * self.means                            # [B, K, d]
+        log_p = self.weights.log() - 0.5 * offset.square().sum(-1) / variance - 0.5 * y.shape[1] * variance.log()
+        posterior = log_p.softmax(1)
+        mean = self.means + (alpha * self.stds**2 / variance)[..., None] * offset
+        return (posterior[..., None] * mean).sum(1).reshape(x.shape)
+
+
+def reference_mixture(path: str) -> tuple[Mixture, Tensor]:
+    """The problem of tests/reference, and its unit-variance starting noise."""
+    problem = REFERENCE["problem"]
+    means, stds, weights, noise = (torch.tensor(problem[k], dtype=torch.float64)
+                                   for k in ("means", "stds", "weights", "x_T"))
+    return Mixture(means, stds, weights, path), noise.reshape(-1, *problem["shape"][-3:]) \
+        if len(problem["shape"]) == 4 else noise.reshape(-1, *problem["shape"])

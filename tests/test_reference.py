@@ -1,0 +1,78 @@
+"""The authors' own implementations, case by case (tests/reference/README.md says where the numbers come from)."""
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import brentq
+
+from problems import REFERENCE, reference_mixture
+from samplers.families import FAMILIES
+from samplers.sample import sample, sample_adaptive
+from samplers.schedule import PATHS, levels
+
+VP = PATHS["vp"]
+FAMILY = {"multistep": "multistep", "singlestep_fixed": "singlestep", "singlestep": "fast", "adaptive": "adaptive"}
+CASES = [case for case in REFERENCE["cases"] if case["source"] == "LuChengTHU/dpm-solver"]
+
+
+def lam_of(t: float) -> float:
+    """VP with linear beta from 0.1 to 20, the schedule of these cases."""
+    log_alpha = -0.25 * t**2 * (20.0 - 0.1) - 0.5 * t * 0.1
+    return log_alpha - 0.5 * np.log(-np.expm1(2.0 * log_alpha))
+
+
+def t_of(lam: float) -> float:
+    return brentq(lambda t: lam_of(t) - lam, 1e-6, 1.5, xtol=1e-15)
+
+
+def grid(case: dict) -> list[float]:
+    """The lam of every level: for grouped singlestep also those inside the groups, which the cases leave to skip_type."""
+    if case["method"] == "adaptive":
+        return [lam_of(1.0), lam_of(1e-3)]
+    if case["method"] != "singlestep":
+        return case["lambdas"]
+    fine = []
+    for (a, b), order in zip(pairwise(case["lambdas"]), case["orders"]):
+        if case["skip_type"] == "time_uniform":
+            fine += [lam_of(t) for t in np.linspace(t_of(a), t_of(b), order + 1)[:-1]]
+        else:
+            fine += list(np.linspace(a, b, order + 1)[:-1])
+    return [*fine, case["lambdas"][-1]]
+
+
+def name(case: dict) -> str:
+    return " ".join(str(case.get(k, "")) for k in ("algorithm", "method", "order", "solver_type", "skip_type", "nfe"))
+
+
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_a_case_of_dpm_solver_is_reproduced(case: dict) -> None:
+    options = {"order": case["order"], "prediction": "data" if case["algorithm"] == "dpmsolver++" else "noise",
+               "rule": {"dpmsolver": "midpoint", "taylor": "taylor"}[case["solver_type"]]}
+    if case["method"] == "multistep":
+        options["lower_order_final"] = "on" if case["lower_order_final"] else "off"
+    if case["method"] == "adaptive":
+        options |= {key: case[key] for key in ("rtol", "atol", "h_init", "theta")}
+    solver = FAMILIES[FAMILY[case["method"]]].solver(**options)
+    schedule = levels([VP.at(lam).sigma for lam in grid(case)], VP)
+    denoiser, x = reference_mixture("vp")
+    evaluations = []
+
+    def denoise(x, sigma):
+        evaluations.append(sigma)
+        return denoiser(x, x.new_full((len(x),), sigma))
+
+    if case["method"] == "adaptive":
+        result = sample_adaptive(denoise, x, schedule, solver, VP)
+        assert len(evaluations) <= case["nfe"]  # theirs evaluates again at s when a step is refused
+    else:
+        result = sample(denoise, x, solver.steps(schedule, VP))
+        assert len(evaluations) == case["nfe"]
+    expected = torch.tensor(case["x"], dtype=torch.float64).reshape(x.shape)
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-9)
+
+
+def test_every_case_of_this_package_s_solvers_is_here() -> None:
+    assert len(CASES) == 24 and {case["method"] for case in CASES} == set(FAMILY)
