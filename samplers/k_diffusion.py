@@ -64,9 +64,21 @@ def k_diffusion_function(sampler: Sampler, path: str, options: Mapping[str, Any]
                     level = x_now.new_full((), sigma)
                     callback({"x": x_now, "i": i, "sigma": level, "sigma_hat": level, "denoised": denoised})
 
+            def check() -> None:
+                for sigma, total in zip(at, torch.stack(sums).tolist()):
+                    if not math.isfinite(total):
+                        i = bisect_right([-level.sigma for level in schedule], -sigma)
+                        raise FloatingPointError(
+                            f"the model returned NaN or infinite values in step {i} of {n}, at sigma = {sigma:.6g}: run "
+                            "it in a higher precision (float32 or bfloat16), or lower the guidance")
+
             start = x.to(work)
             if isinstance(solver, Adaptive):
-                result = sample_adaptive(denoise, start, schedule, solver, gaussian, observe=observe)
+                try:
+                    result = sample_adaptive(denoise, start, schedule, solver, gaussian, observe=observe)
+                except FloatingPointError:
+                    check()
+                    raise
             else:
                 steps = solver.steps(schedule, gaussian)
                 noise = None
@@ -75,12 +87,7 @@ def k_diffusion_function(sampler: Sampler, path: str, options: Mapping[str, Any]
                                           noise_scale)
                 result = sample(denoise, start, steps, noise=noise, observe=observe)
             if sums and not x.is_meta:
-                for sigma, total in zip(at, torch.stack(sums).tolist()):
-                    if not math.isfinite(total):
-                        i = bisect_right([-level.sigma for level in schedule], -sigma)
-                        raise FloatingPointError(
-                            f"the model returned NaN or infinite values in step {i} of {n}, at sigma = {sigma:.6g}: run "
-                            "it in a higher precision (float32 or bfloat16), or lower the guidance")
+                check()
             bar.update(n - bar.n)
         return result.to(x.dtype)
 

@@ -1,34 +1,41 @@
 """Noise for stochastic solvers: one Brownian path per image, the same in any batch, on any device, on any schedule."""
 from __future__ import annotations
 
-import math
-
 import torch
 import torchsde
 from torch import Tensor
 
 from .schedule import Level
 
+LAM_LIMIT = 16        # the path runs over lam in [-16, 16]: sigma from 9e6 to 1e-7
+CELLS_PER_LAM = 4096  # a power of two: every time the path is asked for is then a node of the tree
+
 
 class BrownianNoise:
-    """Unit-variance increments xi(s, t) = (W(u_s) - W(u_t)) / sqrt(u_s - u_t) of a Brownian path W, u = 1 / (1 + e^lam).
+    """Unit-variance increments xi(s, t) = (W(lam_t) - W(lam_s)) / sqrt(lam_t - lam_s) of a Brownian path W.
 
-    The clock u is the flow path's sigma, whatever the path of the run: it stays in [0, 1], so the tree of random
-    numbers does not depend on the schedule. A finer schedule refines the same path, and VE, VP and flow runs of one
-    seed share it. Image k of a batch has a tree of its own, keyed by seed + k, drawn on `device` (the CPU unless told:
-    then the image does not depend on the GPU either) and moved to where the latents are.
+    W runs in lam, over a fixed range, so it depends neither on the schedule nor on the path of the run: a finer schedule
+    refines the same noise, and VE, VP and flow runs of one seed share it. Image k of a batch has a W of its own, keyed by
+    seed + k, drawn in float32 on `device` (the CPU unless told: then no GPU changes the image) and moved to the latents.
+
+    W is a tree of halvings (torchsde); times are rounded to its nodes, and the variance is that of the rounded interval,
+    so the increments keep unit variance and independence exactly.
     """
 
     def __init__(self, x: Tensor, seed: int, device: torch.device | str = "cpu", scale: float = 1.0) -> None:
         self.like = x
         self.scale = scale
-        blank = torch.zeros(x.shape[1:], dtype=x.dtype, device=device)
-        self.trees = [torchsde.BrownianTree(0.0, blank, 1.0, entropy=(seed + k) % 2**64) for k in range(len(x))]
+        blank = torch.zeros(x.shape[1:], dtype=torch.float32, device=device)
+        self.trees = [torchsde.BrownianTree(0.0, blank, 2.0 * LAM_LIMIT * CELLS_PER_LAM, tol=0.5,
+                                            entropy=(seed + k) % 2**64) for k in range(len(x))]
 
     def __call__(self, s: Level, t: Level) -> Tensor:
-        u_s, u_t = (1.0 / (1.0 + math.exp(level.lam)) for level in (s, t))
-        xi = torch.stack([tree(u_t, u_s) for tree in self.trees]).mul_(self.scale * (u_s - u_t) ** -0.5)
-        if xi.device == self.like.device:
-            return xi
-        pinned = xi.pin_memory() if self.like.is_cuda else xi  # a pageable copy would wait for the GPU
-        return pinned.to(self.like.device, non_blocking=True)
+        start, end = (round((min(max(level.lam, -LAM_LIMIT), LAM_LIMIT) + LAM_LIMIT) * CELLS_PER_LAM) for level in (s, t))
+        if not start < end:
+            raise ValueError(f"the step from sigma = {s.sigma:.6g} to {t.sigma:.6g} is too short for its noise: stochastic "
+                             f"steps are at least {1 / CELLS_PER_LAM:.1g} in lambda, between -{LAM_LIMIT} and {LAM_LIMIT}; "
+                             "use fewer steps")
+        xi = torch.stack([tree(start, end) for tree in self.trees]).mul_(self.scale * (end - start) ** -0.5)
+        if xi.device != self.like.device and self.like.is_cuda:
+            xi = xi.pin_memory()  # a pageable copy would wait for the GPU
+        return xi.to(self.like, non_blocking=True)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Set
 from typing import Callable, Mapping, Sequence
 
 import numpy as np
@@ -28,18 +29,19 @@ def sample(denoise: Denoiser, x: Tensor, steps: Sequence[Step], *, noise: Noise 
     memory = max((step.lookback for step in steps), default=0)
     past: list[Tensor] = []
     for step in steps:
-        x, values = advance(denoise, x, step, {-k: m for k, m in enumerate(past, 1)}, _from(first, observe))
-        past = [values.pop(0), *past][:memory]
-        del values
+        known = {-k: m for k, m in enumerate(past, 1)}
+        x, values = advance(denoise, x, step, known, keep={0} if memory else set(), observe=_from(first, observe))
+        past = [*values.values(), *past][:memory]
+        del known, values
         if step.std:
             x.add_(noise(step.s, step.t), alpha=step.std)
         first += step.intervals
     return x
 
 
-def advance(denoise: Denoiser, x: Tensor, step: Step, known: Mapping[int, Tensor],
+def advance(denoise: Denoiser, x: Tensor, step: Step, known: Mapping[int, Tensor], keep: Set[int],
             observe: Observer | None = None) -> tuple[Tensor, dict[int, Tensor]]:
-    """x at step.t without its noise, and all evaluations by their numbers: those `known`, and those made here."""
+    """x at step.t without its noise, and the evaluations named in `keep`; those in `known` are not made again."""
     values = dict(known)
     level, y = step.s, x
     for k, update in enumerate(step.updates):
@@ -49,7 +51,10 @@ def advance(denoise: Denoiser, x: Tensor, step: Step, known: Mapping[int, Tensor
                 observe(k, level.sigma, y, denoised)
             values[k] = step.integrand.value(y, denoised, level)
             del denoised
+        del y  # one latent less while the next one is made
         y, level = combine(x, update, values), update.to
+        needed = keep.union(*({j for j, _ in later.terms} for later in step.updates[k + 1:]))
+        values = {j: m for j, m in values.items() if j in needed}
     return y, values
 
 
@@ -84,7 +89,7 @@ def _adapt(denoise: Denoiser, x: Tensor, levels: Mapping[int, Level], solver: Ad
         interval = max(i for i, level in levels.items() if level.lam <= s.lam)
         t = end if s.lam + h >= end.lam else path.at(s.lam + h)
         step, low = solver.step(s, t, path)
-        high, values = advance(denoise, x, step, known, _from(interval, observe))
+        high, values = advance(denoise, x, step, known, {0, *(k for k, _ in low.terms)}, _from(interval, observe))
         lower = combine(x, low, values)
         error = _error(high, lower, before, solver)
         if not math.isfinite(error) or not s.lam < t.lam:

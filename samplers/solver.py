@@ -88,8 +88,9 @@ def update(integrand: Integrand, s: Level, to: Level, stage: Stage, at: Mapping[
     h = to.lam - s.lam
     decay, gain, z, std = integrand.flow(s, to)
     nodes = [(at[k].lam - s.lam) / h for k in stage.uses]
-    terms = zip(stage.uses, weights(nodes, stage.rule(len(nodes), z)))
-    return Update(to, decay, tuple((k, gain * w) for k, w in terms if w), std)
+    w = weights(nodes, stage.rule(len(nodes), z))
+    least = 1e-14 * max(map(abs, w))  # a weight that is 0 but for rounding would cost a pass over the latents
+    return Update(to, decay, tuple((k, gain * wk) for k, wk in zip(stage.uses, w) if abs(wk) > least), std)
 
 
 def step(integrand: Integrand, nodes: Sequence[Level], stages: Sequence[Stage], past: Sequence[Level] = (),

@@ -5,4 +5,7 @@ After, because ComfyUI has a top-level module `nodes` too: tests that run ComfyU
 import sys
 from pathlib import Path
 
+import torch
+
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+torch.set_num_threads(1)  # the tensors here are small: threads would only wait for each other

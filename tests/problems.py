@@ -73,5 +73,16 @@ def reference_mixture(path: str) -> tuple[Mixture, Tensor]:
     problem = REFERENCE["problem"]
     means, stds, weights, noise = (torch.tensor(problem[k], dtype=torch.float64)
                                    for k in ("means", "stds", "weights", "x_T"))
-    return Mixture(means, stds, weights, path), noise.reshape(-1, *problem["shape"][-3:]) \
-        if len(problem["shape"]) == 4 else noise.reshape(-1, *problem["shape"])
+    return Mixture(means, stds, weights, path), noise.reshape(problem["shape"])
+
+
+def sigmas_between(start: float, end: float, n: int, path: str) -> Tensor:
+    """n intervals, uniform in lam, from lam = start to lam = end."""
+    return torch.tensor([PATHS[path].at(start + (end - start) * i / n).sigma for i in range(n + 1)], dtype=torch.float64)
+
+
+def starting_noise(shape: tuple[int, ...], sigma: float, path: str, seed: int = 0, dtype=torch.float64) -> Tensor:
+    """A draw of x at sigma for the default Gaussian problem."""
+    generator = torch.Generator().manual_seed(seed)
+    eps, x0 = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    return (PATHS[path].level(sigma).alpha * (0.7 + 0.4 * x0) + sigma * eps).to(dtype)

@@ -1,0 +1,300 @@
+"""How a run behaves: counts, callbacks, devices, precisions, memory, and what it says when something is wrong."""
+from __future__ import annotations
+
+import gc
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from problems import Gaussian, reference_mixture, starting_noise
+from samplers import SAMPLERS, k_diffusion_sampler, nfe
+from samplers.solver import Adaptive
+
+EVERY = list(SAMPLERS)
+FIXED = [name for name in EVERY if not isinstance(SAMPLERS[name].solver(), Adaptive)]
+SCHEDULES = {
+    "to zero": ("ve", [14.6, 6.0, 2.0, 0.8, 0.3, 0.03, 0.0]),
+    "one step": ("ve", [14.6, 0.0]),
+    "img2img": ("ve", [2.0, 0.9, 0.4, 0.1, 0.0]),
+    "leftover noise": ("ve", [14.6, 6.0, 2.0, 0.8]),
+    "flow": ("flow", [1.0, 0.9, 0.7, 0.5, 0.3, 0.1, 0.0]),
+    "flow in one step": ("flow", [1.0, 0.0]),
+    "flow img2img": ("flow", [0.6, 0.5, 0.3, 0.1, 0.0]),
+    "flow, first part": ("flow", [1.0, 0.9, 0.7, 0.5]),
+    "no step": ("ve", [5.0]),
+}
+EVERY_SCHEDULE = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+
+
+class Counting:
+    def __init__(self, path: str) -> None:
+        self.problem, self.sigmas = Gaussian(path), []
+
+    def __call__(self, x, sigma, **extra):
+        assert sigma.shape == (len(x),) and sigma.dtype == x.dtype and sigma.device == x.device
+        self.sigmas.append(float(sigma[0]))
+        return self.problem(x, sigma)
+
+
+def run(name: str, schedule, x=None, model=None, **how):
+    path, sigmas = schedule
+    x = starting_noise((2, 3, 4, 4), sigmas[0], path, dtype=torch.float32) if x is None else x
+    how = {"extra_args": {"seed": 1}, "disable": True, **how}
+    return k_diffusion_sampler(name, path)(model or Gaussian(path), x, torch.tensor(sigmas), **how)
+
+
+@EVERY_SCHEDULE
+@pytest.mark.parametrize("name", EVERY)
+def test_every_solver_runs_every_kind_of_schedule_and_lands_on_the_data(name: str, schedule) -> None:
+    path, sigmas = schedule
+    model = Counting(path)
+    result = run(name, schedule, model=model)
+    assert result.isfinite().all()
+    if sigmas[-1] == 0.0 and len(sigmas) > 2:
+        assert abs(float(result.mean()) - 0.7) < 0.3 and result.std() < 1.0
+    planned = nfe(name, sigmas, path)
+    assert planned is None or planned == len(model.sigmas)
+    assert all(sigmas[-1] < sigma <= sigmas[0] + 1e-6 for sigma in model.sigmas)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_nfe_of_a_step_count_is_that_of_a_schedule_to_zero(name: str) -> None:
+    assert nfe(name, 6) == nfe(name, SCHEDULES["to zero"][1])
+    assert nfe(name, 0) in (0, None)
+    if SAMPLERS[name].evaluations_per_step is not None:
+        assert nfe(name, 6) == SAMPLERS[name].evaluations_per_step * 5 + 1
+
+
+@EVERY_SCHEDULE
+@pytest.mark.parametrize("name", EVERY)
+def test_the_callback_sees_every_interval_once_in_k_diffusion_s_form(name: str, schedule) -> None:
+    path, sigmas = schedule
+    seen = []
+    run(name, schedule, callback=seen.append)
+    assert all(set(info) == {"x", "i", "sigma", "sigma_hat", "denoised"} for info in seen)
+    indexes = [info["i"] for info in seen]
+    if name in FIXED:
+        assert indexes == list(range(len(sigmas) - 1))
+        torch.testing.assert_close(torch.tensor([float(info["sigma"]) for info in seen]), torch.tensor(sigmas[:-1]))
+    else:
+        assert indexes == sorted(indexes) and set(indexes) <= set(range(len(sigmas) - 1))
+    for info in seen:
+        assert info["x"].shape == info["denoised"].shape == (2, 3, 4, 4)
+        assert info["sigma"].shape == () and float(info["sigma"]) == float(info["sigma_hat"])
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_bar_counts_intervals_and_is_silent_when_disabled(name: str, capsys) -> None:
+    run(name, SCHEDULES["to zero"], disable=False)
+    assert "6/6" in capsys.readouterr().err
+    run(name, SCHEDULES["to zero"])
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("path", ["ve", "flow"])
+@pytest.mark.parametrize("name", FIXED)
+def test_a_run_needs_no_number_from_the_device(name: str, path: str) -> None:
+    """On the meta device there are no numbers: any wait for one would raise."""
+    schedule = SCHEDULES["to zero" if path == "ve" else "flow"]
+    x = torch.empty(2, 4, 8, 8, device="meta")
+    result = run(name, schedule, x, model=lambda x, sigma, **extra: x * 0.5, callback=lambda info: None)
+    assert result.is_meta and result.shape == x.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("name", EVERY)
+def test_the_result_has_the_input_s_precision_and_the_input_is_left_alone(name: str, dtype) -> None:
+    path, sigmas = SCHEDULES["to zero"]
+    x = starting_noise((2, 3, 4, 4), sigmas[0], path, dtype=dtype)
+    before, given = x.clone(), torch.tensor(sigmas)
+    problem, seen = Gaussian(path), set()
+
+    def model(x, sigma, **extra):
+        seen.add((x.dtype, sigma.dtype))
+        x.requires_grad  # noqa: B018
+        return problem(x, sigma)
+
+    result = k_diffusion_sampler(name)(model, x, given, extra_args={"seed": 1}, disable=True)
+    assert result.dtype == dtype and seen == {(dtype, dtype)}
+    assert torch.equal(x, before) and torch.equal(given, torch.tensor(sigmas))
+    exact = k_diffusion_sampler(name)(problem, before.double(), given.double(), extra_args={"seed": 1}, disable=True)
+    if name in FIXED:
+        tolerance = {torch.float16: 0.02, torch.bfloat16: 0.15, torch.float32: 1e-4, torch.float64: 1e-12}[dtype]
+        assert (result.double() - exact).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_what_the_model_returned_is_not_written_to(name: str) -> None:
+    kept = []
+
+    def model(x, sigma, **extra):
+        denoised = Gaussian("ve")(x, sigma)
+        kept.append((x, x.clone(), denoised, denoised.clone()))
+        return denoised
+
+    run(name, SCHEDULES["to zero"], model=model)
+    assert all(torch.equal(x, x_then) and torch.equal(d, d_then) for x, x_then, d, d_then in kept)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_one_sampler_object_serves_many_runs(name: str) -> None:
+    fn = k_diffusion_sampler(name)
+    sigmas = torch.tensor(SCHEDULES["to zero"][1])
+    x = starting_noise((1, 3, 4, 4), 14.6, "ve", dtype=torch.float32)
+    first = fn(Gaussian(), x, sigmas, extra_args={"seed": 3}, disable=True)
+    with pytest.raises(RuntimeError, match="cancelled"):
+        def cancelled(x, sigma, **extra):
+            if sigma[0] < 1:
+                raise RuntimeError("cancelled")
+            return Gaussian()(x, sigma)
+        fn(cancelled, x, sigmas, extra_args={"seed": 3}, disable=True)
+    assert torch.equal(fn(Gaussian(), x, sigmas, extra_args={"seed": 3}, disable=True), first)
+
+
+class LatentBytes(TorchDispatchMode):
+    """The peak number of latents alive on the meta device that operations of a run have made."""
+
+    def __init__(self, one: int) -> None:
+        super().__init__()
+        self.one, self.alive, self.peak = one, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.is_meta and result.numel() == self.one and not any(
+                result is a for a in args):
+            import weakref
+            self.alive += 1
+            self.peak = max(self.peak, self.alive)
+            weakref.finalize(result, self._gone)
+        return result
+
+    def _gone(self) -> None:
+        self.alive -= 1
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_the_peak_is_order_plus_two_latents(name: str) -> None:
+    x = torch.empty(1, 4, 8, 8, device="meta")
+
+    def model(x, sigma, **extra):
+        return torch.empty_like(x)
+
+    gc.collect()
+    with LatentBytes(x.numel()) as memory:
+        run(name, ("ve", [float(s) for s in range(20, -1, -1)]), x, model=model, callback=lambda info: None)
+    assert memory.peak <= SAMPLERS[name].settings({})["order"] + 2
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_an_update_passes_over_the_latents_once_for_each_tensor_that_enters_it(name: str) -> None:
+    """One more for the sum that shows NaN after the run, two for the noise prediction, one for fresh noise."""
+    calls = []
+
+    class Ops(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if any(isinstance(a, torch.Tensor) and a.is_meta and a.numel() == 256 for a in args):
+                calls.append(func)
+            return result
+
+    x = torch.empty(1, 4, 8, 8, device="meta")
+    token = torch.empty(1, 4, 8, 8, device="meta")
+    order, steps = SAMPLERS[name].settings({})["order"], 20
+    with Ops():
+        run(name, ("ve", [float(s) for s in range(steps, -1, -1)]), x, model=lambda x, sigma, **extra: token)
+    stochastic = "eta" in SAMPLERS[name].options
+    noise_prediction = SAMPLERS[name].settings({}).get("prediction") == "noise"
+    passes = (order + 1) + 1 + 2 * noise_prediction + stochastic
+    assert len(calls) <= (passes + 1) * nfe(name, steps) + 2  # + 1: sigma's new_full is made from x, without reading it
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_nan_from_the_model_is_reported_with_step_and_sigma(name: str, bad: float) -> None:
+    def model(x, sigma, **extra):
+        return Gaussian()(x, sigma) + (bad if sigma[0] < 1 else 0)
+
+    with pytest.raises(FloatingPointError, match=r"NaN or infinite values|error estimate.*(nan|inf)") as caught:
+        run(name, SCHEDULES["to zero"], model=model)
+    assert "sigma = 0." in str(caught.value)
+    if name in ("dpmpp_2m", "dpmpp_2m_sde"):
+        assert "step 4 of 6, at sigma = 0.8" in str(caught.value)
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda: k_diffusion_sampler("dpmpp_4m"), "unknown sampler 'dpmpp_4m': choose one of dpmpp_1m, dpmpp_2m"),
+    (lambda: nfe("euler", 5), "unknown sampler 'euler': choose one of"),
+    (lambda: k_diffusion_sampler("dpmpp_2m", "edm"), "unknown path 'edm': choose one of ve, flow"),
+    (lambda: k_diffusion_sampler("dpmpp_2m", order=3), "order is not an option of dpmpp_2m, which stands for order = 2"),
+    (lambda: k_diffusion_sampler("dpmpp_2m", eta=1.0), "dpmpp_2m has no option 'eta': choose from rule, lower_order_final"),
+    (lambda: k_diffusion_sampler("dpmpp_2m", rule="heun"), "rule = 'heun' is out of range: choose one of midpoint, taylor"),
+    (lambda: k_diffusion_sampler("dpmpp_2m_sde", eta=-0.1), "eta = -0.1 is out of range: choose a number from 0 to 10"),
+    (lambda: k_diffusion_sampler("dpmpp_2m_sde", eta=math.nan), "eta = nan is out of range"),
+    (lambda: k_diffusion_sampler("dpmpp_2m_sde", s_noise="1"), "s_noise = '1' is out of range"),
+    (lambda: k_diffusion_sampler("dpm_adaptive_23", rtol=0.0), "rtol = 0.0 is out of range: choose a number from 1e-05"),
+    (lambda: nfe("dpmpp_2m", -1), "steps = -1 is out of range"),
+])
+def test_a_bad_call_is_refused_with_value_range_and_remedy(call, message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        call()
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("order", [0, 4, 2.5, True, "2"])
+def test_an_order_out_of_range_is_refused(order) -> None:
+    from samplers import FAMILIES
+    with pytest.raises(ValueError, match=r"order = .* is out of range: choose a whole number from 1 to 3"):
+        FAMILIES["multistep"].solver(order=order)
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize(("sigmas", "message"), [([], "empty"), ([3.0, math.nan], "nan"), ([3.0, -1.0], "negative"),
+                                                 ([1.0, 2.0], "sort"), ([2.0, 2.0, 0.0], "repeat")])
+def test_bad_sigmas_are_refused_before_the_model_is_called(name: str, sigmas, message: str) -> None:
+    def never(x, sigma, **extra):
+        raise AssertionError("called")
+
+    with pytest.raises(ValueError, match=message):
+        run(name, ("ve", sigmas), torch.zeros(1, 1), model=never)
+
+
+def test_an_answer_of_the_wrong_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"returned shape \[2, 3\].*x of shape \[2, 3, 4, 4\]"):
+        run("dpmpp_2m", SCHEDULES["to zero"], model=lambda x, sigma, **extra: x.mean((2, 3)))
+
+
+def test_the_final_steps_fall_in_order_only_when_asked_or_few() -> None:
+    def orders(n: int, end: float, **options) -> list[int]:
+        from samplers.schedule import PATHS, levels
+        sigmas = [20.0 * (1 - i / n) + end * i / n for i in range(n + 1)]
+        return [len(step.updates[-1].terms)
+                for step in SAMPLERS["dpmpp_3m"].solver(**options).steps(levels(sigmas, PATHS["ve"]), PATHS["ve"])]
+
+    assert orders(6, 0.0) == [1, 2, 3, 3, 2, 1]
+    assert orders(6, 0.5) == [1, 2, 3, 3, 3, 3]            # goes on elsewhere: nothing ends here
+    assert orders(6, 0.5, lower_order_final="on") == [1, 2, 3, 3, 2, 1]
+    assert orders(15, 0.0)[-3:] == [3, 3, 1]
+    assert orders(6, 0.0, lower_order_final="off") == [1, 2, 3, 3, 3, 1]
+
+
+@pytest.mark.parametrize(("n", "end", "groups"), [
+    (9, 0.0, [3, 3, 2, 1]), (10, 0.0, [3, 3, 3, 1]), (8, 0.0, [3, 3, 1, 1]), (9, 0.5, [3, 3, 2, 1]), (8, 0.5, [3, 3, 2]),
+    (3, 0.0, [2, 1]), (2, 0.0, [1, 1]), (1, 0.0, [1])])
+def test_fast_spends_exactly_one_evaluation_an_interval(n: int, end: float, groups: list[int]) -> None:
+    from samplers.schedule import PATHS, levels
+    sigmas = [20.0 * (1 - i / n) + end * i / n for i in range(n + 1)]
+    steps = SAMPLERS["dpm_fast"].solver().steps(levels(sigmas, PATHS["ve"]), PATHS["ve"])
+    assert [step.intervals for step in steps] == groups and sum(step.evaluations for step in steps) == n
+
+
+def test_the_mixture_of_the_reference_is_solved_by_every_solver() -> None:
+    denoiser, x = reference_mixture("ve")
+    sigmas = torch.tensor([80.0 * (0.01 / 80.0) ** (i / 60) for i in range(61)], dtype=torch.float64)
+    exact = k_diffusion_sampler("dpmpp_3s")(denoiser, x * 80, torch.cat([
+        torch.tensor([80.0 * (0.01 / 80.0) ** (i / 2000)], dtype=torch.float64) for i in range(2001)]), disable=True)
+    for name in EVERY:
+        options = {"eta": 0.0} if "eta" in SAMPLERS[name].options else {}
+        result = k_diffusion_sampler(name, **options)(denoiser, x * 80, sigmas, disable=True)
+        assert (result - exact).square().mean().sqrt() < 0.1, name
