@@ -1,0 +1,91 @@
+"""Measurements, side by side in one run: `python dev/benchmark.py overhead` (ratios, never absolute times).
+
+overhead   time, peak memory and operations per step without the model's own, ours against ComfyUI's
+"""
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import environment  # noqa: E402
+
+SHAPES = {"image 1x4x128x128": (1, 4, 128, 128), "video 1x16x13x64x64": (1, 16, 13, 64, 64)}
+PAIRS = [  # label, our name and options, ComfyUI's function and options
+    ("2M / dpmpp_2m", ("dpmpp_2m", {}), ("sample_dpmpp_2m", {})),
+    ("3M / dpmpp_3m_sde, eta 0", ("dpmpp_3m", {}), ("sample_dpmpp_3m_sde", {"eta": 0.0})),
+    ("2M SDE / dpmpp_2m_sde", ("dpmpp_2m_sde", {}), ("sample_dpmpp_2m_sde", {})),
+    ("3M SDE / dpmpp_3m_sde", ("dpmpp_3m_sde", {}), ("sample_dpmpp_3m_sde", {})),
+]
+STEPS = 20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["overhead"])
+    parser.add_argument("--rounds", type=int, default=15, help="timed runs of each, taken in turn (default 15)")
+    options = parser.parse_args()
+    environment.enter("test")
+    sys.path += [str(environment.ROOT), str(environment.ROOT / "tests")]
+    overhead(options.rounds)
+
+
+def overhead(rounds: int) -> None:
+    import torch
+    from comfy_host import Model, comfy_sampling, sampling_of
+    from samplers import k_diffusion_sampler
+
+    torch.set_num_threads(1)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sampling = comfy_sampling()
+    print(f"ours / ComfyUI's, {device}, {STEPS} steps, median of {rounds} runs in turn; latents = peak memory in latents\n\n"
+          "| shape | samplers | time | operations on latents a step | latents |\n|---|---|---|---|---|")
+    for shape_name, shape in SHAPES.items():
+        answer = torch.zeros(shape, device=device)
+        model = Model(lambda x, sigma: answer, sampling_of("EPS"))
+        x = torch.randn(shape, device=device) * 14.6
+        sigmas = torch.tensor([14.5 * 2 ** (-9 * i / (STEPS - 1)) for i in range(STEPS)] + [0.0], device=device)
+        for label, (name, ours), (function, theirs) in PAIRS:
+            runs = [lambda: k_diffusion_sampler(name, **ours)(model, x, sigmas, extra_args={"seed": 1}, disable=True),
+                    lambda: getattr(sampling, function)(model, x, sigmas, extra_args={"seed": 1}, disable=True, **theirs)]
+            times = [[seconds(run, device) for run in runs] for _ in range(rounds + 1)][1:]
+            ratio = statistics.median(a / b for a, b in times)
+            traces = [trace(run, x) for run in runs]
+            operations = " / ".join(f"{t.operations / STEPS:.1f}" for t in traces)
+            latents = " / ".join(f"{t.peak / x.numel() / x.element_size():.1f}" for t in traces)
+            print(f"| {shape_name} | {label} | {ratio:.2f} | {operations} | {latents} |", flush=True)
+    if device == "cuda":
+        waits(runs)
+
+
+def seconds(run, device: str) -> float:
+    import torch
+    start = time.perf_counter()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def trace(run, x):
+    from measure import Trace
+    with Trace(least=x.numel(), device=x.device.type) as seen:
+        run()
+    return seen
+
+
+def waits(runs) -> None:
+    """Name every wait for the GPU in one run of ours (of the last pair)."""
+    import torch
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        runs[0]()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""Agreement with k-diffusion's and ComfyUI's own functions where the definitions agree, and where they do not."""
+from __future__ import annotations
+
+import pytest
+import torch
+
+from comfy_host import Model, comfy_sampling, k_diffusion_sampling, sampling_of
+from problems import reference_mixture, sigmas_between
+from samplers import PATHS, k_diffusion_sampler
+from samplers.noise import BrownianNoise
+
+KARRAS = [14.6146, 9.0, 5.1, 2.7, 1.4, 0.65, 0.28, 0.1, 0.0292, 0.0]
+FLOW = [0.97, 0.9, 0.75, 0.6, 0.45, 0.3, 0.15, 0.05, 0.0]
+BOTH = pytest.mark.parametrize("functions", [comfy_sampling, k_diffusion_sampling], ids=["ComfyUI", "k-diffusion"])
+
+
+def problem(path: str, sigmas: list[float], dtype=torch.float64):
+    denoiser, x = reference_mixture(path)
+    model = Model(denoiser, sampling_of("EPS" if path == "ve" else "CONST"))
+    sigmas = torch.tensor(sigmas, dtype=dtype)
+    return model, (x * sigmas[0] if path == "ve" else x).to(dtype), sigmas
+
+
+def noise_of(x, path: str, seed: int):
+    noise = BrownianNoise(x, seed)
+    return lambda s, t: noise(PATHS[path].level(float(s)), PATHS[path].level(float(t)))
+
+
+@BOTH
+@pytest.mark.parametrize("steps", [1, 2, 4, 9])
+def test_2m_is_theirs(functions, steps: int) -> None:
+    model, x, sigmas = problem("ve", KARRAS[-steps - 1:])
+    torch.testing.assert_close(k_diffusion_sampler("dpmpp_2m")(model, x, sigmas, disable=True),
+                               functions().sample_dpmpp_2m(model, x, sigmas, disable=True), rtol=0, atol=1e-12)
+
+
+@BOTH
+def test_2m_in_float32_is_theirs_to_float_precision(functions) -> None:
+    model, x, sigmas = problem("ve", KARRAS)
+    exact = functions().sample_dpmpp_2m(model, x, sigmas, disable=True)
+    x, sigmas = x.float(), sigmas.float()
+    model.denoiser.means, model.denoiser.stds, model.denoiser.weights = (
+        v.float() for v in (model.denoiser.means, model.denoiser.stds, model.denoiser.weights))
+    theirs = functions().sample_dpmpp_2m(model, x, sigmas, disable=True)
+    ours = k_diffusion_sampler("dpmpp_2m")(model, x, sigmas, disable=True)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max()
+
+
+@BOTH
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(("rule", "solver_type"), [("midpoint", "midpoint"), ("taylor", "heun")])
+def test_2m_sde_is_theirs(functions, eta: float, rule: str, solver_type: str) -> None:
+    model, x, sigmas = problem("ve", KARRAS)
+    theirs = functions().sample_dpmpp_2m_sde(model, x, sigmas, disable=True, eta=eta, s_noise=0.9,
+                                             solver_type=solver_type, noise_sampler=noise_of(x, "ve", 5))
+    ours = k_diffusion_sampler("dpmpp_2m_sde", eta=eta, s_noise=0.9, rule=rule)(
+        model, x, sigmas, extra_args={"seed": 5}, disable=True)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+@BOTH
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_3m_sde_is_theirs(functions, eta: float) -> None:
+    model, x, sigmas = problem("ve", KARRAS)
+    theirs = functions().sample_dpmpp_3m_sde(model, x, sigmas, disable=True, eta=eta, noise_sampler=noise_of(x, "ve", 5))
+    ours = k_diffusion_sampler("dpmpp_3m_sde", eta=eta, lower_order_final="off")(
+        model, x, sigmas, extra_args={"seed": 5}, disable=True)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+@BOTH
+def test_2s_is_theirs_without_ancestral_noise(functions) -> None:
+    model, x, sigmas = problem("ve", KARRAS)
+    theirs = functions().sample_dpmpp_2s_ancestral(model, x, sigmas, disable=True, eta=0.0)
+    torch.testing.assert_close(k_diffusion_sampler("dpmpp_2s")(model, x, sigmas, disable=True), theirs, rtol=0, atol=1e-12)
+
+
+@BOTH
+@pytest.mark.parametrize("n", [7, 8, 9, 10])
+def test_fast_is_theirs_on_the_levels_they_use(functions, n: int) -> None:
+    """Their groups are of equal length in lambda, their inner levels at thirds and halves, their times in float32."""
+    model, x, _ = problem("ve", KARRAS)
+    whole, rest = divmod(n, 3)
+    orders = [3] * (whole - 1) + [2, 1] if rest == 0 else [3] * whole + [rest]
+    outer = [-2.5 + 6.0 * i / len(orders) for i in range(len(orders) + 1)]
+    fine = [a + (b - a) * j / order for a, b, order in zip(outer, outer[1:], orders) for j in range(order)] + outer[-1:]
+    sigmas = torch.tensor([PATHS["ve"].at(lam).sigma for lam in fine], dtype=torch.float64)
+    x = x / KARRAS[0] * sigmas[0]
+    theirs = functions().sample_dpm_fast(model, x, sigmas[-1], sigmas[0], n, disable=True)
+    torch.testing.assert_close(k_diffusion_sampler("dpm_fast")(model, x, sigmas, disable=True), theirs, rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize(("ours", "theirs", "options"), [
+    ("dpmpp_2m_sde", "sample_dpmpp_2m_sde", {}), ("dpmpp_3m_sde", "sample_dpmpp_3m_sde", {"lower_order_final": "off"})])
+def test_on_flow_models_the_sde_solvers_are_comfyui_s(ours: str, theirs: str, options: dict) -> None:
+    model, x, sigmas = problem("flow", FLOW)
+    expected = getattr(comfy_sampling(), theirs)(model, x, sigmas, disable=True, noise_sampler=noise_of(x, "flow", 5))
+    result = k_diffusion_sampler(ours, "flow", **options)(model, x, sigmas, extra_args={"seed": 5}, disable=True)
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-11)
+
+
+def test_on_flow_models_comfyui_s_2m_takes_another_lambda() -> None:
+    """It uses -log(sigma) where lambda is log((1 - sigma) / sigma): still consistent, but not 2M in lambda.
+
+    What README says: the two differ, and ours is the one that equals a VE run of the same model.
+    """
+    model, x, sigmas = problem("flow", FLOW[:-1])
+    theirs = comfy_sampling().sample_dpmpp_2m(model, x, sigmas, disable=True)
+    ours = k_diffusion_sampler("dpmpp_2m", "flow", lower_order_final="off")(model, x, sigmas, disable=True)
+    ve = k_diffusion_sampler("dpmpp_2m", "ve", lower_order_final="off")(
+        reference_mixture("ve")[0], x / (1 - sigmas[0]), sigmas / (1 - sigmas), disable=True) * (1 - sigmas[-1])
+    assert (ours - theirs).abs().max() > 1e-3
+    torch.testing.assert_close(ours, ve, rtol=0, atol=1e-11)
+
+
+def test_their_noise_depends_on_the_range_of_the_schedule_and_ours_does_not() -> None:
+    x = torch.zeros(1, 100)
+    s, t = torch.tensor(5.0), torch.tensor(2.0)
+    theirs = [k_diffusion_sampling().BrownianTreeNoiseSampler(x, torch.tensor(low), torch.tensor(14.6), seed=1)(s, t)
+              for low in (0.03, 0.05)]
+    assert (theirs[0] - theirs[1]).abs().max() > 0.1
+    states = []
+    for sigmas in ([5.0, 2.0, 0.03, 0.0], [5.0, 2.0, 0.05, 0.0]):
+        k_diffusion_sampler("dpmpp_sde")(lambda x, sigma, **extra: x * 0, x, torch.tensor(sigmas), disable=True,
+                                         extra_args={"seed": 1}, callback=lambda info: states.append(info["x"]))
+    assert torch.equal(states[1], states[4]) and not torch.equal(states[1], x)

@@ -1,0 +1,155 @@
+"""The pack inside ComfyUI's own modules: names, nodes, paths of model classes, and what they refuse."""
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from comfy_host import ROOT, Model, comfy_sampling, pack, sampling_of
+from problems import reference_mixture
+from samplers import FAMILIES, SAMPLERS
+
+NAMES = ["lambda_2m", "lambda_3m", "lambda_2m_sde", "lambda_3m_sde"]
+
+
+def lists() -> list[list[str]]:
+    import comfy.samplers
+    return [comfy.samplers.KSampler.SAMPLERS, comfy.samplers.SAMPLER_NAMES, comfy.samplers.KSAMPLER_NAMES]
+
+
+def nodes() -> dict[str, type]:
+    found = asyncio.run(pack().comfy_entrypoint().get_node_list())
+    return {node.GET_SCHEMA().node_id: node for node in found}
+
+
+def test_loading_appends_our_names_once_and_leaves_everything_else_alone() -> None:
+    sampling = comfy_sampling()
+    import comfy.samplers  # noqa: F401
+    if "custom_nodes_x_lambda-solvers" not in sys.modules:
+        before = [list(names) for names in lists()]
+        same = [id(names) for names in lists()]
+        theirs = {name: value for name, value in vars(sampling).items()}
+        pack()
+        assert [names[:len(old)] for names, old in zip(lists(), before)] == before
+        assert [id(names) for names in lists()] == same
+        assert all(getattr(sampling, name) is value for name, value in theirs.items())
+    sys.modules["custom_nodes_x_lambda-solvers.nodes"].register()
+    for names in lists():
+        assert [names.count(name) for name in NAMES] == [1] * len(NAMES)
+    assert len([name for name in lists()[0] if name.startswith("lambda_")]) <= 10
+
+
+def test_a_list_that_another_pack_has_replaced_gets_our_names_too() -> None:
+    pack()
+    import comfy.samplers
+    kept = comfy.samplers.KSampler.SAMPLERS
+    try:
+        comfy.samplers.KSampler.SAMPLERS = [name for name in kept if name not in NAMES]
+        sys.modules["custom_nodes_x_lambda-solvers.nodes"].register()
+        assert comfy.samplers.KSampler.SAMPLERS[-len(NAMES):] == NAMES
+    finally:
+        comfy.samplers.KSampler.SAMPLERS = kept
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ksampler_s_function_is_ours(name: str) -> None:
+    pack()
+    import comfy.samplers
+    denoiser, x = reference_mixture("ve")
+    sampler = comfy.samplers.sampler_object(name)
+    result = sampler.sampler_function(Model(denoiser, sampling_of("EPS")), x * 10, torch.tensor([10.0, 2.0, 0.4, 0.0]),
+                                      extra_args={"seed": 3}, callback=None, disable=True)
+    assert result.isfinite().all() and result.dtype == x.dtype
+
+
+def test_there_is_one_node_for_every_family_and_one_widget_for_every_option() -> None:
+    found = nodes()
+    assert list(found) == ["LambdaSampler" + name.capitalize() for name in FAMILIES]
+    for node, family in zip(found.values(), FAMILIES.values()):
+        schema = node.GET_SCHEMA()
+        assert schema.category == "Lambda Solvers" and schema.description
+        inputs = node.INPUT_TYPES()["required"]
+        assert list(inputs) == list(family.options)
+        for name, option in family.options.items():
+            said = inputs[name][1]
+            assert said["default"] == option.default and option.help in said["tooltip"]
+            assert said.get("advanced", False) == option.advanced
+            if option.choices:
+                assert list(said.get("options", inputs[name][0])) == list(option.choices)
+            else:
+                assert (said["min"], said["max"]) == (option.low, option.high)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_node_s_sampler_runs_with_its_options(name: str) -> None:
+    node = nodes()["LambdaSampler" + name.capitalize()]
+    [sampler] = node.execute(**{key: option.default for key, option in FAMILIES[name].options.items()}).args
+    denoiser, x = reference_mixture("flow")
+    result = sampler.sampler_function(Model(denoiser, sampling_of("CONST")), x, torch.tensor([1.0, 0.8, 0.4, 0.0]),
+                                      extra_args={"seed": 3}, callback=None, disable=True, **sampler.extra_options)
+    assert result.isfinite().all()
+
+
+def test_a_node_refuses_what_the_server_let_through() -> None:
+    node = nodes()["LambdaSamplerMultistep"]
+    with pytest.raises(ValueError, match="rule = 'heun' is out of range: choose one of midpoint, taylor"):
+        node.execute(order=2, prediction="data", rule="heun", lower_order_final="auto")
+
+
+@pytest.mark.parametrize(("classes", "path"), [
+    (["EPS"], "ve"), (["V_PREDICTION"], "ve"), (["EDM"], "ve"), (["X0"], "ve"), (["COSMOS_RFLOW"], "ve"), (["CONST"], "flow")])
+def test_the_path_follows_from_the_model_s_sampling_class(classes: list[str], path: str) -> None:
+    pack()
+    assert sys.modules["custom_nodes_x_lambda-solvers.nodes.host"].path_of(sampling_of(*classes)) == path
+
+
+@pytest.mark.parametrize("classes", [["IMG_TO_IMG"], ["IMG_TO_IMG_FLOW", "CONST"], ["V_PREDICTION_DDPM", "EPS"], ["SomethingNew"]])
+def test_a_class_that_cannot_work_is_refused_by_name(classes: list[str]) -> None:
+    pack()
+    with pytest.raises(ValueError, match=f"{classes[0]}.*Choose one of ComfyUI's own samplers"):
+        sys.modules["custom_nodes_x_lambda-solvers.nodes.host"].path_of(sampling_of(*classes))
+
+
+def test_scaled_noise_of_newer_flow_models_scales_what_stochastic_solvers_add() -> None:
+    pack()
+    function = sys.modules["custom_nodes_x_lambda-solvers.nodes.host"].sampler_function(SAMPLERS["dpmpp_2m_sde"])
+    x, sigmas = torch.ones(1, 3, 4, 4), torch.tensor([0.9, 0.7, 0.5])
+    runs = [function(Model(lambda x, sigma: x * 0, sampling_of("CONST", **scale)), x, sigmas, extra_args={"seed": 3},
+                     disable=True) for scale in ({}, {"noise_scale": 8.0})]
+    quiet = function(Model(lambda x, sigma: x * 0, sampling_of("CONST")), x, sigmas, extra_args={"seed": 3}, disable=True,
+                     s_noise=0.0)
+    torch.testing.assert_close(runs[1] - quiet, 8 * (runs[0] - quiet))
+
+
+def test_half_precision_latents_are_sampled_in_float32() -> None:
+    pack()
+    function = sys.modules["custom_nodes_x_lambda-solvers.nodes.host"].sampler_function(SAMPLERS["dpmpp_2m"])
+    seen = set()
+
+    def denoiser(x, sigma):
+        seen.add(x.dtype)
+        return x * 0.5
+
+    result = function(Model(denoiser, sampling_of("EPS")), torch.ones(1, 3, 4, 4).half(), torch.tensor([9.0, 1.0, 0.0]),
+                      disable=True)
+    assert seen == {torch.float32} and result.dtype == torch.float16
+
+
+def test_the_folder_imports_without_comfyui() -> None:
+    """Managers, test runners and registries import the pack where there is no ComfyUI."""
+    code = ("import importlib.util, sys; s = importlib.util.spec_from_file_location('pack', sys.argv[1] + '/__init__.py');"
+            "m = importlib.util.module_from_spec(s); s.loader.exec_module(m); assert not hasattr(m, 'comfy_entrypoint')")
+    subprocess.run([sys.executable, "-c", code, str(ROOT)], check=True, cwd="/" if sys.platform != "win32" else None)
+
+
+def test_install_makes_the_folder_for_calibrations_and_nothing_else(tmp_path) -> None:
+    there = tmp_path / "custom_nodes" / "lambda-solvers"
+    there.mkdir(parents=True)
+    (there / "install.py").write_text((ROOT / "install.py").read_text())
+    for _ in range(2):
+        subprocess.run([sys.executable, str(there / "install.py")], check=True, cwd=there)
+    made = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if "custom_nodes" not in p.parts)
+    assert made == ["models", "models/solver_calibrations"]
