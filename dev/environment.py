@@ -76,7 +76,7 @@ def base_directory(path: Path = HOME / "base") -> Path:
     for folder in ("custom_nodes", "models", "input", "output", "temp", "user"):
         (path / folder).mkdir(parents=True, exist_ok=True)
     for name, target in LINKS.items():
-        _link(path / "custom_nodes" / name, target)
+        link_to(path / "custom_nodes" / name, target)
     return path
 
 
@@ -136,7 +136,7 @@ def _pip(python: Path, *arguments: str) -> None:
     subprocess.run([str(python), "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments], check=True)
 
 
-def _link(link: Path, target: Path) -> None:
+def link_to(link: Path, target: Path) -> None:
     if link.is_symlink() or link.exists():
         if link.resolve() == target.resolve():
             return

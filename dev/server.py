@@ -58,7 +58,7 @@ class Server:
                    "--database-url", "sqlite:///:memory:", *([] if _accelerator() else ["--cpu"]), *self.arguments]
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=self.environment.comfyui,
-                                            env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
+                                            env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
         try:
             self._wait_until_it_answers()
         except BaseException:
