@@ -200,7 +200,7 @@ def singlestep(
 
 
 @family("DPM-Solver Fast", f"{DPM_SOLVER}, section 3.4", {
-    "dpm_fast": Preset("DPM-Solver-fast", "singlestep accuracy at one evaluation a step", {}),
+    "dpm_fast": Preset("DPM-Solver-fast", "singlestep methods that cost exactly one evaluation an interval", {}),
 })
 def fast(
     order: Annotated[int, Option("Highest order, and the largest number of intervals a step takes at once", 1, 3)] = 3,

@@ -43,7 +43,7 @@ class DataPrediction:
 
         x_t = (sigma_t / sigma_s) e^(-eta h) x_s + alpha_t int e^(...) D dlam + sigma_t sqrt(1 - e^(-2 eta h)) s_noise xi
 
-    Lu et al. 2022b (arXiv:2211.01095), eq. (8) and, for the SDE, eq. (18), generalised from eta = 1 to any eta >= 0.
+    Lu et al. 2022b (arXiv:2211.01095), Proposition 4.1; the SDE is theirs for eta = 1, and the ODE for eta = 0.
     Finite at both ends: a step of infinite length with one node is DDIM, x_t = (sigma_t / sigma_s) x_s + alpha_t D.
     """
 

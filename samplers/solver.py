@@ -116,7 +116,8 @@ class Multistep:
     """Adams methods in lam: the polynomial through the last `order` evaluations; one evaluation a step.
 
     The order rises from 1 at the start. With lower_order_final it falls to 1 again towards the end; "auto" does so for
-    runs that go to sigma = 0 in fewer than 15 steps (Lu et al. 2022b, sec. 3.4 of the supplement: it helps there only).
+    runs that go to sigma = 0 in fewer than 15 steps (the authors' code: fewer than 15; runs that stop above 0 go on
+    elsewhere, as with leftover noise, and nothing ends there).
     """
 
     integrand: Integrand

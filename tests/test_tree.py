@@ -1,0 +1,93 @@
+"""Rules of the repository that no other test would notice."""
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from samplers import FAMILIES, SAMPLERS
+
+ROOT = Path(__file__).resolve().parent.parent
+TRACKED = [ROOT / name for name in subprocess.run(
+    ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True,
+    text=True).stdout.splitlines() if (ROOT / name).is_file()]
+PYTHON = [path for path in TRACKED if path.suffix == ".py"]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def published() -> list[Path]:
+    """What the registry's archive holds: tracked files that .comfyignore does not name."""
+    left_out = [line.rstrip("/") for line in (ROOT / ".comfyignore").read_text().splitlines() if line]
+    return [path for path in TRACKED if path.relative_to(ROOT).parts[0] not in left_out]
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+def test_python_files_are_plain_ascii() -> None:
+    assert [path for path in PYTHON if not path.read_text(encoding="utf-8").isascii()] == []
+
+
+def test_the_solvers_know_nothing_of_comfyui_and_need_only_what_it_installs() -> None:
+    known = set(sys.stdlib_module_names) | {"torch", "numpy", "torchsde", "tqdm", "safetensors", "einops"}
+    for path in (ROOT / "samplers").glob("*.py"):
+        assert imports(path) <= known, path
+
+
+def test_modules_import_downwards_only() -> None:
+    order = ["schedule", "tensors", "phi", "integrand", "solver", "noise", "sample", "families", "k_diffusion", "__init__"]
+    for path in (ROOT / "samplers").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert order.index(node.module) < order.index(path.stem), f"{path.stem} imports {node.module}"
+
+
+def test_the_archive_is_small_and_has_no_tests_and_starts_no_processes() -> None:
+    files = published()
+    assert sum(path.stat().st_size for path in files) < 1_000_000
+    assert {"__init__.py", "nodes/host.py", "samplers/solver.py", "LICENSE", "pyproject.toml"} <= {
+        path.relative_to(ROOT).as_posix() for path in files}
+    for path in files:
+        assert path.relative_to(ROOT).parts[0] not in ("dev", "tests", ".ci")
+        if path.suffix == ".py":
+            text = path.read_text(encoding="utf-8")
+            assert not re.search(r"subprocess|os\.system|\beval\(|\bexec\(|__import__|pickle|requests|urllib", text), path
+
+
+def test_nothing_is_required_at_run_time() -> None:
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    assert all(line.startswith("#") or not line.strip() for line in lines)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_readme_s_table_has_every_sampler_with_its_evaluations(name: str) -> None:
+    evaluations = SAMPLERS[name].evaluations_per_step
+    row = next((line for line in README.splitlines() if line.startswith(f"| `{name}` |")), None)
+    assert row, f"README has no row for {name}"
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[1] == SAMPLERS[name].title and cells[2] == ("adaptive" if evaluations is None else str(evaluations))
+    assert cells[3] == SAMPLERS[name].help
+
+
+def test_the_readme_s_example_runs() -> None:
+    [code] = re.findall(r"```python\n(.*?)```", README, re.S)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_node_has_a_help_page(family: str) -> None:
+    page = ROOT / "web" / "docs" / f"LambdaSampler{family.capitalize()}.md"
+    text = page.read_text(encoding="utf-8")
+    for name in FAMILIES[family].options:
+        assert f"`{name}`" in text, f"{page.name} does not explain {name}"
