@@ -133,7 +133,7 @@ def _step(what: str, key: str, make, needs: Path = ROOT) -> None:
 
 
 def _pip(python: Path, *arguments: str) -> None:
-    subprocess.run([str(python), "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments], check=True)
+    subprocess.run([str(python), "-m", "pip", "-qq", "--disable-pip-version-check", *arguments], check=True)
 
 
 def link_to(link: Path, target: Path) -> None:

@@ -5,6 +5,7 @@ import asyncio
 import json
 import os
 import socket
+import struct
 import subprocess
 import time
 import uuid
@@ -33,8 +34,11 @@ class Run:
     error: dict = field(default_factory=dict)               # exception_message, node_id, ... of a failed run
     progress: list[tuple[int, int]] = field(default_factory=list)
     previews: list[bytes] = field(default_factory=list)     # encoded images
+    texts: list[str] = field(default_factory=list)          # lines shown on the running node
     seconds: float = 0.0
 
+
+TEXT = 3  # the binary event that carries a line of text; the others carry pictures
 
 Watcher = Callable[["Server", Run], Awaitable[None]]
 """Called on every progress event of a run."""
@@ -105,7 +109,12 @@ class Server:
             mine = said["prompt_id"]
             async for message in socket_:
                 if message.type == aiohttp.WSMsgType.BINARY:
-                    run.previews.append(message.data[8:])
+                    kind, content = struct.unpack(">I", message.data[:4])[0], message.data[4:]
+                    if kind == TEXT:
+                        length = struct.unpack(">I", content[:4])[0]
+                        run.texts.append(content[4 + length:].decode())
+                    else:
+                        run.previews.append(content[4:])
                     continue
                 event = json.loads(message.data)
                 kind, data = event["type"], event["data"]

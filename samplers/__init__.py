@@ -3,8 +3,9 @@
     from samplers import k_diffusion_sampler
     x = k_diffusion_sampler("dpmpp_2m")(model, x, sigmas)
 
-Read in this order: schedule (noise levels and paths), phi (quadrature), integrand (what is interpolated), solver (which
-evaluations a step uses), sample (the loop), families (the catalogue), k_diffusion (the host's convention).
+Read in this order: schedule (noise levels and paths), phi (quadrature), integrand (what is
+interpolated), statistics (DPM-Solver-v3's own), solver (which evaluations a step uses), sample (the loop), families (the
+catalogue), k_diffusion (the host's convention); calibrate (measuring statistics) stands beside them.
 
 Symbols, the same everywhere:
 
@@ -14,8 +15,11 @@ Symbols, the same everywhere:
     m           what is interpolated: D or eps             z           argument of the phi-functions: h, -h, (1 + eta) h
     eta         share of noise, 0 the ODE, 1 the SDE       nfe         number of model evaluations
 """
+from .calibrate import estimate_statistics
 from .families import FAMILIES, SAMPLERS, nfe
 from .k_diffusion import k_diffusion_sampler
 from .schedule import PATHS
+from .statistics import Statistics, StatisticsError
 
-__all__ = ["FAMILIES", "PATHS", "SAMPLERS", "k_diffusion_sampler", "nfe"]
+__all__ = ["FAMILIES", "PATHS", "SAMPLERS", "Statistics", "StatisticsError", "estimate_statistics",
+           "k_diffusion_sampler", "nfe"]

@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Callable, Mapping, NamedTuple, Sequence
 
 from .integrand import PREDICTIONS, DataPrediction
-from .phi import RULES
+from .phi import RULES, pseudo_weights, weights
 from .schedule import find_path, levels
 from .solver import TABLEAUX, Adaptive, Grouped, Multistep, Singlestep
+from .statistics import EmpiricalPrediction, Statistics
 
 Solver = Multistep | Singlestep | Grouped | Adaptive
 
@@ -31,16 +32,25 @@ class Option:
     advanced: bool = False
     kind: type = str
     default: Any = None
+    stand_in: Any = None  # for planning without running, where a value must be given to run
 
     @property
     def range(self) -> str:
         if self.choices:
             return "one of " + ", ".join(self.choices)
+        if self.kind is bool:
+            return "true or false"
         return f"{'a whole number' if self.kind is int else 'a number'} from {self.low:g} to {self.high:g}"
 
     def check(self, name: str, value: Any) -> Any:
         """`value` if it is admissible; ValueError naming the option, the value and the range if not."""
-        if self.choices:
+        if self.stand_in is not None:
+            if not isinstance(value, self.kind):
+                raise ValueError(f"{name} = {value!r}: give {self.help}")
+            return value
+        if self.kind is bool:
+            good = isinstance(value, bool)
+        elif self.choices:
             good = value in self.choices
         else:
             whole = isinstance(value, int) and not isinstance(value, bool)
@@ -80,9 +90,13 @@ class Sampler:
     @property
     def evaluations_per_step(self) -> int | None:
         """Model evaluations on each interval of finite length; None if they depend on the model (adaptive)."""
-        if isinstance(self.solver(), Adaptive):
-            return None
-        return nfe(self.name, range(13, 0, -1)) // 12
+        total = nfe(self.name, range(13, 0, -1))
+        return None if total is None else total // 12
+
+    @property
+    def stand_ins(self) -> dict[str, Any]:
+        """Values for the options without which nothing can run, enough to plan."""
+        return {name: option.stand_in for name, option in self.options.items() if option.stand_in is not None}
 
 
 class Preset(NamedTuple):
@@ -129,7 +143,8 @@ def nfe(name: str, steps: int | Sequence[float], path: str = "ve", **options: An
 
     steps: the number of intervals of a schedule that ends at sigma = 0, as KSampler's; or the sigmas themselves.
     """
-    solver = find(name).solver(**options)
+    sampler = find(name)
+    solver = sampler.solver(**{**sampler.stand_ins, **options})
     if isinstance(steps, int):
         if steps < 0:
             raise ValueError(f"steps = {steps} is out of range: choose a whole number >= 0")
@@ -137,7 +152,7 @@ def nfe(name: str, steps: int | Sequence[float], path: str = "ve", **options: An
     if isinstance(solver, Adaptive):
         return None
     gaussian = find_path(path)
-    return sum(step.evaluations for step in solver.steps(levels([float(sigma) for sigma in steps], gaussian), gaussian))
+    return sum(len(step.evaluations) for step in solver.steps(levels([float(sigma) for sigma in steps], gaussian), gaussian))
 
 
 Prediction = Annotated[str, Option(
@@ -250,3 +265,30 @@ def sde(
 ) -> Solver:
     """DPM-Solver++ multistep on the diffusion SDE: fresh noise in every step forgets earlier errors, given enough steps."""
     return Multistep(DataPrediction(eta, s_noise), order, RULES[rule], lower_order_final)
+
+
+@family("DPM-Solver-v3", "Zheng et al. 2023, DPM-Solver-v3 (arXiv:2310.13268)", {
+    "dpm_solver_v3": Preset("DPM-Solver-v3", "few steps on a model that was calibrated", {}),
+})
+def v3(
+    statistics: Annotated[Statistics, Option(
+        "the model's statistics: samplers.estimate_statistics(...), or Statistics.load(path)",
+        stand_in=Statistics.constant())] = None,
+    order: Annotated[int, Option(ORDER_HELP, 1, 3)] = 2,
+    corrector: Annotated[str, Option(
+        "Repeat each step with the evaluation at its end, at no further cost. half: only in the cleaner half of the way",
+        choices=("off", "full", "half"))] = "full",
+    pseudo_corrector: Annotated[bool, Option(
+        "Use leading divided differences in the corrector, with one node more (pseudo order)", advanced=True)] = True,
+    pseudo_predictor: Annotated[bool, Option(
+        "Use leading divided differences in the predictor (pseudo order)", advanced=True)] = False,
+    lower_order_final: LowerOrderFinal = "auto",
+    quadrature: Annotated[str, Option(
+        "fine: the coefficients as exact as the statistics; grid: trapezoidal on their grid, as the authors' code",
+        choices=("fine", "grid"), advanced=True)] = "fine",
+) -> Solver:
+    """DPM-Solver-v3: what the model does on average is measured once and integrated exactly, so less is left to interpolate."""
+    return Multistep(EmpiricalPrediction(statistics, fine=quadrature == "fine"), order,
+                     lower_order_final=lower_order_final, basis=pseudo_weights if pseudo_predictor else weights,
+                     corrector=corrector, corrector_basis=pseudo_weights if pseudo_corrector else weights,
+                     corrector_extra=int(pseudo_corrector))

@@ -2,24 +2,58 @@
 
 With m the interpolated value, every update of this package is
 
-    x_t = decay x_s + gain sum_j w_j m_j + std xi,      w = weights(r, rule(n, z)),   xi ~ N(0, 1)
+    x_t = decay x_s + sum_j coefficient_j m_j + bias + std xi,          m = p x + q D,   xi ~ N(0, 1)
 
-and an integrand is the choice of m, decay, gain, z and std.
+and an integrand is the choice of m (p, q) and of the coefficients for given nodes. The exponential ones have
+
+    coefficient_j = gain w_j,       w = weights(r, rule(n, z)),         r_j = (lam_j - lam_s) / h
 """
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Mapping, NamedTuple, Protocol
 
-from torch import Tensor
-
+from .phi import Basis, Rule, taylor, weights
 from .schedule import Level
-from .tensors import lincomb
+from .tensors import Coefficient
+
+
+class Stage(NamedTuple):
+    """The evaluations a polynomial passes through, by number, and how it is integrated."""
+
+    uses: tuple[int, ...]
+    rule: Rule = taylor
+    basis: Basis = weights
+
+
+class Evaluation(NamedTuple):
+    """Where the model is asked, and the value m = x x + denoised D that is kept of its answer."""
+
+    at: Level
+    x: Coefficient
+    denoised: Coefficient
+
+
+class Update(NamedTuple):
+    """x at `to` = decay x_s + sum_k coefficient_k m_k + bias + std xi, over the evaluations k that `terms` names."""
+
+    to: Level
+    decay: Coefficient
+    terms: tuple[tuple[int, Coefficient], ...]
+    bias: Coefficient = 0.0
+    std: float = 0.0
+
+
+class Integrand(Protocol):
+    def evaluation(self, at: Level) -> Evaluation: ...
+
+    def update(self, s: Level, to: Level, stage: Stage, at: Mapping[int, Level]) -> Update:
+        """The finished coefficients of one stage from s; at[k] is the level of evaluation k."""
 
 
 class Flow(NamedTuple):
-    """The coefficients of one step s -> t, before its quadrature is chosen."""
+    """The coefficients of one step s -> t of an exponential integrand, before its quadrature is chosen."""
 
     decay: float
     gain: float
@@ -27,18 +61,22 @@ class Flow(NamedTuple):
     std: float
 
 
-class Integrand(Protocol):
-    eta: float
-
-    def value(self, x: Tensor, denoised: Tensor, at: Level) -> Tensor:
-        """m, from the state and the model's answer at one level."""
+class Exponential:
+    """An integrand whose linear part has constant coefficients in lam: its quadrature is made of phi-functions."""
 
     def flow(self, s: Level, t: Level) -> Flow:
-        """The exact part of the step s -> t."""
+        raise NotImplementedError
+
+    def update(self, s: Level, to: Level, stage: Stage, at: Mapping[int, Level]) -> Update:
+        h = to.lam - s.lam
+        decay, gain, z, std = self.flow(s, to)
+        w = stage.basis([(at[k].lam - s.lam) / h for k in stage.uses], stage.rule(len(stage.uses), z))
+        least = 1e-14 * max(map(abs, w))  # a weight that is 0 but for rounding would cost a pass over the latents
+        return Update(to, decay, tuple((k, gain * wk) for k, wk in zip(stage.uses, w) if abs(wk) > least), std=std)
 
 
 @dataclass(frozen=True)
-class DataPrediction:
+class DataPrediction(Exponential):
     """m = D, the denoised image: DPM-Solver++ and, with eta > 0, SDE-DPM-Solver++.
 
         x_t = (sigma_t / sigma_s) e^(-eta h) x_s + alpha_t int e^(...) D dlam + sigma_t sqrt(1 - e^(-2 eta h)) s_noise xi
@@ -50,8 +88,8 @@ class DataPrediction:
     eta: float = 0.0
     s_noise: float = 1.0
 
-    def value(self, x: Tensor, denoised: Tensor, at: Level) -> Tensor:
-        return denoised
+    def evaluation(self, at: Level) -> Evaluation:
+        return Evaluation(at, 0.0, 1.0)
 
     def flow(self, s: Level, t: Level) -> Flow:
         h = t.lam - s.lam
@@ -61,7 +99,7 @@ class DataPrediction:
 
 
 @dataclass(frozen=True)
-class NoisePrediction:
+class NoisePrediction(Exponential):
     """m = eps = (x - alpha D) / sigma: DPM-Solver.
 
         x_t = (alpha_t / alpha_s) x_s - sigma_t int e^(...) eps dlam
@@ -69,10 +107,8 @@ class NoisePrediction:
     Lu et al. 2022 (arXiv:2206.00927), eq. (3.4). Only for steps of finite length.
     """
 
-    eta: float = 0.0
-
-    def value(self, x: Tensor, denoised: Tensor, at: Level) -> Tensor:
-        return lincomb((1.0 / at.sigma, x), (-at.alpha / at.sigma, denoised))
+    def evaluation(self, at: Level) -> Evaluation:
+        return Evaluation(at, 1.0 / at.sigma, -at.alpha / at.sigma)
 
     def flow(self, s: Level, t: Level) -> Flow:
         return Flow(decay=t.alpha / s.alpha, gain=t.sigma, z=s.lam - t.lam, std=0.0)

@@ -14,6 +14,8 @@ from typing import Callable, Mapping, Sequence
 
 Rule = Callable[[int, float], Sequence[float]]
 """rule(n, z) -> the moments M_0 .. M_(n-1) of an n-node quadrature."""
+Basis = Callable[[Sequence[float], Sequence], list]
+"""basis(nodes, moments) -> weights: how values at nodes become a polynomial, `weights` or `pseudo_weights`."""
 
 
 def phi(k: int, z: float) -> float:
@@ -74,4 +76,22 @@ def weights(nodes: Sequence[float], moments: Sequence[float]) -> list[float]:
                 scale = 1.0 / (at - other)
                 basis = [scale * (lower - other * same) for lower, same in zip([0.0, *basis], [*basis, 0.0])]
         result.append(sum(c * m for c, m in zip(basis, moments)))
+    return result
+
+
+def pseudo_weights(nodes: Sequence[float], moments: Sequence[float]) -> list[float]:
+    """w of sum_p M_p m[r_0, ..., r_p]: leading divided differences in place of the polynomial's derivatives.
+
+    The "pseudo order" of DPM-Solver-v3 (Zheng et al. 2023, arXiv:2310.13268, section 3.3). For one or two nodes, with
+    r_0 = 0, this is `weights`.
+    """
+    result = []
+    for j, at in enumerate(nodes):
+        total, scale = 0.0, 1.0  # m_j enters m[r_0, ..., r_p] with 1 / prod_(i <= p, i != j) (r_j - r_i), if j <= p
+        for p, moment in enumerate(moments):
+            if p != j:
+                scale /= at - nodes[p]
+            if p >= j:
+                total = total + moment * scale
+        result.append(total)
     return result

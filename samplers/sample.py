@@ -3,14 +3,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Set
+from functools import partial
 from typing import Callable, Mapping, Sequence
 
 import numpy as np
 from torch import Tensor
 
+from .integrand import Evaluation, Update
 from .schedule import Level, Path
-from .solver import Adaptive, Step, Update, ddim, finite
-from .tensors import lincomb, rms
+from .solver import Adaptive, Step, ddim, finite
+from .tensors import lincomb, placed, rms
 
 Denoiser = Callable[[Tensor, float], Tensor]
 """denoise(x, sigma) -> the model's estimate of x0."""
@@ -26,41 +28,72 @@ def sample(denoise: Denoiser, x: Tensor, steps: Sequence[Step], *, noise: Noise 
 
     The latents are touched once an update, by one linear combination, and nothing here waits for the device.
     """
+    steps = [_placed(step, x) for step in steps]
     memory = max((step.lookback for step in steps), default=0)
     past: list[Tensor] = []
+    correct = None
     for step in steps:
-        known = {-k: m for k, m in enumerate(past, 1)}
-        x, values = advance(denoise, x, step, known, keep={0} if memory else set(), observe=_from(first, observe))
-        past = [*values.values(), *past][:memory]
-        del known, values
+        here = _evaluate(denoise, x, step.evaluations[0], observe, first)
+        if correct:
+            x = correct(here)
+        values = {0: here, **{-k: m for k, m in enumerate(past, 1)}}
+        past = [here, *past][:memory]
+        del here
+        correct = step.correction and partial(_correct, x, step.correction, dict(values))
+        x = advance(denoise, x, step, values, set(), observe, first)
+        values.clear()
         if step.std:
             x.add_(noise(step.s, step.t), alpha=step.std)
         first += step.intervals
     return x
 
 
-def advance(denoise: Denoiser, x: Tensor, step: Step, known: Mapping[int, Tensor], keep: Set[int],
-            observe: Observer | None = None) -> tuple[Tensor, dict[int, Tensor]]:
-    """x at step.t without its noise, and the evaluations named in `keep`; those in `known` are not made again."""
-    values = dict(known)
-    level, y = step.s, x
-    for k, update in enumerate(step.updates):
+def advance(denoise: Denoiser, x: Tensor, step: Step, values: dict[int, Tensor], keep: Set[int],
+            observe: Observer | None = None, first: int = 0) -> Tensor:
+    """x at step.t, without its noise.
+
+    `values` holds the evaluations by their numbers. Those it lacks are made and entered; those that no later update
+    needs are dropped, but for the ones to `keep`.
+    """
+    y = x
+    for k, (evaluation, update) in enumerate(zip(step.evaluations, step.updates)):
         if k not in values:
-            denoised = denoise(y, level.sigma)
-            if observe and k < step.intervals:
-                observe(k, level.sigma, y, denoised)
-            values[k] = step.integrand.value(y, denoised, level)
-            del denoised
+            values[k] = _evaluate(denoise, y, evaluation, observe if k < step.intervals else None, first + k)
         del y  # one latent less while the next one is made
-        y, level = combine(x, update, values), update.to
+        y = combine(x, update, values)
         needed = keep.union(*({j for j, _ in later.terms} for later in step.updates[k + 1:]))
-        values = {j: m for j, m in values.items() if j in needed}
-    return y, values
+        for j in values.keys() - needed:
+            del values[j]
+    return y
 
 
 def combine(x: Tensor, update: Update, values: Mapping[int, Tensor]) -> Tensor:
-    """decay x + sum_k coefficient_k m_k."""
-    return lincomb((update.decay, x), *((c, values[k]) for k, c in update.terms))
+    """decay x + sum_k coefficient_k m_k + bias."""
+    return lincomb((update.decay, x), *((c, values[k]) for k, c in update.terms), bias=update.bias)
+
+
+def _correct(x: Tensor, correction: Update, values: Mapping[int, Tensor], there: Tensor) -> Tensor:
+    return combine(x, correction, {**values, 1: there})
+
+
+def _evaluate(denoise: Denoiser, x: Tensor, evaluation: Evaluation, observe: Observer | None, i: int) -> Tensor:
+    """The value kept of one model call, whose answer is shown to the observer as the start of interval i."""
+    denoised = denoise(x, evaluation.at.sigma)
+    if observe:
+        observe(i, evaluation.at.sigma, x, denoised)
+    if isinstance(evaluation.x, float) and (evaluation.x, evaluation.denoised) == (0.0, 1.0):
+        return denoised
+    return lincomb((evaluation.x, x), (evaluation.denoised, denoised))
+
+
+def _placed(step: Step, x: Tensor) -> Step:
+    def update(u: Update) -> Update:
+        return u._replace(decay=placed(u.decay, x), terms=tuple((k, placed(c, x)) for k, c in u.terms),
+                          bias=placed(u.bias, x))
+
+    return step._replace(
+        evaluations=tuple(e._replace(x=placed(e.x, x), denoised=placed(e.denoised, x)) for e in step.evaluations),
+        updates=tuple(map(update, step.updates)), correction=step.correction and update(step.correction))
 
 
 def sample_adaptive(denoise: Denoiser, x: Tensor, levels: Sequence[Level], solver: Adaptive, path: Path, *,
@@ -84,12 +117,12 @@ def _adapt(denoise: Denoiser, x: Tensor, levels: Mapping[int, Level], solver: Ad
            observe: Observer | None) -> Tensor:
     *_, end = levels.values()
     s, h, before = next(iter(levels.values())), solver.h_init, x
-    known: dict[int, Tensor] = {}
+    values: dict[int, Tensor] = {}
     while s.lam < end.lam:
         interval = max(i for i, level in levels.items() if level.lam <= s.lam)
         t = end if s.lam + h >= end.lam else path.at(s.lam + h)
         step, low = solver.step(s, t, path)
-        high, values = advance(denoise, x, step, known, {0, *(k for k, _ in low.terms)}, _from(interval, observe))
+        high = advance(denoise, x, step, values, {0, *(k for k, _ in low.terms)}, observe, interval)
         lower = combine(x, low, values)
         error = _error(high, lower, before, solver)
         if not math.isfinite(error) or not s.lam < t.lam:
@@ -97,20 +130,15 @@ def _adapt(denoise: Denoiser, x: Tensor, levels: Mapping[int, Level], solver: Ad
                 f"the error estimate of the step from sigma = {s.sigma:.6g} to {t.sigma:.6g} (interval {interval}) is "
                 f"{error}: the model returned NaN or infinite values there, or the tolerances (rtol = {solver.rtol:g}, "
                 f"atol = {solver.atol:g}) are tighter than its precision")
-        growth = float(np.float32(error ** (-1.0 / step.evaluations))) if error else math.inf  # float32, as published
+        growth = float(np.float32(error ** (-1.0 / len(step.evaluations)))) if error else math.inf  # float32, as published
         h = solver.theta * (t.lam - s.lam) * growth
         if error <= 1.0:
-            x, s, before, known = high, t, lower, {}
+            x, s, before, values = high, t, lower, {}
         else:
-            known = {0: values[0]}  # the evaluation at s is the same when the step is tried again
+            values = {0: values[0]}  # the evaluation at s is the same when the step is tried again
     return x
 
 
 def _error(high: Tensor, lower: Tensor, before: Tensor, solver: Adaptive) -> float:
     scale = lower.abs().maximum(before.abs()).mul_(solver.rtol).clamp_(min=solver.atol)
     return float(rms((high - lower) / scale).max())
-
-
-def _from(first: int, observe: Observer | None) -> Observer | None:
-    """`observe`, for a step that counts its own evaluations from 0."""
-    return observe and (lambda k, *seen: observe(first + k, *seen))

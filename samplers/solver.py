@@ -14,27 +14,25 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Iterator, Literal, Mapping, NamedTuple, Sequence
 
-from .integrand import DataPrediction, Integrand
-from .phi import Rule, midpoint, taylor, weights
+from .integrand import DataPrediction, Evaluation, Integrand, Stage, Update
+from .phi import Basis, Rule, midpoint, taylor, weights
 from .schedule import Level, Path
 
 
-class Update(NamedTuple):
-    """x at `to` = decay x_s + sum_k coefficient_k m_k + std xi, over the evaluations k that `terms` names."""
-
-    to: Level
-    decay: float
-    terms: tuple[tuple[int, float], ...]
-    std: float
-
-
 class Step(NamedTuple):
-    """One step of a run. Every update but the last is followed by an evaluation where it arrives."""
+    """One step of a run: evaluation k, then update k, and so on; the last update arrives at t.
 
-    integrand: Integrand
-    s: Level
+    A correction repeats the step once the evaluation at t, its number 1, has been made by the next step.
+    """
+
+    evaluations: tuple[Evaluation, ...]
     updates: tuple[Update, ...]
     intervals: int = 1  # how many of the schedule's intervals it covers; its inner levels are then the schedule's own
+    correction: Update | None = None
+
+    @property
+    def s(self) -> Level:
+        return self.evaluations[0].at
 
     @property
     def t(self) -> Level:
@@ -45,20 +43,10 @@ class Step(NamedTuple):
         return self.updates[-1].std
 
     @property
-    def evaluations(self) -> int:
-        return len(self.updates)
-
-    @property
     def lookback(self) -> int:
         """How many earlier evaluations it needs."""
-        return max(-k for update in self.updates for k, _ in (*update.terms, (0, 0.0)))
-
-
-class Stage(NamedTuple):
-    """One row of a tableau: the evaluations its polynomial passes through, and the quadrature rule."""
-
-    uses: tuple[int, ...]
-    rule: Rule = taylor
+        updates = (*self.updates, self.correction) if self.correction else self.updates
+        return max(-k for update in updates for k, _ in (*update.terms, (0, 0.0)))
 
 
 class Tableau(NamedTuple):
@@ -83,28 +71,27 @@ TABLEAUX: Mapping[tuple[int, str], Tableau] = {
 polynomial through all evaluations where the published methods take a difference quotient."""
 
 
-def update(integrand: Integrand, s: Level, to: Level, stage: Stage, at: Mapping[int, Level]) -> Update:
-    """The finished coefficients of one stage from s; at[k] is the level of evaluation k."""
-    h = to.lam - s.lam
-    decay, gain, z, std = integrand.flow(s, to)
-    nodes = [(at[k].lam - s.lam) / h for k in stage.uses]
-    w = weights(nodes, stage.rule(len(nodes), z))
-    least = 1e-14 * max(map(abs, w))  # a weight that is 0 but for rounding would cost a pass over the latents
-    return Update(to, decay, tuple((k, gain * wk) for k, wk in zip(stage.uses, w) if abs(wk) > least), std)
-
-
 def step(integrand: Integrand, nodes: Sequence[Level], stages: Sequence[Stage], past: Sequence[Level] = (),
-         intervals: int = 1) -> Step:
+         intervals: int = 1, corrector: Stage | None = None) -> Step:
     """The step over nodes = (s, inner levels ..., t); past are the levels at the starts of earlier steps, latest first."""
-    s = nodes[0]
-    at = {**dict(enumerate(nodes[:-1])), **{-k: level for k, level in enumerate(past, 1)}}
-    return Step(integrand, s, tuple(update(integrand, s, to, stage, at) for to, stage in zip(nodes[1:], stages)), intervals)
+    s, at = nodes[0], _numbered(nodes, past)
+    return Step(tuple(integrand.evaluation(level) for level in nodes[:-1]),
+                tuple(integrand.update(s, to, stage, at) for to, stage in zip(nodes[1:], stages)), intervals,
+                corrector and integrand.update(s, nodes[-1], corrector, at))
+
+
+def _numbered(nodes: Sequence[Level], past: Sequence[Level]) -> dict[int, Level]:
+    return {**dict(enumerate(nodes)), **{-k: level for k, level in enumerate(past, 1)}}
 
 
 def ddim(integrand: Integrand, s: Level, t: Level) -> Step:
     """The first-order step in data prediction, which stays finite from lam = -inf and to lam = +inf."""
     flow = integrand if isinstance(integrand, DataPrediction) else DataPrediction()
     return step(flow, (s, t), ORDER_1.stages)
+
+
+CORRECTOR_HALF = -0.5
+"""Where the time of the usual models is 1/2: lam = -0.48 for Stable Diffusion (sigma 1.62), 0 for unshifted flow."""
 
 
 def finite(*ends: Level) -> bool:
@@ -118,12 +105,19 @@ class Multistep:
     The order rises from 1 at the start. With lower_order_final it falls to 1 again towards the end; "auto" does so for
     runs that go to sigma = 0 in fewer than 15 steps (the authors' code: fewer than 15; runs that stop above 0 go on
     elsewhere, as with leftover noise, and nothing ends there).
+
+    A corrector repeats every step s -> t with the evaluation at t among its nodes s, t, s_-1, ..., at no further model
+    call; it has corrector_extra nodes more than the predictor. "half" keeps it to lam >= CORRECTOR_HALF.
     """
 
     integrand: Integrand
     order: int
-    rule: Rule
+    rule: Rule = taylor
     lower_order_final: Literal["auto", "on", "off"] = "auto"
+    basis: Basis = weights
+    corrector: Literal["off", "full", "half"] = "off"
+    corrector_basis: Basis = weights
+    corrector_extra: int = 1
 
     def steps(self, levels: Sequence[Level], path: Path) -> list[Step]:
         n = len(levels) - 1
@@ -136,8 +130,12 @@ class Multistep:
                 continue
             past = [level for level in reversed(levels[:i]) if finite(level)]  # lam = -inf carries no slope
             order = min(self.order, 1 + len(past), n - i if lower else self.order)
-            stage = Stage(tuple(range(0, -order, -1)), self.rule)
-            result.append(step(self.integrand, (s, t), (stage,), past[:order - 1]))
+            predictor = Stage(tuple(range(0, -order, -1)), self.rule, self.basis)
+            corrector = Stage((0, 1, *range(-1, -order, -1))[:order + self.corrector_extra], self.rule, self.corrector_basis)
+            corrects = i + 1 < n and finite(levels[i + 2]) and 1 in corrector.uses and (
+                self.corrector == "full" or (self.corrector == "half" and t.lam >= CORRECTOR_HALF))
+            result.append(step(self.integrand, (s, t), (predictor,), past[:order - 1],
+                               corrector=corrector if corrects else None))
         return result
 
 
@@ -219,5 +217,5 @@ class Adaptive:
     def step(self, s: Level, t: Level, path: Path) -> tuple[Step, Update]:
         """The step s -> t, and the update of the embedded lower order."""
         high = Singlestep(self.integrand, self.tableau).step(s, t, path)
-        at = dict(enumerate([s, *(u.to for u in high.updates[:-1])]))
-        return high, update(self.integrand, s, t, self.tableau.embedded, at)
+        at = _numbered([evaluation.at for evaluation in high.evaluations], ())
+        return high, self.integrand.update(s, t, self.tableau.embedded, at)

@@ -1,16 +1,28 @@
 """The one place where coefficients meet latents."""
 from __future__ import annotations
 
+import numpy as np
+import torch
 from torch import Tensor
 
+Coefficient = float | np.ndarray | Tensor
+"""A host float; or an array that broadcasts over the channels or elements of one latent, a tensor once it is `placed`."""
 
-def lincomb(*terms: tuple[float, Tensor]) -> Tensor:
-    """sum_k c_k v_k as a new tensor; the coefficients are host floats, so nothing is copied and nothing waits."""
-    (c, v), *rest = [term for term in terms if term[0] != 0.0] or terms[:1]
+
+def placed(coefficient: Coefficient, x: Tensor) -> Coefficient:
+    """The coefficient where x is and in its precision; done before the loop, so that no step waits for a copy."""
+    if isinstance(coefficient, np.ndarray):
+        return torch.from_numpy(coefficient).to(x.dtype).to(x.device, non_blocking=True)
+    return coefficient
+
+
+def lincomb(*terms: tuple[Coefficient, Tensor], bias: Coefficient = 0.0) -> Tensor:
+    """sum_k c_k v_k + bias as a new tensor; float coefficients stay on the host, so nothing is copied or waited for."""
+    (c, v), *rest = [term for term in terms if isinstance(term[0], Tensor) or term[0] != 0.0] or terms[:1]
     total = v * c
     for c, v in rest:
-        total.add_(v, alpha=c)
-    return total
+        total = total.addcmul_(v, c) if isinstance(c, Tensor) else total.add_(v, alpha=c)
+    return total if isinstance(bias, float) and bias == 0.0 else total.add_(bias)
 
 
 def rms(v: Tensor) -> Tensor:

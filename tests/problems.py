@@ -8,9 +8,11 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from samplers import SAMPLERS, Statistics
 from samplers.schedule import PATHS
 
 REFERENCE = json.loads((Path(__file__).parent / "reference" / "official_outputs.json").read_text())
@@ -86,3 +88,34 @@ def starting_noise(shape: tuple[int, ...], sigma: float, path: str, seed: int = 
     generator = torch.Generator().manual_seed(seed)
     eps, x0 = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
     return (PATHS[path].level(sigma).alpha * (0.7 + 0.4 * x0) + sigma * eps).to(dtype)
+
+
+def smooth_statistics(seed: int = 0) -> Statistics:
+    """Smooth random curves of the size real ones have, on a fine grid over lam in [-12, 12]."""
+    lam = np.linspace(-12.0, 12.0, 2001)
+    phase, speed = np.random.default_rng(seed).uniform((0.0,), (6.0,), (2, 3))
+    l, s, b = (np.sin(0.15 * (1 + v) * lam + p) for v, p in zip(speed, phase))
+    return Statistics(lam, 0.5 + 0.3 * l, 0.4 * s, 0.2 * b)
+
+
+def gaussian_statistics(mean: float = 0.7, spread: float = 0.4) -> Statistics:
+    """The exact statistics of `Gaussian`: D is linear, f = -mean l depends on lam alone, so s = 0 and b = f'."""
+    lam = np.linspace(-12.0, 12.0, 2001)
+    noise = np.exp(-2 * lam)
+    l = noise / (spread**2 + noise)  # noqa: E741
+    return Statistics(lam, l, 0 * lam, 2 * mean * noise * spread**2 / (spread**2 + noise) ** 2)
+
+
+def needed(name: str) -> dict:
+    """Values for the options a solver of the catalogue cannot do without."""
+    return {"statistics": gaussian_statistics()} if "statistics" in SAMPLERS[name].options else {}
+
+
+def ode(name: str) -> dict:
+    """Options that make a solver of the catalogue one of the ODE, and able to run."""
+    return {**needed(name), **({"eta": 0.0} if "eta" in SAMPLERS[name].options else {})}
+
+
+FIXED = [name for name in SAMPLERS if SAMPLERS[name].evaluations_per_step is not None]
+"""The solvers with a planned number of steps: all but the adaptive ones."""
+ADAPTIVE = [name for name in SAMPLERS if name not in FIXED]

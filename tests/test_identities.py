@@ -8,19 +8,17 @@ import torch
 from hypothesis import given, settings, strategies as st
 from scipy.integrate import quad
 
-from problems import Gaussian, Mixture, reference_mixture, sigmas_between, starting_noise
-from samplers import FAMILIES, PATHS, SAMPLERS, k_diffusion_sampler
+from problems import FIXED, Gaussian, gaussian_statistics, needed, ode, reference_mixture, starting_noise
+from samplers import FAMILIES, PATHS, SAMPLERS, Statistics, k_diffusion_sampler
 from samplers.families import find
 from samplers.k_diffusion import k_diffusion_function
-from samplers.solver import Adaptive
 
-FIXED = [name for name in SAMPLERS if not isinstance(SAMPLERS[name].solver(), Adaptive)]
 FULL = {"ve": [14.6, 7.0, 3.0, 1.2, 0.6, 0.2, 0.03, 0.0], "flow": [1.0, 0.93, 0.8, 0.6, 0.4, 0.2, 0.05, 0.0],
         "vp": [1.0, 0.99, 0.9, 0.7, 0.4, 0.2, 0.05, 0.0]}
 
 
 def run(name: str, path: str, sigmas, x, model=None, **options):
-    fn = k_diffusion_sampler(name, path, **options)
+    fn = k_diffusion_sampler(name, path, **{**needed(name), **options})
     return fn(model or reference_mixture(path)[0], x, torch.as_tensor(sigmas, dtype=torch.float64),
               extra_args={"seed": 5}, disable=True)
 
@@ -80,10 +78,10 @@ def test_a_constant_denoiser_is_solved_exactly_by_steps_of_any_size(name: str, p
     gaussian, sigmas = PATHS[path], FULL[path][1:-1]
     x = start(path, sigmas[0])
     target = torch.linspace(-2, 2, x.numel(), dtype=torch.float64).reshape(x.shape)
-    options = {"eta": 0.0} if "eta" in SAMPLERS[name].options else {}
+    options = {**ode(name), **({"statistics": Statistics.constant(1.0, 0.0, 0.0)} if needed(name) else {})}
     result = run(name, path, sigmas, x, model=lambda x, sigma, **extra: target, **options)
     s, t = gaussian.level(sigmas[0]), gaussian.level(sigmas[-1])
-    torch.testing.assert_close(result, t.alpha * target + t.sigma * (x - s.alpha * target) / s.sigma, rtol=0, atol=1e-12)
+    torch.testing.assert_close(result, t.alpha * target + t.sigma * (x - s.alpha * target) / s.sigma, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["dpmpp_2m", "dpmpp_3m", "dpmpp_2s", "dpmpp_3s"])
@@ -110,6 +108,25 @@ def test_a_polynomial_denoiser_is_integrated_exactly_once_the_history_is_full(na
     assert float(result) == pytest.approx(math.exp(s - t) * float(seen[warm]) + integral, abs=1e-12)
 
 
+@pytest.mark.parametrize("curves", [(1.0, 0.0, 0.0), (0.0, -1.0, 0.0)], ids=["DPM-Solver++", "DPM-Solver"])
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_v3_contains_dpm_solver(order: int, path: str, curves) -> None:
+    x, sigmas = start(path, FULL[path][1]), torch.tensor(FULL[path][1:], dtype=torch.float64)
+    results = [k_diffusion_function(FAMILIES[name], path, options)(reference_mixture(path)[0], x, sigmas, disable=True)
+               for name, options in (
+                   ("v3", {"statistics": Statistics.constant(*curves), "order": order, "corrector": "off"}),
+                   ("multistep", {"order": order, "rule": "taylor", "prediction": "data" if curves[0] else "noise"}))]
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-8)
+
+
+def test_v3_with_the_exact_statistics_of_a_linear_model_is_exact_in_any_step() -> None:
+    problem = Gaussian("ve")
+    x, sigmas = starting_noise((2, 3), 10.0, "ve"), torch.tensor([10.0, 1.5, 0.05], dtype=torch.float64)
+    result = k_diffusion_sampler("dpm_solver_v3", statistics=gaussian_statistics())(problem, x, sigmas, disable=True)
+    torch.testing.assert_close(result, problem.exact(x, 10.0, 0.05), rtol=0, atol=2e-4)  # the curves are linear in pieces
+
+
 def test_the_2s_midpoint_uses_only_the_middle_evaluation() -> None:
     step = find("dpmpp_2s").solver().steps([PATHS["ve"].level(2.0), PATHS["ve"].level(1.0)], PATHS["ve"])[0]
     assert [k for k, _ in step.updates[-1].terms] == [1]
@@ -121,7 +138,8 @@ def test_the_2s_midpoint_uses_only_the_middle_evaluation() -> None:
 def test_a_run_may_be_cut_anywhere_when_the_solver_has_no_memory(sigmas: list[float], name: str) -> None:
     """Leftover noise: two runs in a row are one run, for singlestep solvers and first order; the SDE's noise included."""
     sampler = SAMPLERS[name]
-    if sampler.family == "DPM-Solver Fast" or (sampler.fixed.get("order", 0) > 1 and "lower_order_final" in sampler.options):
+    if sampler.family == "DPM-Solver Fast" or (
+            "lower_order_final" in sampler.options and sampler.settings(needed(name))["order"] > 1):
         return
     sigmas = sorted(sigmas, reverse=True)
     x = start("flow", sigmas[0])

@@ -9,12 +9,14 @@ import torch
 from scipy.optimize import brentq
 
 from problems import REFERENCE, reference_mixture
+from samplers import Statistics, k_diffusion_sampler
 from samplers.families import FAMILIES
 from samplers.sample import sample, sample_adaptive
 from samplers.schedule import PATHS, levels
 
 VP = PATHS["vp"]
 FAMILY = {"multistep": "multistep", "singlestep_fixed": "singlestep", "singlestep": "fast", "adaptive": "adaptive"}
+V3_CASES = [case for case in REFERENCE["cases"] if "DPM-Solver-v3" in case["source"]]
 CASES = [case for case in REFERENCE["cases"] if case["source"] == "LuChengTHU/dpm-solver"]
 
 
@@ -41,6 +43,13 @@ def grid(case: dict) -> list[float]:
         else:
             fine += list(np.linspace(a, b, order + 1)[:-1])
     return [*fine, case["lambdas"][-1]]
+
+
+def v3_statistics() -> Statistics:
+    """Per channel, on a uniform grid in lam."""
+    table = REFERENCE["v3_statistics"]
+    lam = np.linspace(table["lambda_start"], table["lambda_end"], table["intervals"] + 1)
+    return Statistics(lam, *(np.array(table[key]).reshape(len(lam), -1, 1, 1) for key in ("l", "s", "b")))
 
 
 def name(case: dict) -> str:
@@ -75,4 +84,28 @@ def test_a_case_of_dpm_solver_is_reproduced(case: dict) -> None:
 
 
 def test_every_case_of_this_package_s_solvers_is_here() -> None:
-    assert len(CASES) == 24 and {case["method"] for case in CASES} == set(FAMILY)
+    assert len(V3_CASES) == 8 and len(CASES) == 24 and {case["method"] for case in CASES} == set(FAMILY)
+
+
+@pytest.mark.parametrize("case", V3_CASES, ids=lambda case: " ".join(str(case[key]) for key in (
+    "steps", "order", "p_pseudo", "use_corrector", "c_pseudo", "lower_order_final", "degenerated")))
+def test_a_case_of_dpm_solver_v3_is_reproduced(case: dict) -> None:
+    statistics = v3_statistics()
+    lam = statistics.lam
+    if case["degenerated"]:
+        statistics = Statistics.constant(1.0, 0.0, 0.0, (lam[0], lam[-1])).on(lam)
+    sampler = k_diffusion_sampler(
+        "dpm_solver_v3", statistics=statistics, order=case["order"], pseudo_predictor=case["p_pseudo"],
+        pseudo_corrector=case["c_pseudo"], corrector="full" if case["use_corrector"] else "off",
+        lower_order_final="on" if case["lower_order_final"] else "off", quadrature="grid")
+    denoiser, x = reference_mixture("ve")
+    evaluations = []
+
+    def model(x, sigma):
+        evaluations.append(sigma)
+        return denoiser(x, sigma)
+
+    sigmas = torch.from_numpy(np.exp(-lam[case["statistics_indexes"]]))
+    result = sampler(model, x * 80.0, sigmas, disable=True)
+    assert len(evaluations) == case["nfe"]
+    torch.testing.assert_close(result, torch.tensor(case["x"], dtype=torch.float64).reshape(x.shape), rtol=0, atol=1e-9)

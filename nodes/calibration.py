@@ -1,0 +1,158 @@
+"""Statistics for the model being sampled: given, attached, saved before, or measured now."""
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from typing import Any, Callable
+
+import comfy.model_management
+import comfy.samplers
+import comfy.utils
+import torch
+from comfy_execution.utils import get_executing_context
+from server import PromptServer
+from torch import Tensor
+
+from ..samplers import Statistics, estimate_statistics
+from ..samplers.calibrate import INTERVALS
+from . import identity, store
+from .host import path_of
+
+ATTACHMENT = "lambda_solvers.statistics"
+RULES = ("auto", "saved only", "never")
+VARIABLE = "LAMBDA_SOLVERS_CALIBRATION"
+ELEMENTS, MOST = 24_576, 16
+"""Trajectories are as many as give so many latent elements to average over, at most 16."""
+
+
+def rule() -> str:
+    """What a sampler in a list does without statistics: the environment variable, or auto."""
+    value = os.environ.get(VARIABLE, RULES[0])
+    if value not in RULES:
+        raise ValueError(f"the environment variable {VARIABLE} is {value!r}: choose one of {', '.join(RULES)}")
+    return value
+
+
+def statistics_for(model: Any, x: Tensor, extra_args: dict, given: Statistics | None, how: str) -> Statistics:
+    """The statistics to sample `model` with; `model` is what ComfyUI hands to a sampler function.
+
+    In this order: those given to the node; those attached to the MODEL; a saved file of the same checkpoint, patches and
+    guidance; and, if `how` is auto, new ones, measured on this very model function and saved.
+    """
+    guider = model.inner_model
+    patcher, guidance = guider.model_patcher, float(guider.cfg)
+    statistics = given or patcher.get_attachment(ATTACHMENT)
+    if statistics is not None:
+        _warn_if_foreign(statistics, patcher, guidance)
+        return statistics
+    if how == "never":
+        raise ValueError("this sampler needs the model's statistics, and measuring them is switched off: add the node "
+                         "Load Solver Statistics or Estimate Solver Statistics and connect it to the sampler node, or put "
+                         "Apply Solver Statistics behind the model")
+    about = description(patcher, guidance)
+    saved = store.find(about["fingerprint"], about["patches"], guidance)
+    if saved:
+        say(f"statistics: {saved[0]}")
+        return saved[1]
+    if how == "saved only":
+        raise ValueError(f"no saved statistics for {about['model']} at guidance {guidance:g} in {store.directory()}: run "
+                         "Estimate Solver Statistics and Save Solver Statistics once, or set calibration to auto")
+    name = f"{about['model']}-cfg{guidance:g}" + (f"-{len(about['patches'])}patched-{int(time.time())}" if about["patches"] else "")
+    say(f"no saved statistics for {about['model']} at guidance {guidance:g}: measuring them once")
+    statistics = measure(model, x, extra_args, about, seed=0, partial=store.place("partial/" + name).with_suffix(".part"))
+    try:
+        statistics.save(store.place(name))
+    except FileExistsError:  # somebody measured the same model meanwhile
+        logging.info("Lambda Solvers: %s was saved by another run", name)
+    say(f"statistics measured and saved: {name}")
+    return statistics
+
+
+def description(patcher: Any, guidance: float) -> dict[str, Any]:
+    """What a file says of the model it was measured on."""
+    return {"model": identity.title(patcher), "fingerprint": identity.fingerprint(patcher),
+            "patches": identity.patches(patcher), "guidance": guidance}
+
+
+def measure(model: Any, x: Tensor, extra_args: dict, about: dict[str, Any], *, seed: int, intervals: int = INTERVALS,
+            samples: int = 0, pool: str = "all", partial: Any = None) -> Statistics:
+    """Statistics of the model function that is being sampled, without its inpainting mask."""
+    guider = model.inner_model
+    sampling = guider.model_patcher.get_model_object("model_sampling")
+    path = path_of(sampling)
+    sigmas = table(sampling)
+    count = samples or trajectories(x.shape)
+    noise = torch.randn((count, *x.shape[1:]), generator=torch.Generator().manual_seed(seed)).to(x.device)
+    noise = noise * (1.0 if path == "flow" else math.sqrt(1.0 + sigmas[0] ** 2))
+    bar, start = None, time.monotonic()
+
+    def denoise(x_now: Tensor, sigma: Tensor) -> Tensor:
+        return guider(x_now, sigma, model_options=extra_args.get("model_options", {}), seed=extra_args.get("seed"))
+
+    def progress(done: int, total: int) -> None:
+        nonlocal bar
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bar = bar or comfy.utils.ProgressBar(total)
+        bar.update_absolute(done, total)
+        left = (time.monotonic() - start) / done * (total - done)
+        say(f"measuring the model's statistics: evaluation {done} of {total}, {left:.0f} s left")
+
+    return estimate_statistics(denoise, noise, sigmas, intervals=intervals, pool=pool, path=path, seed=seed,
+                               precision=precision_of(guider.model_patcher), about=about, progress=progress, partial=partial)
+
+
+def table(sampling: Any) -> list[float]:
+    """The levels the model knows, from high to low: ComfyUI rounds every other one to them."""
+    sigmas = getattr(sampling, "sigmas", None)
+    if sigmas is None or len(sigmas) < 2 * INTERVALS:
+        return [float(sampling.sigma_max), float(sampling.sigma_min)]
+    return sorted((float(sigma) for sigma in sigmas), reverse=True)
+
+
+def trajectories(shape: torch.Size) -> int:
+    return max(1, min(MOST, math.ceil(ELEMENTS / math.prod(shape[1:]))))
+
+
+def precision_of(patcher: Any) -> torch.dtype:
+    """What the model computes in: float16 or bfloat16 as ComfyUI chose, or float32 for anything finer."""
+    dtype = patcher.model.manual_cast_dtype or patcher.model.get_dtype()
+    return dtype if dtype in (torch.float16, torch.bfloat16) else torch.float32
+
+
+def say(text: str) -> None:
+    """Show a line on the node that is running, and write it to the log."""
+    context = get_executing_context()
+    if PromptServer.instance is not None and context is not None:
+        PromptServer.instance.send_progress_text(text, context.node_id)
+    if not text.startswith("measuring"):
+        logging.info("Lambda Solvers: %s", text)
+
+
+def _warn_if_foreign(statistics: Statistics, patcher: Any, guidance: float) -> None:
+    about = statistics.about
+    faults = []
+    if about.get("fingerprint", "") != identity.fingerprint(patcher):
+        faults.append(f"they are of {about.get('model', 'an unnamed model')}, and this is {identity.title(patcher)}")
+    elif about.get("patches", []) != identity.patches(patcher):
+        faults.append(f"they were measured with the patches {about.get('patches') or 'none'}, and this model has "
+                      f"{identity.patches(patcher) or 'none'}")
+    if not store.near(float(about.get("guidance", math.nan)), guidance):
+        faults.append(f"they are for guidance {about.get('guidance', 'unknown')}, and this is {guidance:g}")
+    for fault in faults:
+        text = f"warning: these statistics may not fit: {fault}. Measure new ones with Estimate Solver Statistics"
+        say(text)
+        logging.warning("Lambda Solvers: %s", text)
+
+
+class Measuring(comfy.samplers.Sampler):
+    """A sampler that makes no image: it measures the model it is given."""
+
+    def __init__(self, run: Callable[[Any, Tensor, dict], None]) -> None:
+        self.run = run
+
+    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
+        wrapped = type("Guided", (), {"inner_model": model_wrap})()
+        self.run(wrapped, noise, extra_args)
+        return noise

@@ -1,0 +1,75 @@
+"""Calibration files: models/solver_calibrations, and which of them belongs to a model at a guidance."""
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import folder_paths
+
+from ..samplers import Statistics, StatisticsError
+
+FOLDER = "solver_calibrations"
+ENDING = ".safetensors"
+NONE = "[none saved yet]"
+
+
+def register() -> None:
+    """Make the folder known to ComfyUI, for safetensors files only, beside any the user has configured."""
+    folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
+    folder_paths.folder_names_and_paths[FOLDER] = (folder_paths.folder_names_and_paths[FOLDER][0], {ENDING})
+    directory().mkdir(parents=True, exist_ok=True)
+
+
+def directory() -> Path:
+    """Where files are written: the first of the folder's places."""
+    return Path(folder_paths.get_folder_paths(FOLDER)[0])
+
+
+def names() -> list[str]:
+    return folder_paths.get_filename_list(FOLDER) or [NONE]
+
+
+def existing(name: str) -> Path:
+    """The file of a listed name; ValueError if there is none."""
+    path = folder_paths.get_full_path(FOLDER, name)
+    if path is None:
+        raise ValueError(f"there is no calibration {name!r} in {directory()}: run Save Solver Statistics first, or put "
+                         "a file there and reload the page")
+    return Path(path)
+
+
+def place(name: str) -> Path:
+    """Where a file of this name goes; ValueError if the name would leave the folder or is not a plain one."""
+    stem = name.strip().removesuffix(ENDING)
+    parts = stem.replace("\\", "/").split("/")
+    if not stem or any(part in ("", ".", "..") or part[0] == "." or any(c in '<>:"|?*' or ord(c) < 32 for c in part)
+                       for part in parts):
+        raise ValueError(f"name = {name!r} cannot be a file in {FOLDER}: use letters, digits, '-', '_' and '/' for subfolders, "
+                         "no '..' and no absolute path")
+    path = directory().joinpath(*parts[:-1], parts[-1] + ENDING)
+    if not path.resolve().is_relative_to(directory().resolve()):
+        raise ValueError(f"name = {name!r} leads out of {FOLDER} (through a link): choose another name")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def near(a: float, b: float) -> bool:
+    """Guidance scales close enough to share statistics."""
+    return abs(a - b) <= 0.1 + 0.1 * max(abs(a), abs(b))
+
+
+def find(fingerprint: str, patches: list[str], guidance: float) -> tuple[str, Statistics] | None:
+    """The saved statistics of this very model whose guidance is nearest, if it is near; a damaged file is named and skipped."""
+    found = []
+    for name in folder_paths.get_filename_list(FOLDER):
+        try:
+            statistics = Statistics.load(existing(name))
+        except StatisticsError as fault:
+            logging.warning("Lambda Solvers: %s", fault)
+            continue
+        about = statistics.about
+        if about.get("fingerprint") == fingerprint and about.get("patches", []) == patches and near(
+                about.get("guidance", 1.0), guidance):
+            found.append((abs(about["guidance"] - guidance), name, statistics))
+    return min(found, key=lambda entry: entry[:2])[1:] if found else None

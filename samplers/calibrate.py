@@ -1,0 +1,213 @@
+"""Measure a model's statistics by forward evaluations of the model itself: no data set, no gradients.
+
+A few trajectories of the model run along a grid in lam, by second-order steps. At each node one more evaluation, at
+y + delta v with random signs v, gives v (D(y + delta v) - D(y)) / delta, whose mean is the mean of diag dD/dy (Hutchinson);
+the differences of f along the trajectory give f'. Averages over images, space and (unless told) channels do the rest, so
+the result does not depend on the resolution, and a single direction's rounding error in half precision averages out.
+The definitions are those of statistics.py; the published code for them was never released.
+"""
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path as File
+from typing import Any, Callable, Literal, Mapping, Sequence
+
+import numpy as np
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from .integrand import DataPrediction
+from .phi import midpoint
+from .sample import combine
+from .schedule import Level, Path, find_path, levels
+from .solver import Multistep, finite
+from .statistics import Statistics, StatisticsError, read_checked, write_whole
+from .tensors import rms
+
+INTERVALS = 40
+PARTIAL = "lambda-solvers partial statistics 1"
+DELTA: Mapping[torch.dtype, Callable[[float], float]] = {
+    # y moves by delta: far enough that D changes by more than the model's own rounding
+    torch.float64: lambda ratio: 1e-5 * math.sqrt(1.0 + ratio**2),
+    torch.float32: lambda ratio: 1e-3 * math.sqrt(1.0 + ratio**2),
+    torch.float16: lambda ratio: 0.03 * ratio,
+    torch.bfloat16: lambda ratio: 0.1 * ratio,
+}
+Pool = Literal["all", "channel", "none"]
+
+
+def estimate_statistics(model: Callable[..., Tensor], x: Tensor, sigmas: Sequence[float] | Tensor, *,
+                        intervals: int = INTERVALS, samples: int | None = None, pool: Pool = "all", path: str = "ve",
+                        extra_args: Mapping[str, Any] | None = None, progress: Callable[[int, int], None] | None = None,
+                        precision: torch.dtype | None = None, seed: int = 0, about: Mapping[str, Any] | None = None,
+                        partial: File | str | None = None, partial_seconds: float = 2.0) -> Statistics:
+    """The statistics of `model` over the range of `sigmas`; 2 (intervals + 1) evaluations of the batch, or one more.
+
+    model(x, sigma[B], **extra_args) returns the denoised x; x [K, ...] is starting noise at sigmas[0], one trajectory
+    each. samples: how many of them; more than x has are drawn like it. sigmas: the model's whole table of levels, of which
+    the ones nearest to a grid uniform in lam are taken, or just its first and last (positive) level. pool: one number for
+    all, for every channel, or for every element. precision: what the model computes in, if not x's dtype.
+
+    progress(done, total) is called after every evaluation and may raise to cancel. `partial` names a file that keeps what
+    was measured, every `partial_seconds`; a call with the same arguments goes on from it, and it is gone at the end.
+    """
+    gaussian = find_path(path)
+    if pool not in ("all", "channel", "none"):
+        raise ValueError(f"pool = {pool!r} is out of range: choose one of all, channel, none")
+    if intervals < 4:
+        raise ValueError(f"intervals = {intervals} is out of range: choose a whole number from 4")
+    schedule = nodes(torch.as_tensor(sigmas).tolist(), intervals, gaussian)
+    start = schedule[0]
+    grid = [level for level in schedule if finite(level)]
+    precision = precision or x.dtype
+    x = _trajectories(x.to(torch.promote_types(x.dtype, torch.float32)), samples, seed)
+    dims = {"all": tuple(range(x.ndim)), "channel": (0, *range(2, x.ndim)), "none": (0,)}[pool]
+    total = 2 * len(grid) + (start is not grid[0])
+    done = 0
+
+    def denoise(x_now: Tensor, level: Level) -> Tensor:
+        nonlocal done
+        answer = model(x_now, x.new_full((len(x),), level.sigma), **dict(extra_args or {})).to(x.dtype)
+        done += 1
+        if progress:
+            progress(done, total)
+        return answer
+
+    def pooled(v: Tensor) -> Tensor:
+        return v.mean() if pool == "all" else v.mean(dims, keepdim=True)[0]
+
+    key = {"grid": [level.lam for level in grid], "shape": list(x.shape), "pool": pool, "seed": seed, "path": path,
+           "precision": str(precision), "about": dict(about or {})}
+    state = _Partial(partial, key, partial_seconds, x.device)
+    kept, first = state.read()
+    if first:
+        done = 2 * first + (start is not grid[0])
+    elif start is not grid[0]:  # sigma = 1 of a flow: one step of infinite length leads to the first node
+        kept["x"] = combine(x, Multistep(DataPrediction(), 1).steps([start, grid[0]], gaussian)[0].updates[0],
+                            {0: denoise(x, start)})
+    else:
+        kept["x"] = x
+    steps = Multistep(DataPrediction(), 2, midpoint, "off").steps(grid, gaussian)
+    signs = _Signs(x, seed)
+    following = first
+    try:
+        for i, level in enumerate(grid[first:], first):
+            denoised = denoise(kept["x"], level)
+            v = signs.at(i)
+            delta = DELTA[precision](level.sigma / level.alpha)
+            slope = pooled(v * (denoise(kept["x"] + level.alpha * delta * v, level) - denoised) / delta)
+            y = kept["x"] / level.alpha
+            kept[f"l.{i}"] = 1.0 - slope
+            kept[f"f.{i}"] = slope.to(y) * y - denoised
+            kept[f"gamma.{i}"] = (y - denoised).square().mean() * (level.alpha / level.sigma) ** 2
+            window = (i - 2, i - 1, i)
+            for at in ((0, 1) if i == 2 else (i - 1,) if i > 2 else ()) + ((i,) if i == len(grid) - 1 else ()):
+                _regress(kept, grid, at, window, pooled)
+            if i < len(grid) - 1:
+                values = {0: denoised, **({-1: kept["denoised"]} if i else {})}
+                kept |= {"x": combine(kept["x"], steps[i].updates[0], values), "denoised": denoised}
+                kept.pop(f"f.{i - 2}", None)
+                following = i + 1
+                state.write(kept, following)
+    except BaseException:  # cancelled: what was measured is kept
+        state.write(kept, following, at_once=True)
+        raise
+    curves = {name: np.stack([kept[f"{name}.{i}"].cpu().double().numpy() for i in range(len(grid))])
+              for name in ("l", "s", "b", "gamma")}
+    result = Statistics(np.array([level.lam for level in grid]), **curves, about={
+        **(about or {}), "path": path, "pool": pool, "samples": len(x), "shape": list(x.shape[1:]), "seed": seed,
+        "evaluations": total, "precision": str(precision), "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
+    state.remove()
+    return result
+
+
+def nodes(sigmas: Sequence[float], intervals: int, path: Path) -> list[Level]:
+    """About uniform in lam from the first to the last positive level; on given levels where there are enough of them.
+
+    A first level without a finite lam (sigma = 1 of a flow) comes before the grid.
+    """
+    given = levels(sorted(set(sigmas), reverse=True), path)
+    inner = [level for level in given if finite(level)]
+    if len(inner) < 2:
+        raise ValueError(f"sigmas = {list(sigmas)} has {len(inner)} levels inside the path: give the model's table of "
+                         "levels, or at least its first and last, between pure noise and 0")
+    lams = np.linspace(inner[0].lam, inner[-1].lam, intervals + 1)
+    if len(inner) > intervals:
+        known = np.array([level.lam for level in inner])
+        inner = [inner[i] for i in sorted({int(np.abs(known - lam).argmin()) for lam in lams})]
+    else:
+        inner = [inner[0], *map(path.at, lams[1:-1]), inner[-1]]
+    return inner if finite(given[0]) else [given[0], *inner]
+
+
+def _trajectories(x: Tensor, samples: int | None, seed: int) -> Tensor:
+    if samples is None or samples == len(x):
+        return x
+    if samples < 1:
+        raise ValueError(f"samples = {samples} is out of range: choose a whole number from 1")
+    more = torch.randn((max(0, samples - len(x)), *x.shape[1:]), generator=torch.Generator().manual_seed(seed + 1))
+    return torch.cat([x[:samples], more.to(x) * rms(x).mean()])
+
+
+def _regress(kept: dict[str, Tensor], grid: Sequence[Level], at: int, points: tuple[int, int, int],
+             pooled: Callable[[Tensor], Tensor]) -> None:
+    """Enter s and b at one node: the regression of f' on f, with f' from the parabola through three nodes."""
+    lam = [grid[i].lam for i in points]
+    f = kept[f"f.{at}"]
+    slope = sum(kept[f"f.{i}"] * c for i, c in zip(points, _slope_weights(lam, grid[at].lam)))
+    mean, mean_slope = pooled(f), pooled(slope)
+    variance, covariance = pooled((f - mean).square()), pooled((f - mean) * (slope - mean_slope))
+    s = torch.where(variance > 1e-10 * mean**2, covariance / variance, 0.0)
+    kept[f"s.{at}"], kept[f"b.{at}"] = s, mean_slope - s * mean
+
+
+def _slope_weights(nodes_: Sequence[float], at: float) -> list[float]:
+    """The derivative at a point of the parabola through three nodes, as weights of its values."""
+    a, b, c = nodes_
+    return [(2 * at - b - c) / ((a - b) * (a - c)), (2 * at - a - c) / ((b - a) * (b - c)),
+            (2 * at - a - b) / ((c - a) * (c - b))]
+
+
+class _Signs:
+    """Random signs for every node, the same whether or not the ones before were asked for."""
+
+    def __init__(self, x: Tensor, seed: int) -> None:
+        self.like, self.seed = x, seed
+
+    def at(self, i: int) -> Tensor:
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + i) % 2**63)
+        return torch.randint(0, 2, self.like.shape, generator=generator, dtype=torch.int8).to(self.like) * 2 - 1
+
+
+class _Partial:
+    """The file in which an estimation that was cut short goes on."""
+
+    def __init__(self, path: File | str | None, key: Mapping[str, Any], seconds: float, device: torch.device) -> None:
+        self.path = File(path) if path else None
+        self.key = json.dumps(key, sort_keys=True)
+        self.seconds, self.device, self.written = seconds, device, time.monotonic()
+
+    def read(self) -> tuple[dict[str, Tensor], int]:
+        """What was kept, and the first node that is not; nothing if there is no file of the same estimation."""
+        if self.path and self.path.exists():
+            try:
+                tensors, about = read_checked(self.path, PARTIAL)
+            except StatisticsError:
+                return {}, 0  # damaged, or of another version: measured again, and overwritten
+            if about.get("key") == self.key:
+                return {name: torch.from_numpy(value).to(self.device) for name, value in tensors.items()}, about["next"]
+        return {}, 0
+
+    def write(self, kept: Mapping[str, Tensor], following: int, at_once: bool = False) -> None:
+        if self.path and (at_once or time.monotonic() - self.written >= self.seconds):
+            about = json.dumps({"key": self.key, "next": following})
+            write_whole(self.path, save({name: value.contiguous().cpu() for name, value in kept.items()},
+                                        metadata={"format": PARTIAL, "about": about}), overwrite=True)
+            self.written = time.monotonic()
+
+    def remove(self) -> None:
+        if self.path:
+            self.path.unlink(missing_ok=True)

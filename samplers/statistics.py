@@ -1,0 +1,270 @@
+"""The statistics of DPM-Solver-v3: what they are, their file, and the integrand made of them.
+
+Zheng et al. 2023 (arXiv:2310.13268) write the ODE in y = x / alpha as  dy/dlam + l y = -f,  f = (1 - l) y - D,  and remove
+from f what it does to first order by two more functions of lam:
+
+    g_j = e^(S_s - S_j) f_j - e^(S_s) (B_j - B_s),        L = int l,  S = int s,  B = int e^(-S) b
+
+g varies least along a trajectory if (l, s, b) are the model's "empirical model statistics" (their section 3.2):
+
+    l = 1 - E[diag dD/dy],      s = cov(f, f') / var(f),      b = E f' - s E f,      f' = df/dlam
+
+f, and so l, s, b, are the same on every path: they belong to a model and its guidance, not to a parametrisation.
+(l, s, b) = (1, 0, 0) is DPM-Solver++ and (0, -1, 0) DPM-Solver.
+"""
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Mapping
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from .integrand import Evaluation, Stage, Update
+from .schedule import Level
+
+FORMAT = "lambda-solvers statistics 1"
+CURVES = ("l", "s", "b")
+SLACK = 0.01  # in lam: schedules are computed in float32, and end a little beside the model's own last level
+
+
+class StatisticsError(ValueError):
+    """A file or an array that cannot be statistics; the message says what is wrong with it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """Curves over an increasing grid in lam.
+
+    lam [N+1]; l, s, b [N+1] or [N+1, ...] with trailing axes that broadcast over one latent (channels: [N+1, C, 1, 1]);
+    gamma [N+1]: E[eps^2] per element, or None. All float64. about: what and how it was measured (model, guidance, ...).
+    """
+
+    lam: np.ndarray
+    l: np.ndarray  # noqa: E741  (the paper's letter)
+    s: np.ndarray
+    b: np.ndarray
+    gamma: np.ndarray | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.lam.ndim != 1 or len(self.lam) < 2:
+            raise StatisticsError(f"lam has shape {list(self.lam.shape)}: it must be a list of at least two grid points")
+        for name, curve in self.curves().items():
+            if len(curve) != len(self.lam) or curve.ndim == 0:
+                raise StatisticsError(f"{name} has shape {list(curve.shape)}: it must have {len(self.lam)} rows, one for "
+                                      "each grid point")
+            if curve.shape[1:] != self.l.shape[1:] and name in CURVES:
+                raise StatisticsError(f"{name} has shape {list(curve.shape)} and l has {list(self.l.shape)}: they must agree")
+        for name, curve in {"lam": self.lam, **self.curves()}.items():
+            if not np.isfinite(curve).all():
+                raise StatisticsError(f"{name} has {int((~np.isfinite(curve)).sum())} values that are not finite")
+        falls = np.flatnonzero(np.diff(self.lam) <= 0)
+        if len(falls):
+            i = int(falls[0])
+            raise StatisticsError(f"lam must increase, but lam[{i + 1}] = {self.lam[i + 1]:.6g} after "
+                                  f"lam[{i}] = {self.lam[i]:.6g}")
+
+    def curves(self) -> dict[str, np.ndarray]:
+        return {name: getattr(self, name) for name in (*CURVES, "gamma") if getattr(self, name) is not None}
+
+    @classmethod
+    def constant(cls, l: float = 1.0, s: float = 0.0, b: float = 0.0, lam: tuple[float, float] = (-40.0, 40.0)) -> Statistics:
+        """The same (l, s, b) everywhere; (1, 0, 0) is DPM-Solver++."""
+        return cls(np.array(lam), *(np.full(2, value) for value in (l, s, b)))
+
+    def on(self, lam: np.ndarray) -> Statistics:
+        """The same curves on another grid."""
+        return Statistics(np.asarray(lam, dtype=np.float64), **{name: self.at(name, lam) for name in self.curves()},
+                          about=self.about)
+
+    def at(self, name: str, lam: float | np.ndarray) -> np.ndarray:
+        """A curve at any lam of the grid's range, linear between grid points."""
+        lam = np.asarray(lam, dtype=np.float64)
+        i = np.clip(np.searchsorted(self.lam, lam, side="right") - 1, 0, len(self.lam) - 2)
+        share = np.clip((lam - self.lam[i]) / (self.lam[i + 1] - self.lam[i]), 0.0, 1.0)
+        curve = getattr(self, name)
+        share = share.reshape(share.shape + (1,) * (curve.ndim - 1))
+        return (1.0 - share) * curve[i] + share * curve[i + 1]
+
+    def check_range(self, *levels: Level) -> None:
+        """ValueError naming both ranges if a level lies outside the grid."""
+        low, high = self.lam[0] - SLACK, self.lam[-1] + SLACK
+        outside = [level for level in levels if not low <= level.lam <= high]
+        if outside:
+            raise ValueError(
+                f"the statistics cover lambda from {self.lam[0]:.3f} to {self.lam[-1]:.3f} (sigma / alpha from "
+                f"{np.exp(-self.lam[0]):.4g} to {np.exp(-self.lam[-1]):.4g}), but the schedule goes to lambda = "
+                f"{outside[0].lam:.3f} (sigma = {outside[0].sigma:.4g}): estimate them again over the whole schedule, "
+                "or use a schedule within their range")
+
+    def save(self, path: str | os.PathLike, overwrite: bool = False) -> None:
+        """Write the file whole or not at all; FileExistsError if it exists, unless told to overwrite."""
+        tensors = {"lam": self.lam, **self.curves()}
+        content = save({name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in tensors.items()},
+                       metadata={"format": FORMAT, "about": json.dumps(dict(self.about), sort_keys=True)})
+        write_whole(Path(path), content, overwrite)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Statistics:
+        """Read and check a file; StatisticsError says what is wrong with it."""
+        tensors, about = read_checked(Path(path), FORMAT)
+        missing = [name for name in ("lam", *CURVES) if name not in tensors]
+        if missing:
+            raise StatisticsError(f"{path}: the tensor {missing[0]!r} is missing; it has {', '.join(sorted(tensors)) or 'none'}")
+        try:
+            return cls(**{name: tensors[name].astype(np.float64) for name in ("lam", *CURVES, "gamma") if name in tensors},
+                       about=about)
+        except StatisticsError as fault:
+            raise StatisticsError(f"{path}: {fault}") from None
+
+    @classmethod
+    def from_npz(cls, folder: str | os.PathLike, lam: tuple[float, float], about: Mapping[str, Any] | None = None) -> Statistics:
+        """The authors' published files, l.npz and sb.npz, over their uniform grid from lam[0] to lam[1].
+
+        Their arrays `l`, `s`, `b` have one row for each grid point (and then channels or elements).
+        """
+        arrays = {}
+        for file, names in (("l.npz", ("l",)), ("sb.npz", ("s", "b"))):
+            path = Path(folder) / file
+            if not path.is_file():
+                raise StatisticsError(f"{path} does not exist: a published folder holds l.npz and sb.npz")
+            with np.load(path) as archive:
+                for name in names:
+                    if name not in archive:
+                        raise StatisticsError(f"{path} has no array {name!r}; it has {', '.join(archive.files)}")
+                    arrays[name] = archive[name].astype(np.float64)
+        return cls(np.linspace(*lam, len(arrays["l"])), **arrays,
+                   about={**(about or {}), "source": "DPM-Solver-v3 npz", "quadrature": "grid"})
+
+
+def write_whole(path: Path, content: bytes, overwrite: bool) -> None:
+    """Put a file in place in one go: no reader, and no process killed half way, ever sees a part of it."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if overwrite:
+            os.replace(temporary, path)
+        else:
+            _link_new(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _link_new(temporary: str, path: Path) -> None:
+    """Give the finished file its name, unless the name is taken: of two writers one wins, whole."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise FileExistsError(f"{path} exists: choose another name, or overwrite it") from None
+    except OSError:  # a file system without hard links
+        if path.exists():
+            raise FileExistsError(f"{path} exists: choose another name, or overwrite it") from None
+        os.replace(temporary, path)
+
+
+def read_checked(path: Path, expected: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The tensors and the description of one of our files; StatisticsError if it is none, or of another version."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            found = metadata.get("format", "")
+            kind = expected.rpartition(" ")[0]
+            if not found.startswith(kind):
+                raise StatisticsError(f"{path} is not a file of {kind}" + (f", but of {found}" if found else ""))
+            if found != expected:
+                raise StatisticsError(f"{path} has the format {found!r}, and this version reads {expected!r}: update the pack, "
+                                      "or estimate again")
+            about = json.loads(metadata.get("about", "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, about
+    except FileNotFoundError:
+        raise StatisticsError(f"{path} does not exist") from None
+    except (SafetensorError, json.JSONDecodeError, OSError) as fault:
+        raise StatisticsError(f"{path} is damaged or was cut short: {fault}") from None
+
+
+SPACING = 1 / 64
+"""Spacing in lam of the quadrature between grid points, before its extrapolation."""
+
+
+@dataclass(frozen=True, eq=False)
+class EmpiricalPrediction:
+    """m = f = (1 - l) x / alpha - D, and the flow that l, s and b imply.
+
+        x_t = alpha_t e^(-L_t) (x_s / alpha_s - sum_j w_j (e^(-S_j) f_j - B_j) - C_t),
+        w_j = int e^(L+S) ell_j,    C_t = int e^(L+S) B,    all integrals from s, ell_j the basis polynomials of the nodes
+
+    Zheng et al. 2023 (arXiv:2310.13268), section 3. The authors' integrals are trapezoidal on the statistics' grid; ours go
+    through the levels of the step too, and with `fine` they are divided further and extrapolated to spacing 0.
+    """
+
+    statistics: Statistics
+    fine: bool = True
+
+    def evaluation(self, at: Level) -> Evaluation:
+        return Evaluation(at, _plain((1.0 - self.statistics.at("l", at.lam)) / at.alpha), -1.0)
+
+    def update(self, s: Level, to: Level, stage: Stage, at: Mapping[int, Level]) -> Update:
+        self.statistics.check_range(s, to)
+        nodes = [at[k].lam for k in stage.uses]
+        if self.fine:  # trapezoidal errors go with the square of the spacing: once Richardson's extrapolation
+            coarse, fine = (self._coefficients(s, to, stage, nodes, parts) for parts in (1, 2))
+            values = [(4.0 * b - a) / 3.0 for a, b in zip(coarse, fine)]
+        else:
+            values = self._coefficients(s, to, stage, nodes, 0)
+        decay, bias, *terms = map(_plain, values)
+        return Update(to, decay, tuple(zip(stage.uses, terms)), bias)
+
+    def _coefficients(self, s: Level, to: Level, stage: Stage, nodes: list[float], parts: int) -> list[np.ndarray]:
+        """Decay, bias, and the coefficients of the values, by trapezoidal sums."""
+        lam = self._points((s.lam, to.lam, *nodes), parts)
+        start, end = np.searchsorted(lam, (s.lam, to.lam))
+        places = np.searchsorted(lam, nodes)
+        l, s_, b = (self.statistics.at(name, lam) for name in CURVES)  # noqa: E741
+        big_l, big_s = _integral(lam, l, start), _integral(lam, s_, start)
+        big_b = _integral(lam, np.exp(-big_s) * b, start)
+        step = slice(start, end + 1)
+        weight = np.exp(big_l + big_s)[step]
+        r = _column((lam[step] - s.lam) / (to.lam - s.lam), weight)
+        moments = [_integral(lam[step], weight * r**p)[-1] for p in range(len(nodes))]
+        w = stage.basis([(node - s.lam) / (to.lam - s.lam) for node in nodes], moments)
+        scale = to.alpha * np.exp(-big_l[end])
+        bias = sum(wj * big_b[j] for wj, j in zip(w, places)) - _integral(lam[step], weight * big_b[step])[-1]
+        return [scale / s.alpha, scale * bias, *(-scale * wj * np.exp(-big_s[j]) for wj, j in zip(w, places))]
+
+    def _points(self, levels: tuple[float, ...], parts: int) -> np.ndarray:
+        """The grid between the outermost levels, with the levels themselves among its points.
+
+        Its intervals are divided to SPACING, and each of those into `parts`; 0 leaves them whole.
+        """
+        grid = self.statistics.lam
+        coarse = np.unique([*grid[(grid > min(levels)) & (grid < max(levels))], *levels])
+        counts = parts * np.ceil(np.diff(coarse) / SPACING).astype(int) if parts else np.ones(len(coarse) - 1, int)
+        share = np.concatenate([np.arange(n) / n for n in counts])
+        return np.append(np.repeat(coarse[:-1], counts) + np.repeat(np.diff(coarse), counts) * share, coarse[-1])
+
+
+def _integral(lam: np.ndarray, curve: np.ndarray, zero: int = 0) -> np.ndarray:
+    """The cumulative trapezoidal integral of a curve over lam, 0 at the point `zero`."""
+    pieces = _column(np.diff(lam), curve) * (curve[1:] + curve[:-1]) / 2.0
+    total = np.concatenate([np.zeros_like(curve[:1]), np.cumsum(pieces, axis=0)])
+    return total - total[zero]
+
+
+def _column(values: np.ndarray, like: np.ndarray) -> np.ndarray:
+    return values.reshape(values.shape + (1,) * (like.ndim - 1))
+
+
+def _plain(value: np.ndarray) -> float | np.ndarray:
+    """A scalar as the float it is."""
+    return float(value) if np.ndim(value) == 0 else np.asarray(value)
