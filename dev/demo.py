@@ -31,7 +31,7 @@ def main() -> None:
         parser.error(f"--steps {options.steps}: give at least 1")
 
     place = environment.enter()
-    from server import Server
+    from comfyui_server import Server
 
     base = environment.base_directory()
     home = environment.HOME / "demo"

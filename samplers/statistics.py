@@ -23,9 +23,8 @@ from pathlib import Path
 from typing import Any, Mapping
 
 import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.numpy import save
 
 from .integrand import Evaluation, Stage, Update
 from .schedule import Level
@@ -108,7 +107,7 @@ class Statistics:
     def save(self, path: str | os.PathLike, overwrite: bool = False) -> None:
         """Write the file whole or not at all; FileExistsError if it exists, unless told to overwrite."""
         tensors = {"lam": self.lam, **self.curves()}
-        content = save({name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in tensors.items()},
+        content = save({name: np.ascontiguousarray(value) for name, value in tensors.items()},
                        metadata={"format": FORMAT, "about": json.dumps(dict(self.about), sort_keys=True)})
         write_whole(Path(path), content, overwrite)
 

@@ -16,6 +16,7 @@ ROOT = environment.ROOT
 def comfy_sampling() -> types.ModuleType:
     """comfy.k_diffusion.sampling."""
     sys.path.insert(0, str(environment.ensure().comfyui))
+    import utils.install_util  # noqa: F401  (before ComfyUI's nodes.py puts another `utils` in front of it)
     import comfy.cli_args
     comfy.cli_args.args.cpu = True
     from comfy.k_diffusion import sampling

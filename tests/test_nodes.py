@@ -12,12 +12,18 @@ from comfy_host import ROOT, Model, comfy_sampling, pack, sampling_of
 from problems import reference_mixture
 from samplers import FAMILIES, SAMPLERS
 
-NAMES = ["lambda_2m", "lambda_3m", "lambda_2m_sde", "lambda_3m_sde"]
+NAMES = ["lambda_2m", "lambda_3m", "lambda_2m_sde", "lambda_3m_sde", "dpm_solver_v3"]
+SAMPLER_NODES = ["LambdaSampler" + name.capitalize() for name in FAMILIES]
 
 
 def lists() -> list[list[str]]:
     import comfy.samplers
     return [comfy.samplers.KSampler.SAMPLERS, comfy.samplers.SAMPLER_NAMES, comfy.samplers.KSAMPLER_NAMES]
+
+
+def host():
+    pack()
+    return sys.modules["custom_nodes_x_lambda-solvers.nodes.host"]
 
 
 def nodes() -> dict[str, type]:
@@ -54,7 +60,7 @@ def test_a_list_that_another_pack_has_replaced_gets_our_names_too() -> None:
         comfy.samplers.KSampler.SAMPLERS = kept
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("lambda_")])
 def test_ksampler_s_function_is_ours(name: str) -> None:
     pack()
     import comfy.samplers
@@ -67,29 +73,36 @@ def test_ksampler_s_function_is_ours(name: str) -> None:
 
 def test_there_is_one_node_for_every_family_and_one_widget_for_every_option() -> None:
     found = nodes()
-    assert list(found) == ["LambdaSampler" + name.capitalize() for name in FAMILIES]
+    assert list(found)[:len(FAMILIES)] == SAMPLER_NODES
     for node, family in zip(found.values(), FAMILIES.values()):
         schema = node.GET_SCHEMA()
         assert schema.category == "Lambda Solvers" and schema.description
-        inputs = node.INPUT_TYPES()["required"]
-        assert list(inputs) == list(family.options)
+        inputs = {name: spec for kind in node.INPUT_TYPES().values() for name, spec in kind.items()}
+        assert set(inputs) == {*family.options, *(["calibration"] if "statistics" in family.options else [])}
         for name, option in family.options.items():
+            if option.stand_in is not None:
+                assert inputs[name][0] == "LAMBDA_STATISTICS" and inputs[name][1]["tooltip"]
+                continue
             said = inputs[name][1]
             assert said["default"] == option.default and option.help in said["tooltip"]
             assert said.get("advanced", False) == option.advanced
             if option.choices:
                 assert list(said.get("options", inputs[name][0])) == list(option.choices)
-            else:
+            elif option.kind is not bool:
                 assert (said["min"], said["max"]) == (option.low, option.high)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_node_s_sampler_runs_with_its_options(name: str) -> None:
     node = nodes()["LambdaSampler" + name.capitalize()]
-    [sampler] = node.execute(**{key: option.default for key, option in FAMILIES[name].options.items()}).args
+    family = sys.modules["custom_nodes_x_lambda-solvers.samplers"].FAMILIES[name]  # the pack's own
+    options = {key: option.default for key, option in family.options.items()} | family.stand_ins
+    [sampler] = node.execute(**options).args
     denoiser, x = reference_mixture("flow")
-    result = sampler.sampler_function(Model(denoiser, sampling_of("CONST")), x, torch.tensor([1.0, 0.8, 0.4, 0.0]),
-                                      extra_args={"seed": 3}, callback=None, disable=True, **sampler.extra_options)
+    model = Model(denoiser, sampling_of("CONST"))
+    function = host().sampler_function(family) if family.stand_ins else sampler.sampler_function
+    result = function(model, x, torch.tensor([1.0, 0.8, 0.4, 0.0]), extra_args={"seed": 3}, callback=None, disable=True,
+                      **sampler.extra_options)
     assert result.isfinite().all()
 
 
@@ -102,20 +115,17 @@ def test_a_node_refuses_what_the_server_let_through() -> None:
 @pytest.mark.parametrize(("classes", "path"), [
     (["EPS"], "ve"), (["V_PREDICTION"], "ve"), (["EDM"], "ve"), (["X0"], "ve"), (["COSMOS_RFLOW"], "ve"), (["CONST"], "flow")])
 def test_the_path_follows_from_the_model_s_sampling_class(classes: list[str], path: str) -> None:
-    pack()
-    assert sys.modules["custom_nodes_x_lambda-solvers.nodes.host"].path_of(sampling_of(*classes)) == path
+    assert host().path_of(sampling_of(*classes)) == path
 
 
 @pytest.mark.parametrize("classes", [["IMG_TO_IMG"], ["IMG_TO_IMG_FLOW", "CONST"], ["V_PREDICTION_DDPM", "EPS"], ["SomethingNew"]])
 def test_a_class_that_cannot_work_is_refused_by_name(classes: list[str]) -> None:
-    pack()
     with pytest.raises(ValueError, match=f"{classes[0]}.*Choose one of ComfyUI's own samplers"):
-        sys.modules["custom_nodes_x_lambda-solvers.nodes.host"].path_of(sampling_of(*classes))
+        host().path_of(sampling_of(*classes))
 
 
 def test_scaled_noise_of_newer_flow_models_scales_what_stochastic_solvers_add() -> None:
-    pack()
-    function = sys.modules["custom_nodes_x_lambda-solvers.nodes.host"].sampler_function(SAMPLERS["dpmpp_2m_sde"])
+    function = host().sampler_function(SAMPLERS["dpmpp_2m_sde"])
     x, sigmas = torch.ones(1, 3, 4, 4), torch.tensor([0.9, 0.7, 0.5])
     runs = [function(Model(lambda x, sigma: x * 0, sampling_of("CONST", **scale)), x, sigmas, extra_args={"seed": 3},
                      disable=True) for scale in ({}, {"noise_scale": 8.0})]
@@ -125,8 +135,7 @@ def test_scaled_noise_of_newer_flow_models_scales_what_stochastic_solvers_add() 
 
 
 def test_half_precision_latents_are_sampled_in_float32() -> None:
-    pack()
-    function = sys.modules["custom_nodes_x_lambda-solvers.nodes.host"].sampler_function(SAMPLERS["dpmpp_2m"])
+    function = host().sampler_function(SAMPLERS["dpmpp_2m"])
     seen = set()
 
     def denoiser(x, sigma):

@@ -176,7 +176,7 @@ def test_an_update_passes_over_the_latents_once_for_each_tensor_that_enters_it(n
         run(name, ("ve", [float(s) for s in range(steps, -1, -1)]), x, model=lambda x, sigma, **extra: token)
     stochastic = "eta" in SAMPLERS[name].options
     noise_prediction = SAMPLERS[name].settings(needed(name)).get("prediction", "noise") == "noise"
-    corrected = (order + 2) * ("corrector" in SAMPLERS[name].options) + ("statistics" in SAMPLERS[name].options)
+    corrected = (order + 3) * ("corrector" in SAMPLERS[name].options) + ("statistics" in SAMPLERS[name].options)
     passes = (order + 1) + 1 + 2 * noise_prediction + stochastic + corrected
     assert seen.operations <= (passes + 1) * nfe(name, steps) + 2  # + 1: sigma's new_full is made from x, without reading it
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import demo
 import environment
 from samplers import FAMILIES, SAMPLERS, nfe
-from server import PromptRefused, Server
+from comfyui_server import PromptRefused, Server
 
 NAMES = {"lambda_2m": "dpmpp_2m", "lambda_3m": "dpmpp_3m", "lambda_2m_sde": "dpmpp_2m_sde", "lambda_3m_sde": "dpmpp_3m_sde"}
 EVERY_NAME = pytest.mark.parametrize("name", NAMES)

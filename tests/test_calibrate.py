@@ -1,0 +1,227 @@
+"""The estimation of statistics, against exact ones; cancelled, killed, resumed; in half precision."""
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from problems import Gaussian, Mixture, gaussian_statistics, starting_noise
+from samplers import PATHS, Statistics, estimate_statistics, k_diffusion_sampler
+from samplers.calibrate import nodes
+
+ENDS = {"ve": [14.6, 0.03], "flow": [1.0, 0.97, 0.03], "vp": [0.998, 0.03]}
+
+
+def mixture(seed: int = 0, path: str = "ve") -> Mixture:
+    generator = torch.Generator().manual_seed(seed)
+    means = torch.randn(12, 48, generator=generator, dtype=torch.float64) * 0.7
+    return Mixture(means, torch.full((12,), 0.15, dtype=torch.float64), torch.ones(12, dtype=torch.float64) / 12, path)
+
+
+def noise(k: int, sigma: float = 14.6, seed: int = 0, dtype=torch.float64) -> torch.Tensor:
+    return torch.randn(k, 3, 4, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype) * sigma
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_statistics_of_a_gaussian_are_the_exact_ones_on_every_path(path: str) -> None:
+    x = starting_noise((8, 3, 8, 8), ENDS[path][0], path)
+    found = estimate_statistics(Gaussian(path), x, ENDS[path], intervals=80, path=path)
+    exact = gaussian_statistics()
+    for name, tolerance in (("l", 1e-4), ("s", 1e-9), ("b", 1e-3)):
+        inner = slice(1, -1)  # one-sided differences at the ends are of lower order
+        assert np.abs(found.at(name, found.lam) - exact.at(name, found.lam))[inner].max() < tolerance, name
+
+
+def test_statistics_belong_to_the_model_not_to_the_path() -> None:
+    ratios = [10.0, 0.05]
+    x = noise(16, 10.0)
+    ve = estimate_statistics(mixture(), x, ratios, intervals=20)
+    flow = estimate_statistics(mixture(path="flow"), x / 11.0, [r / (1 + r) for r in ratios], intervals=20, path="flow")
+    for name in ("l", "s", "b", "gamma"):
+        assert np.allclose(getattr(ve, name), getattr(flow, name), atol=1e-6)
+
+
+def test_the_definitions_hold_for_a_mixture_by_automatic_differentiation() -> None:
+    """l from the exact Jacobian's diagonal on the same trajectory, at one node."""
+    model, sigma = mixture(), 2.0
+    y = noise(64, sigma, seed=3) + model.means[torch.arange(64) % 12].reshape(-1, 3, 4, 4)
+
+    def denoise(flat):
+        return model(flat.reshape(1, 3, 4, 4), torch.full((1,), sigma, dtype=torch.float64)).reshape(-1)
+
+    exact = 1 - float(torch.stack([torch.autograd.functional.jacobian(denoise, v.reshape(-1)).diagonal().mean()
+                                   for v in y]).mean())
+    found = estimate_statistics(model, y.repeat(16, 1, 1, 1), [sigma, 0.5], intervals=4)
+    assert found.l[0] == pytest.approx(exact, abs=0.01)
+
+
+@pytest.mark.parametrize("pool", ["all", "channel", "none"])
+def test_pooling_keeps_the_axes_it_says(pool: str) -> None:
+    found = estimate_statistics(mixture(), noise(8), [14.6, 0.03], intervals=8, pool=pool)
+    assert found.l.shape == {"all": (9,), "channel": (9, 3, 1, 1), "none": (9, 3, 4, 4)}[pool]
+    result = k_diffusion_sampler("dpm_solver_v3", statistics=found)(mixture(), noise(2), torch.tensor([14.6, 2.0, 0.3, 0.0]),
+                                                                    disable=True)
+    assert result.isfinite().all()
+
+
+def test_the_grid_takes_the_model_s_own_levels_where_it_has_enough() -> None:
+    table = torch.exp(torch.linspace(np.log(14.6), np.log(0.03), 1000)).tolist()
+    seen = []
+
+    def model(x, sigma):
+        seen.append(float(sigma[0]))
+        return Gaussian()(x, sigma)
+
+    found = estimate_statistics(model, noise(2), table, intervals=40)
+    assert len(found.lam) == 41 and all(min(abs(s - t) for t in table) < 1e-9 for s in seen)
+    assert found.about["evaluations"] == len(seen) == 82
+    assert np.diff(found.lam).std() < 0.02
+    assert [len(nodes(ENDS["flow"], 10, PATHS["flow"])), nodes(ENDS["flow"], 10, PATHS["flow"])[0].sigma] == [12, 1.0]
+
+
+def test_progress_counts_every_evaluation_and_more_samples_are_drawn_like_the_first() -> None:
+    seen, batches = [], set()
+
+    def model(x, sigma):
+        batches.add(len(x))
+        return Gaussian("flow")(x, sigma)
+
+    found = estimate_statistics(model, noise(2, 1.0), ENDS["flow"], intervals=6, path="flow", samples=5,
+                                progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(k, 15) for k in range(1, 16)] and batches == {5} and found.about["samples"] == 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_in_half_precision_the_pooled_statistics_agree_to_two_percent(dtype) -> None:
+    """A denoiser that rounds its input and its output as a network in half precision does."""
+    model = mixture()
+
+    def rounding(x, sigma):
+        scale = (1 + sigma.double() ** 2).sqrt().reshape(-1, 1, 1, 1)
+        seen = (x.double() / scale).to(dtype).double() * scale                   # the network's input
+        eps = ((seen - model(seen, sigma.double())) / sigma.double().reshape(-1, 1, 1, 1)).to(dtype).double()
+        return x.double() - sigma.double().reshape(-1, 1, 1, 1) * eps            # its output
+
+    x = noise(512)
+    exact = estimate_statistics(model, x, [14.6, 0.1], intervals=24)
+    half = estimate_statistics(rounding, x.float(), [14.6, 0.1], intervals=24, precision=dtype)
+    assert np.abs(half.l - exact.l).max() < 0.02
+    assert np.sqrt(np.mean((half.l - exact.l) ** 2)) < 0.01
+
+
+def test_default_effort_is_within_a_tenth_of_sixteen_times_as_much() -> None:
+    """The solver's error with default statistics, and with those of 16 times as many trajectories."""
+    model = mixture()
+    x = noise(256, seed=9)
+    sigmas = torch.tensor([14.6 * (0.03 / 14.6) ** (i / 8) for i in range(9)], dtype=torch.float64)
+    exact = k_diffusion_sampler("dpmpp_3s")(model, x, torch.tensor(
+        [14.6 * (0.03 / 14.6) ** (i / 800) for i in range(801)], dtype=torch.float64), disable=True)
+    errors = []
+    for samples in (256, 16 * 256):  # 48 elements each: half the elements of the host's default
+        statistics = estimate_statistics(model, noise(samples, seed=1), [14.6, 0.03])
+        assert statistics.about["evaluations"] <= 100
+        result = k_diffusion_sampler("dpm_solver_v3", statistics=statistics)(model, x, sigmas, disable=True)
+        errors.append(float((result - exact).square().mean().sqrt()))
+    assert errors[0] < 1.1 * errors[1]
+
+
+def test_a_cancelled_estimation_goes_on_where_it_was(tmp_path) -> None:
+    partial = tmp_path / "x.part"
+    expected = estimate_statistics(mixture(), noise(4), [14.6, 0.03], intervals=12)
+
+    class Cancelled(Exception):
+        pass
+
+    def cancel_at(k: int):
+        def progress(done: int, total: int) -> None:
+            if done == k:
+                raise Cancelled
+        return progress
+
+    counts = []
+    for stop in (7, 12, 19):
+        with pytest.raises(Cancelled):
+            estimate_statistics(mixture(), noise(4), [14.6, 0.03], intervals=12, partial=partial, progress=cancel_at(stop))
+        assert [p.name for p in tmp_path.iterdir()] == ["x.part"]
+    found = estimate_statistics(mixture(), noise(4), [14.6, 0.03], intervals=12, partial=partial,
+                                progress=lambda done, total: counts.append(done))
+    assert counts[0] > 16 and counts[-1] == 26 and list(tmp_path.iterdir()) == []
+    for name in ("l", "s", "b", "gamma"):
+        assert np.allclose(getattr(found, name), getattr(expected, name), rtol=1e-12, atol=1e-12)
+
+
+def test_a_partial_file_of_another_estimation_or_a_damaged_one_is_not_taken_up(tmp_path) -> None:
+    partial = tmp_path / "x.part"
+
+    def run(seed: int, stop: int | None) -> list[int]:
+        counts: list[int] = []
+
+        def progress(done: int, total: int) -> None:
+            counts.append(done)
+            if done == stop:
+                raise KeyboardInterrupt
+
+        try:
+            estimate_statistics(mixture(), noise(2), [14.6, 0.03], intervals=6, seed=seed, partial=partial, progress=progress)
+        except KeyboardInterrupt:
+            pass
+        return counts
+
+    run(0, 8)
+    assert run(1, 4)[0] == 1         # another seed
+    partial.write_bytes(partial.read_bytes()[:100])
+    assert run(1, None)[0] == 1      # damaged
+
+
+KILLED = """
+import sys, torch
+sys.path[:0] = sys.argv[2:]
+torch.set_num_threads(1)
+from test_calibrate import mixture, noise
+from samplers import estimate_statistics
+print("started", flush=True)
+estimate_statistics(mixture(), noise(8), [14.6, 0.03], intervals=60, partial=sys.argv[1] + ".part",
+                    partial_seconds=0.0).save(sys.argv[1], overwrite=True)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_an_estimation_killed_at_any_moment_leaves_nothing_that_loads_wrongly_and_goes_on(tmp_path) -> None:
+    path, root = tmp_path / "x.safetensors", Path(__file__).parent.parent
+    command = [sys.executable, "-c", KILLED, str(path), str(root), str(root / "tests")]
+    chance = random.Random(0)
+    expected = estimate_statistics(mixture(), noise(8), [14.6, 0.03], intervals=60)
+    finished = 0
+    for _ in range(20):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert process.stdout.readline() == "started\n"
+        time.sleep(chance.uniform(0.0, 0.25))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if path.exists():
+            finished += 1
+            assert np.allclose(Statistics.load(path).l, expected.l, rtol=1e-12)
+            path.unlink()
+    subprocess.run(command, check=True, capture_output=True)
+    found = Statistics.load(path)
+    for name in ("l", "s", "b"):
+        assert np.allclose(getattr(found, name), getattr(expected, name), rtol=1e-12, atol=1e-12)
+    assert [p.name for p in tmp_path.iterdir() if not p.name.startswith(".")] == ["x.safetensors"]
+    print(f"finished before the kill: {finished} of 20")
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"pool": "space"}, "pool = 'space' is out of range"), ({"intervals": 3}, "intervals = 3 is out of range"),
+    ({"samples": 0}, "samples = 0 is out of range"), ({"path": "edm"}, "unknown path"),
+    ({"sigmas": [1.0]}, "has 1 levels inside the path"), ({"sigmas": [1.0, -1.0]}, "negative")])
+def test_bad_arguments_are_refused(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        estimate_statistics(Gaussian(), noise(2), **{"sigmas": [14.6, 0.03], **changes})
