@@ -204,7 +204,7 @@ class _Partial:
     def write(self, kept: Mapping[str, Tensor], following: int, at_once: bool = False) -> None:
         if self.path and (at_once or time.monotonic() - self.written >= self.seconds):
             about = json.dumps({"key": self.key, "next": following})
-            write_whole(self.path, save({name: np.ascontiguousarray(value.cpu().numpy()) for name, value in kept.items()},
+            write_whole(self.path, save({name: np.asarray(value.cpu().numpy(), order="C") for name, value in kept.items()},
                                         metadata={"format": PARTIAL, "about": about}), overwrite=True)
             self.written = time.monotonic()
 
