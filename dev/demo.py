@@ -61,16 +61,19 @@ def jobs(server) -> list[tuple[str, str | None, dict]]:
     from samplers import FAMILIES, SAMPLERS
 
     result = []
-    for name in (*CORE, *(name for name in listed if name.startswith("lambda_"))):
+    for name in (*CORE, *(name for name in listed if name.startswith("lambda_") or name in SAMPLERS)):
         prompt = load(WORKFLOWS / "ksampler.json", info)
         for sampler in nodes_of(prompt, "KSampler"):
             sampler["sampler_name"] = name
-        result.append((name, None if name in CORE else name.replace("lambda_", "dpmpp_"), prompt))
+        ours = name if name in SAMPLERS else name.replace("lambda_", "dpmpp_")
+        result.append((name, None if name in CORE else ours, prompt))
     for family in FAMILIES.values():
         prompt = load(WORKFLOWS / "sampler_node.json", info)
         [node] = [node for node in prompt.values() if node["class_type"].startswith("LambdaSampler")]
         node["class_type"] = "LambdaSampler" + family.name.capitalize()
-        node["inputs"] = {key: option.default for key, option in family.options.items()}
+        node["inputs"] = {key: option.default for key, option in family.options.items() if option.stand_in is None}
+        if family.stand_ins:
+            node["inputs"]["calibration"] = "auto"
         result.append((family.title, next(name for name, sampler in SAMPLERS.items() if sampler.family == family.title
                                           and sampler.fixed.items() <= node["inputs"].items()), prompt))
     return result

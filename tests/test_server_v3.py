@@ -1,0 +1,221 @@
+"""DPM-Solver-v3 in a real ComfyUI server: measured, saved, found again, given, refused, cancelled."""
+from __future__ import annotations
+
+import re
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+
+import environment
+from comfyui_server import PromptRefused, Server
+from samplers import Statistics
+from test_server import STEPS, Graph, base, looks_like_an_image, server  # noqa: F401  (the fixtures)
+
+NAME = "dpm_solver_v3"
+MOST = 100  # evaluations that a default estimation may cost
+
+
+@pytest.fixture
+def folder(base):  # noqa: F811
+    """An empty folder of calibrations."""
+    path = base / "models" / "solver_calibrations"
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    return path
+
+
+def files(folder) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+
+
+def estimate(graph: Graph, **changes) -> list:
+    inputs = dict(model=graph.model, positive=graph.positive, negative=graph.negative, cfg=3.0, latent_image=graph.latent,
+                  seed=0, intervals=12, samples=2, pool="all")
+    return [graph.add("LambdaEstimateStatistics", **{**inputs, **changes}), 0]
+
+
+def sampler_node(graph: Graph, steps: int = STEPS, **options) -> Graph:
+    return graph.family("v3", steps=steps, **{"calibration": "never", **options})
+
+
+def test_from_nothing_it_is_measured_once_saved_and_found_again(server, folder) -> None:  # noqa: F811
+    graph = Graph("panda").counted().ksampler(NAME)
+    samples, run = graph.run(server)
+    assert run.status == "success", run.error
+    assert looks_like_an_image(samples)
+    spent = len(graph.evaluations(server)) - STEPS
+    assert 60 < spent <= MOST
+    assert any("measuring the model's statistics: evaluation" in text and "s left" in text for text in run.texts)
+    assert any("no saved statistics for TinyEmoji-" in text for text in run.texts)
+    [name] = files(folder)
+    statistics = Statistics.load(folder / name)
+    assert re.fullmatch(r"TinyEmoji-[0-9a-f]{12}-cfg3\.safetensors", name)
+    assert statistics.about["guidance"] == 3.0 and statistics.about["evaluations"] == spent and not statistics.about["patches"]
+    assert max(value for value, _ in run.progress) == spent and run.progress[-1] == (STEPS, STEPS)
+
+    graph = Graph("strawberry").counted().ksampler(NAME, seed=8)
+    samples, run = graph.run(server)
+    assert run.status == "success" and len(graph.evaluations(server)) == STEPS
+    assert run.texts == [f"statistics: {name}"] and files(folder) == [name]
+
+
+def test_another_guidance_is_measured_anew_and_a_near_one_is_not(server, folder) -> None:  # noqa: F811
+    Graph().ksampler(NAME, steps=4, cfg=3.0).samples(server)
+    Graph().ksampler(NAME, steps=4, cfg=3.2).samples(server)
+    assert len(files(folder)) == 1
+    Graph().ksampler(NAME, steps=4, cfg=6.0).samples(server)
+    assert [name[-17:] for name in files(folder)] == ["-cfg3.safetensors", "-cfg6.safetensors"]
+
+
+def test_estimate_save_load_and_apply_give_the_same_image(server, folder) -> None:  # noqa: F811
+    graph = Graph("panda")
+    statistics = estimate(graph)
+    graph.add("LambdaSaveStatistics", statistics=statistics, name="shared/mine", overwrite=False)
+    first = sampler_node(graph, statistics=statistics).samples(server)
+    assert files(folder) == ["mine.safetensors"] and (folder / "shared" / "mine.safetensors").exists()
+
+    info = server.get("/object_info/LambdaLoadStatistics")["LambdaLoadStatistics"]["input"]["required"]["name"]
+    assert "shared/mine.safetensors" in (info[0] if isinstance(info[0], list) else info[1]["options"])
+    graph = Graph("panda")
+    loaded = graph.add("LambdaLoadStatistics", name="shared/mine.safetensors")
+    assert torch.equal(sampler_node(graph, statistics=[loaded, 0]).samples(server), first)
+
+    graph = Graph("panda")
+    loaded = graph.add("LambdaLoadStatistics", name="shared/mine.safetensors")
+    graph.through("LambdaApplyStatistics", statistics=[loaded, 0]).counted().ksampler(NAME)
+    assert torch.equal(graph.samples(server), first) and len(graph.evaluations(server)) == STEPS
+
+
+def test_the_picture_of_the_curves_is_drawn(server, folder) -> None:  # noqa: F811
+    graph = Graph("panda")
+    node = estimate(graph)[0]
+    graph.add("PreviewImage", images=[node, 1])
+    run = server.run(graph.nodes)
+    [shown] = run.outputs[node]["images"]
+    with Image.open(server.file(shown)) as image:
+        assert image.size == (640, 360) and len(image.convert("RGB").getcolors(100_000)) > 50
+    assert run.texts[-1].startswith("measuring the model's statistics: evaluation 26 of 26")
+
+
+def test_statistics_of_another_checkpoint_or_guidance_bring_a_warning_that_names_both(server, folder) -> None:  # noqa: F811
+    graph = Graph("panda")
+    flow = graph.add("TestFlowModel")
+    latent = [graph.add("EmptySD3LatentImage", width=64, height=64, batch_size=1), 0]
+    statistics = estimate(graph, model=[flow, 0], positive=[flow, 1], negative=[flow, 2], latent_image=latent)
+    samples, run = sampler_node(graph, statistics=statistics).run(server)
+    assert run.status == "success"
+    [warning] = [text for text in run.texts if text.startswith("warning")]
+    assert re.search(r"they are of SD3-[0-9a-f]{12}, and this is TinyEmoji-[0-9a-f]{12}", warning)
+    assert warning.removeprefix("warning: ") in server.log.read_text()
+
+    graph = Graph("panda")
+    _, run = sampler_node(graph, statistics=estimate(graph, cfg=8.0)).run(server)
+    [warning] = [text for text in run.texts if text.startswith("warning")]
+    assert "they are for guidance 8.0, and this is 3" in warning
+
+
+def test_without_leave_to_measure_the_error_names_the_nodes_to_add(server, folder) -> None:  # noqa: F811
+    _, run = sampler_node(Graph()).run(server)
+    assert run.status == "error" and "Load Solver Statistics or Estimate Solver Statistics" in run.error["exception_message"]
+    _, run = sampler_node(Graph(), calibration="saved only").run(server)
+    assert run.status == "error" and "no saved statistics for TinyEmoji-" in run.error["exception_message"]
+    assert files(folder) == []
+
+
+def test_cancel_while_measuring_leaves_a_partial_file_from_which_the_next_run_goes_on(server, folder) -> None:  # noqa: F811
+    cancelled = []
+
+    async def watch(server, run):
+        if len(run.progress) == 30 and not cancelled:
+            cancelled.append(True)
+            await server.interrupt()
+
+    graph = Graph().through("TestSlowModel", seconds=0.02).counted().ksampler(NAME, steps=4)
+    _, run = graph.run(server, watch)
+    assert run.status == "interrupted"
+    [partial] = files(folder)
+    assert partial.endswith(".part")
+    first = len(graph.evaluations(server))
+    graph = Graph().counted().ksampler(NAME, steps=4, seed=8)
+    samples, run = graph.run(server)
+    assert run.status == "success" and samples.isfinite().all()
+    again = len(graph.evaluations(server)) - 4
+    assert 28 <= first < 40 and again < MOST - 25 and first + again <= MOST + 2
+    [name] = files(folder)
+    assert name.endswith("-cfg3.safetensors")
+
+
+@pytest.mark.parametrize("name", ["../evil", "/tmp/evil", "a/../../evil", "..", "a\\..\\..\\evil", ".hidden", "a:b"])
+def test_a_name_that_would_leave_the_folder_is_refused(server, folder, name: str) -> None:  # noqa: F811
+    graph = Graph()
+    save = graph.add("LambdaSaveStatistics", statistics=estimate(graph, intervals=4, samples=1), name=name, overwrite=True)
+    run = server.run(graph.nodes)
+    assert run.status == "error" and run.error["node_id"] == save and "cannot be a file in" in run.error["exception_message"]
+    assert files(folder) == []
+
+
+def test_saving_twice_needs_leave(server, folder) -> None:  # noqa: F811
+    for seed, overwrite, status in ((0, False, "success"), (1, False, "error"), (2, True, "success")):
+        graph = Graph()
+        graph.add("LambdaSaveStatistics", statistics=estimate(graph, intervals=4, samples=1, seed=seed), name="x",
+                  overwrite=overwrite)
+        run = server.run(graph.nodes)
+        assert run.status == status, run.error
+        if status == "error":
+            assert "choose another name, or overwrite it" in run.error["exception_message"]
+
+
+def test_a_broken_or_missing_file_says_so_on_the_node(server, folder) -> None:  # noqa: F811
+    (folder / "broken.safetensors").write_bytes(b"not a file")
+    graph = Graph()
+    loaded = graph.add("LambdaLoadStatistics", name="broken.safetensors")
+    _, run = sampler_node(graph, statistics=[loaded, 0]).run(server)
+    assert run.status == "error" and "is damaged or was cut short" in run.error["exception_message"]
+    graph = Graph()
+    loaded = graph.add("LambdaLoadStatistics", name="gone.safetensors")
+    try:
+        _, run = sampler_node(graph, statistics=[loaded, 0]).run(server)
+        assert run.status == "error" and "there is no calibration 'gone.safetensors'" in run.error["exception_message"]
+    except PromptRefused:
+        pass  # newer ComfyUI refuses the choice itself
+    samples, run = Graph().ksampler(NAME, steps=4).run(server)  # and the search for a match steps over it
+    assert run.status == "success" and "is damaged or was cut short" in server.log.read_text()
+
+
+def test_img2img_flow_inpainting_and_batches_work(server, folder) -> None:  # noqa: F811
+    first = Graph("panda").ksampler("dpmpp_2m", steps=12).ksampler(NAME, seed=9, denoise=0.4).samples(server)
+    assert looks_like_an_image(first)
+    graph = Graph("red heart").through("TinyEmojiAsFlow")
+    sigmas = [graph.add("BasicScheduler", model=graph.model, scheduler="simple", steps=12, denoise=1.0), 0]
+    flow = sampler_node(graph, sigmas=sigmas, calibration="auto").samples(server)
+    assert looks_like_an_image(flow) and flow.mean((0, 2, 3))[0] > flow.mean((0, 2, 3))[1] + 0.2
+    graph = Graph("panda")
+    graph.latent = [graph.add("EmptyLatentImage", width=256, height=256, batch_size=3), 0]
+    batch = graph.ksampler(NAME).samples(server)
+    assert batch.shape[0] == 3 and looks_like_an_image(batch)
+    graph = Graph("panda").ksampler("dpmpp_2m", steps=12)
+    mask = graph.add("SolidMask", value=0.0, width=256, height=256)
+    graph.latent = [graph.add("SetLatentNoiseMask", samples=graph.latent, mask=[mask, 0]), 0]
+    kept = Graph("panda").ksampler("dpmpp_2m", steps=12).samples(server)
+    assert (graph.ksampler(NAME).samples(server) - kept).abs().max() < 1e-3
+
+
+def test_a_transformer_flow_model_is_measured_and_sampled(server, folder) -> None:  # noqa: F811
+    graph = Graph()
+    flow = graph.add("TestFlowModel")
+    graph.model, graph.positive, graph.negative = [flow, 0], [flow, 1], [flow, 2]
+    graph.latent = [graph.add("EmptySD3LatentImage", width=64, height=64, batch_size=1), 0]
+    samples, run = graph.ksampler(NAME, scheduler="simple").run(server)
+    assert run.status == "success", run.error
+    assert samples.isfinite().all() and files(folder)[0].startswith("SD3-")
+
+
+@pytest.mark.parametrize("flag", ["--fp16-unet", "--fp8_e4m3fn-unet"])
+def test_the_fingerprint_is_the_same_in_every_precision(base, server, folder, flag: str) -> None:  # noqa: F811
+    Graph().ksampler(NAME, steps=4, seed=len(flag)).samples(server)  # a seed of its own: not what the server remembers
+    [name] = files(folder)
+    with Server(environment.ensure(), base, flag, log=base / f"server-v3{flag}.log") as low:
+        samples, run = Graph().ksampler(NAME, steps=4).run(low)
+    assert run.status == "success" and run.texts == [f"statistics: {name}"] and samples.isfinite().all()
