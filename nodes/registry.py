@@ -12,18 +12,10 @@ from ..samplers import FAMILIES, SAMPLERS, Statistics
 from ..samplers.families import Option, Sampler
 from . import calibration
 from .host import sampler_function
+from .names import NAMES
 from .statistics import STATISTICS, advanced
 
 CATEGORY = "Lambda Solvers"
-
-NAMES = {
-    "lambda_2m": "dpmpp_2m",
-    "lambda_3m": "dpmpp_3m",
-    "lambda_2m_sde": "dpmpp_2m_sde",
-    "lambda_3m_sde": "dpmpp_3m_sde",
-    "dpm_solver_v3": "dpm_solver_v3",
-}
-"""What stands in KSampler's list, and the catalogue's name of it. At most ten, and forever: workflows carry them."""
 
 
 def register() -> None:

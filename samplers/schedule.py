@@ -32,7 +32,7 @@ class Level(NamedTuple):
 class Path(Protocol):
     """A Gaussian path, parametrised both ways: level(at(lam).sigma).lam == lam."""
 
-    sigma_limit: float
+    sigma_limit: float  # the highest sigma there is
 
     def level(self, sigma: float) -> Level: ...
 

@@ -122,6 +122,14 @@ def test_the_result_has_the_input_s_precision_and_the_input_is_left_alone(name: 
         assert (result.double() - exact).abs().max() < tolerance
 
 
+@pytest.mark.parametrize("shape", [(2, 7), (1, 1, 300), (2, 3, 8, 8), (1, 4, 3, 6, 6)], ids=["vector", "packed", "image", "video"])
+@pytest.mark.parametrize("name", EVERY)
+def test_latents_of_any_shape_are_sampled_alike(name: str, shape: tuple[int, ...]) -> None:
+    flow = starting_noise(shape, 1.0, "flow", dtype=torch.float32)
+    assert run(name, SCHEDULES["flow"], flow).shape == shape
+    assert run(name, SCHEDULES["to zero"], flow * 14.6).isfinite().all()
+
+
 @pytest.mark.parametrize("name", EVERY)
 def test_what_the_model_returned_is_not_written_to(name: str) -> None:
     kept = []

@@ -1,0 +1,700 @@
+"""Error to the converged solution at equal model evaluations: every deterministic sampler, ours and ComfyUI's, in one run.
+
+    python dev/benchmark.py accuracy            every scheduler, about 25 minutes on one CPU core
+    python dev/benchmark.py accuracy --quick    three schedulers, two prompts, 5, 8 and 10 evaluations, about 3 minutes
+
+Writes accuracy.csv (a row a cell), accuracy.md (tables) and accuracy.png (error against evaluations) to --out.
+
+Problems
+    gaussians   exact denoiser: 50 Gaussians in 3x16x16, float64; guidance towards 10 of them
+    digits      exact denoiser: 1797 coloured 8x8 digits, each a Gaussian of std 0.05, float64; guidance towards the threes
+    emoji       dev/tiny_emoji as ComfyUI runs it: its loader, text encoder, guider and timestep rounding, float32
+
+A cell is problem, prompt, guidance, scheduler, budget and sampler. Its error is taken to the converged solution from the
+same starting noise: the rms, and the median of |error|, over all pixels of its images. All cells are run
+with the core schedulers' sigmas as KSampler makes them (dpm_2 and uni_pc without the last but one), and every run is
+counted: a sampler of ours spends the budget exactly or the cell is left out; ComfyUI's heun, heunpp2 and dpm_2 take as
+many steps as fit. The main schedulers (karras, sgm_uniform, exponential, which is uniform in lambda) get all budgets and
+all variants of options; the others get fewer budgets and defaults only. ddim_uniform starts below sigma_max, at a sigma
+that depends on its steps: its converged picture is another one, so it is left out of the list of best cells.
+
+A new solver of the catalogue is measured by existing. One that needs a calibration gets a line in CALIBRATED.
+"""
+from __future__ import annotations
+
+import csv
+import importlib.util
+import math
+import statistics
+import sys
+import time
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Callable, Iterable, Mapping, NamedTuple, Sequence
+
+import comfy_host
+import environment
+import torch
+from torch import Tensor
+
+import samplers
+
+S = comfy_host.comfy_sampling()  # ComfyUI's modules can be imported from here on
+import comfy.model_sampling  # noqa: E402
+import comfy.samplers  # noqa: E402
+from comfy.extra_samplers import uni_pc  # noqa: E402
+
+MAIN = ("karras", "sgm_uniform", "exponential")
+BASELINE = "comfy/dpmpp_2m"
+MOVING_START = "ddim_uniform"
+CALIBRATION_PROMPT = "panda"
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much one run measures."""
+
+    schedulers: tuple[str, ...]
+    prompts: tuple[str, ...]
+    budgets: tuple[int, ...]        # on the main schedulers
+    other_budgets: tuple[int, ...]  # on the others
+    guidances: tuple[float, ...]    # of the emoji
+    noises: int                     # images a prompt
+    exact_noises: int
+    own_prompt: bool                # calibrate on every evaluated prompt too
+
+
+FULL = Size(tuple(comfy.samplers.SCHEDULER_NAMES), ("red heart", "panda", "strawberry", "doughnut"), (5, 6, 8, 10, 15, 20),
+            (5, 8), (3.0, 7.0, 1.0), 1, 32, True)
+QUICK = Size(MAIN, ("red heart", "panda"), (5, 8, 10), (), (3.0,), 1, 16, False)
+
+
+# --- samplers ---------------------------------------------------------------------------------------------------------
+
+Run = Callable[..., Tensor]  # (model, x, sigmas, **options) -> x
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A sampler to measure. `cost(n)` is its model evaluations in n steps to sigma = 0."""
+
+    label: str
+    run: Run
+    cost: Callable[[int], int]
+    variant: bool = False           # an option away from its default: main schedulers only
+    discards: bool = False          # KSampler drops the last sigma above 0 for it
+    calibrate: Callable[[comfy_host.Model, Tensor, Tensor, str], Mapping[str, Any]] | None = None
+    own_prompt: bool = False        # calibrated on the prompt that is evaluated
+
+    @property
+    def ours(self) -> bool:
+        return self.label.startswith("lambda/")
+
+    def steps(self, budget: int) -> int | None:
+        """The most steps that fit the budget; for ours they must spend it exactly."""
+        fitting = [n for n in range(2, budget + 1) if (self.cost(n) == budget if self.ours else self.cost(n) <= budget)]
+        return max(fitting, default=None)
+
+
+def core(name: str, cost: Callable[[int], int] = lambda n: n, discards: bool = False, **options: Any) -> Entry:
+    unipc = {"uni_pc": uni_pc.sample_unipc, "uni_pc_bh2": uni_pc.sample_unipc_bh2}
+    function = unipc.get(name) or getattr(S, "sample_" + name)
+
+    def run(model, x, sigmas):
+        if name in unipc:  # fails in float64
+            x, sigmas = x.float(), sigmas.float()
+        return function(model, x, sigmas, extra_args={}, disable=True, **options)
+
+    return Entry("comfy/" + name, run, cost, discards=discards)
+
+
+def ours(name: str, about: str = "", calibrate=None, own_prompt: bool = False, **options: Any) -> Entry:
+    def run(model, x, sigmas, **calibrated):
+        return samplers.k_diffusion_sampler(name, **options, **calibrated)(model, x, sigmas, extra_args={}, disable=True)
+
+    def cost(n):
+        return n if calibrate else samplers.nfe(name, n, **options)
+
+    return Entry(" ".join(["lambda/" + name, about]).strip(), run, cost, bool(about), False, calibrate, own_prompt)
+
+
+CORE = [
+    core("euler"), core("dpmpp_2m"), core("ipndm"), core("ipndm_v"), core("deis"), core("lms"),
+    core("uni_pc", discards=True), core("uni_pc_bh2", discards=True), core("res_multistep"), core("gradient_estimation"),
+    core("sa_solver", tau_func=lambda sigma: 0.0),
+    core("heun", lambda n: 2 * n - 1), core("dpm_2", lambda n: 2 * n - 1, discards=True), core("heunpp2", lambda n: 3 * n - 3),
+]
+VARIANTS = [  # name, what is different, options
+    ("dpmpp_2m", "taylor", {"rule": "taylor"}),
+    ("dpmpp_2m", "final off", {"lower_order_final": "off"}),
+    ("dpmpp_2m", "final on", {"lower_order_final": "on"}),
+    ("dpmpp_2m", "taylor, final off", {"rule": "taylor", "lower_order_final": "off"}),
+    ("dpmpp_3m", "midpoint", {"rule": "midpoint"}),
+    ("dpmpp_3m", "published", {"rule": "published"}),
+    ("dpmpp_3m", "final off", {"lower_order_final": "off"}),
+    ("dpmpp_3m", "final on", {"lower_order_final": "on"}),
+    ("dpmpp_3m", "published, final off", {"rule": "published", "lower_order_final": "off"}),
+    ("dpm_fast", "data", {"prediction": "data"}),
+    ("dpm_fast", "noise", {"prediction": "noise"}),
+    ("dpm_fast", "data, order 2", {"prediction": "data", "order": 2}),
+]
+
+
+def dpm_solver_v3_statistics(model: comfy_host.Model, x: Tensor, sigmas: Tensor, path: str) -> Mapping[str, Any]:
+    return {"statistics": samplers.estimate_statistics(model, x, sigmas, path=path)}
+
+
+CALIBRATED = [  # name, what is different, options, calibration
+    ("dpm_solver_v3", "", {}, dpm_solver_v3_statistics),
+    ("dpm_solver_v3", "order 3", {"order": 3}, dpm_solver_v3_statistics),
+    ("dpm_solver_v3", "no corrector", {"corrector": "off"}, dpm_solver_v3_statistics),
+]
+"""Solvers that first see the model: the calibration is called with (model, x at sigmas[0], sigmas, path) on noises that
+are not evaluated, once for each problem and guidance, and returns options for k_diffusion_sampler. On the emoji it sees
+CALIBRATION_PROMPT and is used for all prompts; "own prompt" saw the prompt that is evaluated."""
+
+
+CALIBRATED_NAMES = {name for name, *_ in CALIBRATED}
+
+
+def entries(own_prompt: bool) -> list[Entry]:
+    result = list(CORE)
+    for name, sampler in samplers.SAMPLERS.items():
+        if name not in CALIBRATED_NAMES and "eta" not in sampler.options and sampler.evaluations_per_step is not None:
+            result.append(ours(name))
+    for name, about, options in VARIANTS:
+        default = all(samplers.SAMPLERS[name].options[key].default == value for key, value in options.items())
+        if not default:
+            result.append(ours(name, about, **options))
+    for name, about, options, calibrate in CALIBRATED:
+        if name not in samplers.SAMPLERS:
+            print(f"NOTE: {name} is not measured: it is not in the catalogue yet")
+            continue
+        result.append(ours(name, about, calibrate, **options))
+        if own_prompt and not about:
+            result.append(ours(name, "own prompt", calibrate, own_prompt=True, **options))
+    return result
+
+
+# --- problems ---------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Mixture:
+    """Posterior mean of isotropic Gaussians, by matrix products: tests/problems.py has the plain form."""
+
+    means: Tensor  # [K, d]
+    stds: Tensor   # [K]
+
+    def __post_init__(self) -> None:
+        self.squares = self.means.square().sum(1)
+
+    def restricted(self, keep: Tensor) -> "Mixture":
+        return Mixture(self.means[keep], self.stds[keep])
+
+    def __call__(self, x: Tensor, sigma: Tensor, **extra) -> Tensor:
+        y = x.flatten(1)
+        variance = self.stds**2 + sigma[:, None] ** 2                                             # [B, K]
+        distance = y.square().sum(1, keepdim=True) - 2 * y @ self.means.T + self.squares          # [B, K]
+        posterior = (-0.5 * distance / variance - 0.5 * y.shape[1] * variance.log()).softmax(1)
+        gain = posterior * self.stds**2 / variance
+        return ((posterior - gain) @ self.means + gain.sum(1, keepdim=True) * y).reshape(x.shape)
+
+
+def model_sampling() -> Any:
+    """Stable Diffusion's sigmas, 0.029 to 14.6."""
+    return comfy_host.sampling_of("ModelSamplingDiscrete", "EPS")
+
+
+@dataclass
+class Exact:
+    """A mixture as a model with guidance: D_u + g (D_c - D_u), D_c the mixture of some of its components."""
+
+    name: str
+    mixture: Mixture
+    chosen: Tensor  # bool [K]
+    prompt: str
+    shape: tuple[int, ...]
+    noises: int
+    guidances: tuple[float, ...] = (1.0, 4.0)
+    dtype: torch.dtype = torch.float64
+    reference_steps: int = 2000
+    remembers: bool = False
+    calibration_noises: int = 32
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        return (self.prompt,)
+
+    @property
+    def calibration_prompt(self) -> str:
+        return self.prompt
+
+    def session(self, prompts: Sequence[str], guidance: float, body: Callable[[comfy_host.Model], Any]) -> Any:
+        conditional = self.mixture.restricted(self.chosen)
+
+        def denoiser(x, sigma, **extra):
+            y, level = x.to(self.dtype), sigma.to(self.dtype)
+            denoised = conditional(y, level)
+            if guidance != 1.0:
+                free = self.mixture(y, level)
+                denoised = free + guidance * (denoised - free)
+            return denoised.to(x.dtype)
+
+        return body(comfy_host.Model(denoiser, model_sampling()))
+
+
+def gaussians(noises: int) -> Exact:
+    generator = torch.Generator().manual_seed(1)
+    coarse = torch.randn(50, 3, 4, 4, generator=generator, dtype=torch.float64)
+    smooth = torch.nn.functional.interpolate(coarse, size=(16, 16), mode="bicubic").clamp(-1.5, 1.5) / 1.5
+    stds = 0.05 + 0.15 * torch.rand(50, generator=generator, dtype=torch.float64)
+    return Exact("gaussians", Mixture(smooth.flatten(1), stds), torch.arange(50) < 10, "10 of 50", (3, 16, 16), noises)
+
+
+def digits(noises: int) -> Exact:
+    from sklearn.datasets import load_digits
+    data = load_digits()
+    generator = torch.Generator().manual_seed(2)
+    ink = torch.as_tensor(data.images, dtype=torch.float64)[:, None] / 16                                  # [K, 1, 8, 8]
+    paper, pen = 0.6 * torch.rand(2, len(ink), 3, 1, 1, generator=generator, dtype=torch.float64)          # [K, 3, 1, 1]
+    colour = (0.4 + paper) * (1 - ink) + (pen - 1) * ink
+    return Exact("digits", Mixture(colour.flatten(1), torch.full((len(ink),), 0.05, dtype=torch.float64)),
+                 torch.as_tensor(data.target == 3), "threes", (3, 8, 8), noises)
+
+
+class Emoji:
+    """The tiny emoji checkpoint in ComfyUI's own classes. A session is one guider run; images of a batch have own prompts."""
+
+    name = "emoji"
+    shape = (3, 32, 32)
+    dtype = torch.float32
+    remembers = True
+    calibration_noises = 8
+    calibration_prompt = CALIBRATION_PROMPT
+
+    def __init__(self, prompts: tuple[str, ...], guidances: tuple[float, ...], noises: int) -> None:
+        self.prompts, self.guidances, self.noises = prompts, guidances, noises
+        folder = environment.ROOT / "dev" / "tiny_emoji"
+        spec = importlib.util.spec_from_file_location("tiny_emoji", folder / "__init__.py",
+                                                      submodule_search_locations=[str(folder)])
+        sys.modules["tiny_emoji"] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)  # enters the model's family into ComfyUI's list
+        import comfy.sd
+        self.model, self.clip, *_ = comfy.sd.load_checkpoint_guess_config(
+            str(folder / "checkpoints" / "tiny_emoji.safetensors"), output_vae=False, output_clip=True)
+
+    def cond(self, prompts: Sequence[str]) -> list:
+        """A cond with one prompt for each image."""
+        each = [self.clip.encode_from_tokens_scheduled(self.clip.tokenize(prompt))[0][0] for prompt in prompts]
+        return [[torch.cat(each), {}]]
+
+    def session(self, prompts: Sequence[str], guidance: float, body: Callable[[comfy_host.Model], Any]) -> Any:
+        """body(model) within a guider's run; prompts has one entry for each image of the batches body makes."""
+        result = []
+
+        class Inside(comfy.samplers.Sampler):
+            def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None,
+                       disable_pbar=False):
+                host = comfy.samplers.KSamplerX0Inpaint(model_wrap, sigmas)
+                host.latent_image, host.noise = latent_image, noise
+                bound = {**extra_args, "denoise_mask": None}
+                result.append(body(comfy_host.Model(lambda x, sigma, **extra: host(x, sigma, **bound),
+                                                    model_wrap.inner_model.model_sampling)))
+                return noise
+
+        guider = comfy.samplers.CFGGuider(self.model)
+        guider.set_conds(self.cond(prompts), self.cond([""]))
+        guider.set_cfg(guidance)
+        empty = torch.zeros(len(prompts), *self.shape)
+        guider.sample(empty, empty, Inside(), torch.tensor([14.6, 0.0]), disable_pbar=True)
+        return result[0]
+
+
+Problem = Exact | Emoji
+
+
+def starting_noise(problem: Problem, count: int, seed: int) -> Tensor:
+    return torch.randn(count, *problem.shape, generator=torch.Generator().manual_seed(seed), dtype=problem.dtype)
+
+
+def starting_x(model: comfy_host.Model, noise: Tensor, sigma: Tensor) -> Tensor:
+    """Noise as KSAMPLER scales it, for an empty latent."""
+    sampling = model.inner_model.inner_model.model_sampling
+    full = math.isclose(float(sampling.sigma_max), float(sigma), rel_tol=1e-5)
+    return sampling.noise_scaling(sigma, noise, torch.zeros_like(noise), full)
+
+
+def schedule(scheduler: str, n: int, discards: bool, dtype: torch.dtype) -> Tensor:
+    """n intervals as KSampler makes them. ValueError where the scheduler makes another number."""
+    sigmas = comfy.samplers.calculate_sigmas(model_sampling(), scheduler, n + discards)
+    if discards:
+        sigmas = torch.cat([sigmas[:-2], sigmas[-1:]])
+    if len(sigmas) != n + 1:
+        raise ValueError(f"{scheduler} makes {len(sigmas) - 1} intervals of {n} steps")
+    return sigmas.to(dtype)
+
+
+def fine(start: float, n: int, dtype: torch.dtype) -> Tensor:
+    """n intervals uniform in lambda from `start` to the model's lowest sigma, and one to 0."""
+    low = float(model_sampling().sigma_min)
+    return torch.tensor([*(start * (low / start) ** (i / (n - 1)) for i in range(n)), 0.0], dtype=dtype)
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+class Counted(comfy_host.Model):
+    """A model that counts its calls, and computes anew only what it was not asked before (to 1e-6 of the largest pixel).
+
+    Nearly all samplers share their first two evaluations, and variants of one sampler many more. What is shared counts
+    for each of them.
+    """
+
+    def __init__(self, model: comfy_host.Model, remembers: bool) -> None:
+        super().__init__(model.denoiser, model.inner_model.inner_model.model_sampling)
+        self.remembers, self.known, self.calls = remembers, defaultdict(list), 0
+
+    def __call__(self, x: Tensor, sigma: Tensor, **extra) -> Tensor:
+        self.calls += 1
+        if not self.remembers:
+            return self.denoiser(x, sigma)
+        known = self.known[float(sigma[0])]
+        for earlier, denoised in known:
+            if (x - earlier).abs().max() <= 1e-6 * earlier.abs().max():
+                return denoised
+        known.append((x.clone(), self.denoiser(x, sigma)))
+        return known[-1][1]
+
+
+class Reference(NamedTuple):
+    x: Tensor
+    agreement: float | None  # rms to a second reference of another method
+
+
+def reference(problem: Problem, model: comfy_host.Model, noise: Tensor, start: float) -> Reference:
+    """The converged solution by dpmpp_2m; from sigma_max held against a second one.
+
+    ComfyUI rounds sigma to the model's 1000 timesteps, and the emoji network is rough from one to the next: two grids of 300
+    steps differ by 2e-3 whatever the method, so a few hundred steps do not converge. The reference visits every second
+    timestep, which is within 3e-4 of visiting all, and is held against 1000 steps uniform in lambda. The exact problems are
+    smooth: their reference is held against heun.
+    """
+    def run(function, sigmas):
+        return function(model, starting_x(model, noise, sigmas[0]), sigmas, extra_args={}, disable=True)
+
+    highest = math.isclose(start, float(model_sampling().sigma_max), rel_tol=1e-4)
+    if isinstance(problem, Exact):
+        x = run(S.sample_dpmpp_2m, fine(start, problem.reference_steps, problem.dtype))
+        other = run(S.sample_heun, fine(start, problem.reference_steps // 2, problem.dtype)) if highest else None
+    else:
+        every = [sigma for sigma in reversed(model_sampling().sigmas.tolist()) if sigma <= start * 1.0001]
+        stride = 2 if highest else 4  # ddim_uniform's cells are few and their errors large
+        x = run(S.sample_dpmpp_2m, torch.tensor([*every[:-1:stride], every[-1], 0.0]))
+        other = run(S.sample_dpmpp_2m, fine(start, len(every), problem.dtype)) if highest else None
+    return Reference(x, None if other is None else rms(other - x))
+
+
+def rms(x: Tensor) -> float:
+    return float(x.square().mean().sqrt())
+
+
+@dataclass
+class Table:
+    """The rows measured so far, written to a file as they come."""
+
+    path: Path
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    agreements: list[tuple[str, float, float]] = field(default_factory=list)
+    started: float = field(default_factory=time.perf_counter)
+    COLUMNS = ("problem", "prompt", "guidance", "scheduler", "budget", "evaluations", "steps", "sampler", "variant", "start",
+               "rms", "median", "images", "reason")
+
+    def __post_init__(self) -> None:
+        with self.path.open("w", newline="") as file:
+            csv.DictWriter(file, self.COLUMNS).writeheader()
+
+    def add(self, rows: Iterable[dict[str, Any]]) -> None:
+        rows = list(rows)
+        self.rows += rows
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, self.COLUMNS).writerows(rows)
+
+    def say(self, text: str) -> None:
+        print(f"{time.perf_counter() - self.started:6.0f} s  {text}", flush=True)
+
+
+def measure(problem: Problem, size: Size, solvers: Sequence[Entry], table: Table) -> None:
+    """All cells of a problem."""
+    each = len(problem.prompts)
+    noise = starting_noise(problem, problem.noises * each, seed=100)
+    rows = [prompt for prompt in problem.prompts for _ in range(problem.noises)]
+    several = each > 1
+    for guidance in problem.guidances:
+        references: dict[float, Reference] = {}
+        shared = [e for e in solvers if not e.own_prompt]
+        options = calibrated(problem, shared, guidance, problem.calibration_prompt, table)
+        problem.session(rows, guidance, lambda model: cells(
+            problem, size, shared, options, guidance, model, noise, rows, references, table))
+        apart = [e for e in solvers if e.own_prompt and several]
+        for prompt in problem.prompts if apart else ():
+            at = [i for i, row in enumerate(rows) if row == prompt]
+            own = calibrated(problem, apart, guidance, prompt, table)
+            problem.session([prompt] * len(at), guidance, lambda model: cells(
+                problem, size, apart, own, guidance, model, noise[at], [prompt] * len(at),
+                {start: Reference(known.x[at], None) for start, known in references.items()}, table))
+
+
+def calibrated(problem: Problem, solvers: Sequence[Entry], guidance: float, prompt: str,
+               table: Table) -> dict[str, Mapping[str, Any] | Exception]:
+    """Options of every entry that calibrates, from noises that are not evaluated; entries with one calibration share it."""
+    wanted = {entry.label: entry.calibrate for entry in solvers if entry.calibrate}
+    noise = starting_noise(problem, problem.calibration_noises, seed=7)
+    sigmas = model_sampling().sigmas.flip(0).to(problem.dtype)
+
+    def body(model):
+        result: dict[Any, Any] = {}
+        for calibrate in dict.fromkeys(wanted.values()):
+            counted = Counted(model, remembers=False)
+            try:
+                result[calibrate] = calibrate(counted, starting_x(model, noise, sigmas[0]), sigmas, "ve")
+            except Exception as error:  # a solver in the making must not end the run: its cells say why they are empty
+                result[calibrate] = error
+            table.say(f"{problem.name}, guidance {guidance:g}: {calibrate.__name__} of {prompt}, {counted.calls} evaluations of "
+                      f"{len(noise)} images")
+        return {label: result[calibrate] for label, calibrate in wanted.items()}
+
+    return problem.session([prompt] * len(noise), guidance, body) if wanted else {}
+
+
+def cells(problem: Problem, size: Size, solvers: Sequence[Entry], options: Mapping[str, Any], guidance: float,
+          model: comfy_host.Model, noise: Tensor, prompts: Sequence[str], references: dict[float, Reference],
+          table: Table) -> None:
+    """The cells of one guidance: every scheduler, budget and entry."""
+    for scheduler in size.schedulers:
+        main = scheduler in MAIN
+        for budget in size.budgets if main else size.other_budgets:
+            counted = Counted(model, problem.remembers)
+            for entry in solvers:
+                n = entry.steps(budget)
+                if n is None or (entry.variant and not main):
+                    continue
+                if scheduler == MOVING_START and (entry.discards or n != budget):
+                    continue  # starts elsewhere than the baseline does
+                row = {"problem": problem.name, "guidance": guidance, "scheduler": scheduler, "budget": budget,
+                       "sampler": entry.label, "variant": int(entry.variant), "steps": n}
+                table.add(cell(problem, entry, options.get(entry.label, {}), counted, noise, prompts, references, table, row))
+        table.say(f"{problem.name}, guidance {guidance:g}, {scheduler}: done")
+
+
+def cell(problem: Problem, entry: Entry, options: Any, model: Counted, noise: Tensor, prompts: Sequence[str],
+         references: dict[float, Reference], table: Table, row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of one run, one for each prompt."""
+    model.calls, x = 0, None
+    try:
+        if isinstance(options, Exception):
+            raise options
+        sigmas = schedule(row["scheduler"], row["steps"], entry.discards, problem.dtype)
+        start = float(sigmas[0])
+        x = entry.run(model, starting_x(model, noise, sigmas[0]), sigmas.clone(), **options)
+        reason = "" if x.isfinite().all() else "not finite"
+    except Exception as error:  # recorded, whatever it is: a sampler that fails is a result
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    if reason:
+        return [{**row, "prompt": prompt, "rms": math.nan, "median": math.nan, "reason": reason} for prompt in unique(prompts)]
+    exact = entry.cost(row["steps"])
+    assert model.calls == exact <= row["budget"], f"{entry.label} took {model.calls} evaluations, not {exact}: {row}"
+    key = round(start, 4)
+    if key not in references:
+        references[key] = reference(problem, model.__class__(model, remembers=False), noise, start)
+        if references[key].agreement is not None:
+            table.agreements.append((problem.name, row["guidance"], references[key].agreement))
+            table.say(f"{problem.name}, guidance {row['guidance']:g}: two references differ by {references[key].agreement:.2g}")
+    error = x - references[key].x
+    result = []
+    for prompt in unique(prompts):
+        own = error[[i for i, name in enumerate(prompts) if name == prompt]]
+        result.append({**row, "prompt": prompt, "evaluations": model.calls, "start": key, "rms": rms(own),
+                       "median": float(own.abs().median()), "images": " ".join(f"{rms(image):.4g}" for image in own)})
+    return result
+
+
+def unique(prompts: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(prompts))
+
+
+# --- report -----------------------------------------------------------------------------------------------------------
+
+def mean(values: Iterable[float]) -> float:
+    """Geometric."""
+    values = list(values)
+    return math.exp(statistics.fmean(map(math.log, values))) if values else math.nan
+
+
+def good(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if row["rms"] > 0]  # leaves out nan
+
+
+def ratios(rows: Sequence[dict[str, Any]], what: str = "rms") -> dict[str, list[tuple[dict[str, Any], float]]]:
+    """For each sampler its cells with the ratio of its error to dpmpp_2m's in the same cell."""
+    place = lambda row: tuple(row[key] for key in ("problem", "prompt", "guidance", "scheduler", "budget"))
+    base = {place(row): row[what] for row in good(rows) if row["sampler"] == BASELINE}
+    result = defaultdict(list)
+    for row in good(rows):
+        if place(row) in base and row[what] > 0:
+            result[row["sampler"]].append((row, row[what] / base[place(row)]))
+    return result
+
+
+def report(table: Table, size: Size, seconds: float) -> str:
+    problems = unique([row["problem"] for row in table.rows])
+    parts = [f"# Error at equal evaluations\n\nWritten by `python dev/benchmark.py accuracy{' --quick' if size is QUICK else ''}`"
+             f" in {seconds / 60:.0f} minutes; {len(table.rows)} cells in accuracy.csv. What is measured and how: "
+             "`dev/accuracy.py`. `comfy/` is ComfyUI's sampler, `lambda/` ours. Errors are rms over pixels; values are in "
+             "-1 to 1.", "## Summary", summary_table(table.rows, problems), agreement_table(table)]
+    for problem in problems:
+        rows = [row for row in table.rows if row["problem"] == problem]
+        parts += [f"## {problem}", best_table(rows), RATIO_HELP, "By rms:", ratio_table(rows, size, "rms"),
+                  "By median:", ratio_table(rows, size, "median")]
+    parts.append(failure_table(table.rows))
+    return "\n\n".join(parts) + "\n"
+
+
+def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
+
+
+def agreement_table(table: Table) -> str:
+    lines = []
+    for problem, guidance, difference in table.agreements:
+        errors = [r["rms"] for r in good(table.rows) if r["problem"] == problem and r["guidance"] == guidance]
+        lines.append([problem, f"{guidance:g}", f"{difference:.1e}", f"{min(errors):.1e}", f"{statistics.median(errors):.1e}"])
+    return ("How far two references that were made differently are apart. Errors that are not far above this cannot be told "
+            "apart:\n\n"
+            + markdown(["problem", "guidance", "difference of the references", "smallest error", "median error"], lines))
+
+
+def best_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The best sampler x scheduler of every guidance and budget, chosen after the fact."""
+    found = defaultdict(list)
+    whole = len({row["prompt"] for row in rows})
+    for row in good(rows):
+        if row["scheduler"] != MOVING_START:
+            found[row["guidance"], row["budget"], row["sampler"], row["scheduler"]].append(row["rms"])
+    lines = []
+    for guidance in sorted({row["guidance"] for row in rows}):
+        for budget in sorted({row["budget"] for row in rows}):
+            means = {key[2:]: mean(v) for key, v in found.items() if key[:2] == (guidance, budget) and len(v) == whole}
+            cells = [f"{guidance:g}", f"{budget}"]
+            for prefix in ("comfy/", "lambda/"):
+                part = {key: value for key, value in means.items() if key[0].startswith(prefix)}
+                best = min(part, key=part.get)
+                cells.append(f"{best[0].removeprefix(prefix)}, {best[1]}: {part[best]:.3g}")
+            usual = min((value, key[1]) for key, value in means.items() if key[0] == BASELINE)
+            lines.append([*cells, f"{usual[1]}: {usual[0]:.3g}"])
+    return ("The best cell of each budget (geometric mean over prompts), chosen with the result known, so nobody's choice "
+            "beforehand is as good; beside it `dpmpp_2m` with its best scheduler:\n\n"
+            + markdown(["guidance", "evaluations", "best of ComfyUI's", "best of ours", "comfy/dpmpp_2m"], lines))
+
+
+RATIO_HELP = ("Error as a ratio to `comfy/dpmpp_2m` in the same cell (below 1 is better), geometric mean over prompts, guidances "
+              f"and the schedulers {', '.join(MAIN)}. Better: in how many of those cells by more than 0.5 %. A sampler without "
+              "cells at some budgets has a mean over the others only. Where the rms of a few images that ended up elsewhere "
+              "hides the rest (digits), the median shows it.")
+
+
+def ratio_table(rows: Sequence[dict[str, Any]], size: Size, what: str) -> str:
+    lines = []
+    found = ratios(rows, what)
+    main = {name: [(row, ratio) for row, ratio in pairs if row["scheduler"] in MAIN] for name, pairs in found.items()}
+    for sampler in sorted(main, key=lambda name: mean(ratio for _, ratio in main[name])):
+        part = main[sampler]
+        other = [ratio for row, ratio in found[sampler] if row["scheduler"] not in MAIN]
+        lines.append([sampler, *(shown([r for row, r in part if row["budget"] == budget]) for budget in size.budgets),
+                      shown([r for _, r in part]), f"{sum(r < 0.995 for _, r in part)} of {len(part)}", shown(other)])
+    return markdown(["sampler", *map(str, size.budgets), "mean", "better", "other schedulers"], lines)
+
+
+def shown(values: Sequence[float]) -> str:
+    return f"{mean(values):.2f}" if values else ""
+
+
+def summary_table(rows: Sequence[dict[str, Any]], problems: Sequence[str]) -> str:
+    """All samplers with their defaults, sorted by their mean over the problems at 10 evaluations and fewer."""
+    found = {name: kept for name, pairs in ratios(rows).items()
+             if (kept := [(row, r) for row, r in pairs if row["scheduler"] in MAIN and not row["variant"]])}
+    full = max(len(pairs) for pairs in found.values())
+    ranges = [("10 and fewer", 0, 10), ("more", 11, 999)]
+    ranges = [part for part in ranges if any(part[1] <= row["budget"] <= part[2] for row in rows)]
+
+    def over(name: str, problem: str, low: int, high: int) -> list[float]:
+        return [r for row, r in found[name] if row["problem"] == problem and low <= row["budget"] <= high]
+
+    def overall(name: str) -> float:
+        return mean(mean(values) for problem in problems if (values := over(name, problem, 0, 10)))
+
+    order = sorted(found, key=lambda name: (len(found[name]) < full, overall(name)))
+    lines = [[name, f"{overall(name):.2f}", *(shown(over(name, problem, low, high)) for _, low, high in ranges
+                                              for problem in problems), f"{len(found[name])} of {full}"] for name in order]
+    return ("Every sampler with its defaults: rms as a ratio to `comfy/dpmpp_2m` in the same cell (below 1 is better), geometric "
+            f"mean over prompts, guidances and the schedulers {', '.join(MAIN)}; the column \"all\" weighs the problems alike. "
+            "Last come those that do not have all cells (budgets they cannot spend, failures): their means are over other "
+            "cells. `comfy/euler`, `lambda/dpmpp_1m` and `lambda/dpm_1m` are one method, so are the two `dpmpp_2m`; heun, dpm_2 "
+            "and heunpp2 spend less than the budget where it does not fit. The evaluations of a calibration are not counted:\n\n"
+            + markdown(["sampler", "all, 10 and fewer", *(f"{problem}, {name}" for name, *_ in ranges for problem in problems),
+                        "cells"], lines))
+
+
+def failure_table(rows: Sequence[dict[str, Any]]) -> str:
+    failed = Counter((row["problem"], row["sampler"], row["scheduler"], row["reason"]) for row in rows if row.get("reason"))
+    if not failed:
+        return "## Failures\n\nNone."
+    return "## Failures\n\n" + markdown(["problem", "sampler", "scheduler", "reason", "rows"],
+                                        [[*key, str(count)] for key, count in failed.items()])
+
+
+def plot(table: Table, path: Path) -> None:
+    """A panel a problem: geometric mean of the rms over prompts, guidances and the main schedulers."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    rows = [row for row in good(table.rows) if row["scheduler"] in MAIN and not row["variant"]]
+    problems, names = unique([row["problem"] for row in rows]), unique([row["sampler"] for row in rows])
+    colours = pyplot.get_cmap("tab20")
+    figure, axes = pyplot.subplots(1, len(problems), figsize=(5 * len(problems) + 2.5, 6), squeeze=False)
+    for axis, problem in zip(axes[0], problems):
+        for name in names:
+            mine = name.startswith("lambda/")
+            place = [n for n in names if n.startswith("lambda/") == mine].index(name)
+            points = defaultdict(list)
+            for row in rows:
+                if (row["problem"], row["sampler"]) == (problem, name):
+                    points[row["evaluations"]].append(row["rms"])
+            at = sorted(points)
+            axis.plot(at, [mean(points[n]) for n in at], "-o" if mine else "--x", label=name, markersize=4,
+                      color="black" if name == BASELINE else colours(place % colours.N),
+                      zorder=3 if name == BASELINE else 2, linewidth=2.5 if mine and name.removeprefix("lambda/") in {"dpmpp_2m", *CALIBRATED_NAMES} else 1.1)
+        ticks = sorted({row["evaluations"] for row in rows})
+        axis.set(xscale="log", yscale="log", title=problem, xlabel="model evaluations")
+        axis.set_xticks(ticks, [str(tick) if tick in (3, 5, 8, 10, 15, 20) else "" for tick in ticks], minor=False)
+        axis.minorticks_off()
+        axis.grid(alpha=0.3, which="both")
+    axes[0][0].set_ylabel(f"rms error to the converged solution\n(geometric mean over prompts, guidances and {', '.join(MAIN)})")
+    axes[0][-1].legend(bbox_to_anchor=(1.02, 1), loc="upper left", fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def accuracy(size: Size, out: Path) -> None:
+    """The whole measurement."""
+    torch.set_num_threads(1)
+    out.mkdir(parents=True, exist_ok=True)
+    table = Table(out / "accuracy.csv")
+    solvers = entries(size.own_prompt)
+    print(f"{len(solvers)} samplers, {len(size.schedulers)} schedulers, evaluations {', '.join(map(str, size.budgets))}")
+    with torch.inference_mode():
+        for problem in (lambda: gaussians(size.exact_noises), lambda: digits(size.exact_noises),
+                        lambda: Emoji(size.prompts, size.guidances, size.noises)):
+            measure(problem(), size, solvers, table)
+    plot(table, out / "accuracy.png")
+    (out / "accuracy.md").write_text(report(table, size, time.perf_counter() - table.started))
+    table.say(f"written: {out / 'accuracy.csv'}, accuracy.md, accuracy.png")
