@@ -67,7 +67,7 @@ class Size:
 
 FULL = Size(tuple(comfy.samplers.SCHEDULER_NAMES), ("red heart", "panda", "strawberry", "doughnut"), (5, 6, 8, 10, 15, 20),
             (5, 8), (3.0, 7.0, 1.0), 1, 32, True)
-QUICK = Size(MAIN, ("red heart", "panda"), (5, 8, 10), (), (3.0,), 1, 16, False)
+QUICK = Size(MAIN, ("red heart", "panda"), (5, 8, 10), (), (3.0,), 1, 16, True)
 
 
 # --- samplers ---------------------------------------------------------------------------------------------------------
@@ -148,11 +148,12 @@ def dpm_solver_v3_statistics(model: comfy_host.Model, x: Tensor, sigmas: Tensor,
 CALIBRATED = [  # name, what is different, options, calibration
     ("dpm_solver_v3", "", {}, dpm_solver_v3_statistics),
     ("dpm_solver_v3", "order 3", {"order": 3}, dpm_solver_v3_statistics),
-    ("dpm_solver_v3", "no corrector", {"corrector": "off"}, dpm_solver_v3_statistics),
+    ("dpm_solver_v3", "corrector", {"corrector": "full"}, dpm_solver_v3_statistics),
 ]
 """Solvers that first see the model: the calibration is called with (model, x at sigmas[0], sigmas, path) on noises that
 are not evaluated, once for each problem and guidance, and returns options for k_diffusion_sampler. On the emoji it sees
-CALIBRATION_PROMPT and is used for all prompts; "own prompt" saw the prompt that is evaluated."""
+CALIBRATION_PROMPT and is used for all prompts, as the nodes do it (Statistics.for_another_prompt); "own prompt" saw the
+prompt that is evaluated."""
 
 
 CALIBRATED_NAMES = {name for name, *_ in CALIBRATED}
@@ -270,7 +271,7 @@ class Emoji:
     shape = (3, 32, 32)
     dtype = torch.float32
     remembers = True
-    calibration_noises = 8
+    calibration_noises = 2  # the nodes' default for latents of this size
     calibration_prompt = CALIBRATION_PROMPT
 
     def __init__(self, prompts: tuple[str, ...], guidances: tuple[float, ...], noises: int) -> None:
@@ -432,19 +433,19 @@ def measure(problem: Problem, size: Size, solvers: Sequence[Entry], table: Table
     for guidance in problem.guidances:
         references: dict[float, Reference] = {}
         shared = [e for e in solvers if not e.own_prompt]
-        options = calibrated(problem, shared, guidance, problem.calibration_prompt, table)
+        options = calibrated(problem, shared, guidance, problem.calibration_prompt, several, table)
         problem.session(rows, guidance, lambda model: cells(
             problem, size, shared, options, guidance, model, noise, rows, references, table))
         apart = [e for e in solvers if e.own_prompt and several]
         for prompt in problem.prompts if apart else ():
             at = [i for i, row in enumerate(rows) if row == prompt]
-            own = calibrated(problem, apart, guidance, prompt, table)
+            own = calibrated(problem, apart, guidance, prompt, False, table)
             problem.session([prompt] * len(at), guidance, lambda model: cells(
                 problem, size, apart, own, guidance, model, noise[at], [prompt] * len(at),
                 {start: Reference(known.x[at], None) for start, known in references.items()}, table))
 
 
-def calibrated(problem: Problem, solvers: Sequence[Entry], guidance: float, prompt: str,
+def calibrated(problem: Problem, solvers: Sequence[Entry], guidance: float, prompt: str, elsewhere: bool,
                table: Table) -> dict[str, Mapping[str, Any] | Exception]:
     """Options of every entry that calibrates, from noises that are not evaluated; entries with one calibration share it."""
     wanted = {entry.label: entry.calibrate for entry in solvers if entry.calibrate}
@@ -456,7 +457,9 @@ def calibrated(problem: Problem, solvers: Sequence[Entry], guidance: float, prom
         for calibrate in dict.fromkeys(wanted.values()):
             counted = Counted(model, remembers=False)
             try:
-                result[calibrate] = calibrate(counted, starting_x(model, noise, sigmas[0]), sigmas, "ve")
+                result[calibrate] = dict(calibrate(counted, starting_x(model, noise, sigmas[0]), sigmas, "ve"))
+                if elsewhere and "statistics" in result[calibrate]:
+                    result[calibrate]["statistics"] = result[calibrate]["statistics"].for_another_prompt()
             except Exception as error:  # a solver in the making must not end the run: its cells say why they are empty
                 result[calibrate] = error
             table.say(f"{problem.name}, guidance {guidance:g}: {calibrate.__name__} of {prompt}, {counted.calls} evaluations of "

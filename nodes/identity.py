@@ -47,14 +47,28 @@ def patches(patcher: Any) -> list[str]:
     return lines
 
 
+def conditions(guider: Any) -> str:
+    """Eight hex digits for the prompts and whatever else conditions a guider: the signs of all their tensors."""
+    digest = hashlib.sha256()
+    for name in sorted(guider.original_conds):
+        for cond in guider.original_conds[name]:
+            for key in sorted(cond):
+                digest.update(f"{name}.{key}".encode())
+                if isinstance(cond[key], (int, float, str)):
+                    digest.update(str(cond[key]).encode())
+                for tensor in _tensors(cond[key]):
+                    digest.update(str(list(tensor.shape)).encode() + _signs(tensor, 4096))
+    return digest.hexdigest()[:8]
+
+
 def title(patcher: Any) -> str:
     """A name to show: the model's class and its fingerprint."""
     return f"{type(patcher.model.model_config).__name__}-{fingerprint(patcher)}"
 
 
-def _signs(tensor: Tensor) -> bytes:
+def _signs(tensor: Tensor, values: int = VALUES) -> bytes:
     flat = tensor.detach().reshape(-1)
-    places = torch.linspace(0, flat.numel() - 1, VALUES, dtype=torch.float64).long()
+    places = torch.linspace(0, flat.numel() - 1, min(values, flat.numel()), dtype=torch.float64).long()
     return torch.signbit(flat[places.to(flat.device)].float()).cpu().numpy().tobytes()
 
 

@@ -26,18 +26,19 @@ class EstimateStatistics(io.ComfyNode):
             node_id="LambdaEstimateStatistics",
             display_name="Estimate Solver Statistics",
             category=CATEGORY,
-            description="Measures what DPM-Solver-v3 needs to know of a model, at one prompt and guidance: about 82 "
-                        "evaluations of a small batch, no training, no data. Good for other prompts and sizes too.",
+            description="Measures what DPM-Solver-v3 needs to know of a model, at one prompt and guidance: about 34 "
+                        "evaluations of a small batch, no training, no data. Best for that prompt; good for any size.",
             inputs=[
                 io.Model.Input("model", tooltip="The model with its LoRAs, as it will be sampled"),
-                io.Conditioning.Input("positive", tooltip="A typical prompt"),
+                io.Conditioning.Input("positive", tooltip="The prompt that will be sampled; for other prompts the part of the statistics that "
+                                                           "belongs to the prompt is left out"),
                 io.Conditioning.Input("negative", tooltip="The negative prompt that will be used"),
                 io.Float.Input("cfg", default=5.0, min=0.0, max=100.0, step=0.1, round=False,
                                tooltip="Guidance: statistics serve guidance within about 10 % of it"),
                 io.Latent.Input("latent_image", tooltip="Only its shape is used"),
                 io.Int.Input("seed", default=0, min=0, max=2**32 - 1, tooltip="Of the noise of the measuring trajectories"),
                 advanced(io.Int.Input("intervals", default=INTERVALS, min=4, max=500, tooltip=(
-                    "Grid intervals in lambda; each costs two evaluations. 24 is enough for many models"))),
+                    "Grid intervals in lambda; each costs two evaluations"))),
                 advanced(io.Int.Input("samples", default=0, min=0, max=256, tooltip=(
                     "Trajectories, evaluated as one batch. 0: as many as the latent's size asks for, at most 16"))),
                 advanced(io.Combo.Input("pool", options=["all", "channel"], default="all", tooltip=(
@@ -55,7 +56,7 @@ class EstimateStatistics(io.ComfyNode):
         result: list[Statistics] = []
 
         def run(wrapped, x, extra_args) -> None:
-            about = calibration.description(model, float(cfg))
+            about = calibration.description(guider)
             partial = store.place(f"partial/{about['model']}-{seed}-{intervals}-{samples}-{pool}").with_suffix(".part")
             result.append(calibration.measure(wrapped, x, extra_args, about, seed=seed, intervals=intervals,
                                               samples=samples, pool=pool, partial=partial))
@@ -85,8 +86,8 @@ class SaveStatistics(io.ComfyNode):
 
     @classmethod
     def execute(cls, statistics: Statistics, name: str, overwrite: bool) -> io.NodeOutput:
-        about = statistics.about
-        path = store.place(name or f"{about.get('model', 'model')}-cfg{about.get('guidance', 1.0):g}")
+        about = dict(statistics.about)
+        path = store.place(name or calibration.file_name(about))
         statistics.save(path, overwrite=overwrite)
         return io.NodeOutput(ui={"text": [f"saved as {path.name}"]})
 

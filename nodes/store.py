@@ -4,6 +4,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from typing import Any, Mapping
 
 import folder_paths
 
@@ -59,8 +60,12 @@ def near(a: float, b: float) -> bool:
     return abs(a - b) <= 0.1 + 0.1 * max(abs(a), abs(b))
 
 
-def find(fingerprint: str, patches: list[str], guidance: float) -> tuple[str, Statistics] | None:
-    """The saved statistics of this very model whose guidance is nearest, if it is near; a damaged file is named and skipped."""
+def find(wanted: Mapping[str, Any], exactly: bool) -> tuple[str, Statistics] | None:
+    """The name and content of saved statistics for a model as `calibration.description` describes it.
+
+    The checkpoint and its patches are the same and the guidance is near; of several, those of the same prompt, then those
+    of the nearest guidance. `exactly` asks for the same prompt. A damaged file is named in the log and skipped.
+    """
     found = []
     for name in folder_paths.get_filename_list(FOLDER):
         try:
@@ -69,7 +74,8 @@ def find(fingerprint: str, patches: list[str], guidance: float) -> tuple[str, St
             logging.warning("Lambda Solvers: %s", fault)
             continue
         about = statistics.about
-        if about.get("fingerprint") == fingerprint and about.get("patches", []) == patches and near(
-                about.get("guidance", 1.0), guidance):
-            found.append((abs(about["guidance"] - guidance), name, statistics))
-    return min(found, key=lambda entry: entry[:2])[1:] if found else None
+        same = all(about.get(key) == wanted[key] for key in ("fingerprint", "patches"))
+        other_prompt = about.get("conditions") != wanted["conditions"]
+        if same and near(about["guidance"], wanted["guidance"]) and not (exactly and other_prompt):
+            found.append((other_prompt, abs(about["guidance"] - wanted["guidance"]), name, statistics))
+    return min(found, key=lambda entry: entry[:3])[2:] if found else None

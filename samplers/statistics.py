@@ -18,7 +18,7 @@ import json
 import math
 import os
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Mapping
 
@@ -78,6 +78,14 @@ class Statistics:
     def constant(cls, l: float = 1.0, s: float = 0.0, b: float = 0.0, lam: tuple[float, float] = (-40.0, 40.0)) -> Statistics:
         """The same (l, s, b) everywhere; (1, 0, 0) is DPM-Solver++."""
         return cls(np.array(lam), *(np.full(2, value) for value in (l, s, b)))
+
+    def for_another_prompt(self) -> Statistics:
+        """l and s alone: b is the mean of what the model does, which belongs to the prompt it was measured on.
+
+        Measured on the emoji model (rms as a ratio to DPM-Solver++(2M), 5 to 15 evaluations, guidance 3 and 7): with the
+        statistics of the prompt itself 0.76, with all of another prompt's 1.18, with another prompt's l and s 0.94.
+        """
+        return replace(self, b=np.zeros_like(self.b), about={**self.about, "b": "left out"})
 
     def on(self, lam: np.ndarray) -> Statistics:
         """The same curves on another grid."""
