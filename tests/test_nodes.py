@@ -134,6 +134,17 @@ def test_scaled_noise_of_newer_flow_models_scales_what_stochastic_solvers_add() 
     torch.testing.assert_close(runs[1] - quiet, 8 * (runs[0] - quiet))
 
 
+def test_the_environment_says_what_a_listed_sampler_does_without_statistics(monkeypatch) -> None:
+    pack()
+    calibration = sys.modules["custom_nodes_x_lambda-solvers.nodes.calibration"]
+    assert calibration.rule() == "auto"
+    monkeypatch.setenv("LAMBDA_SOLVERS_CALIBRATION", "saved only")
+    assert calibration.rule() == "saved only"
+    monkeypatch.setenv("LAMBDA_SOLVERS_CALIBRATION", "sometimes")
+    with pytest.raises(ValueError, match="LAMBDA_SOLVERS_CALIBRATION is 'sometimes': choose one of auto, every prompt"):
+        calibration.rule()
+
+
 def test_half_precision_latents_are_sampled_in_float32() -> None:
     function = host().sampler_function(SAMPLERS["dpmpp_2m"])
     seen = set()

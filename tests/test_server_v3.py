@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import environment
 from comfyui_server import PromptRefused, Server
@@ -220,6 +221,31 @@ def test_a_transformer_flow_model_is_measured_and_sampled(server, folder) -> Non
     samples, run = graph.ksampler(NAME, scheduler="simple").run(server)
     assert run.status == "success", run.error
     assert samples.isfinite().all() and files(folder)[0].startswith("SD3-")
+
+
+def test_a_lora_is_another_model_of_the_same_checkpoint(base, server, folder) -> None:  # noqa: F811
+    """Its statistics are measured apart, list it, and carry the fingerprint of the unpatched weights."""
+    generator = torch.Generator().manual_seed(0)
+    (base / "models" / "loras").mkdir(exist_ok=True)
+    save_file({"diffusion_model.out.2.lora_up.weight": torch.randn(3, 2, 1, 1, generator=generator) * 0.1,
+               "diffusion_model.out.2.lora_down.weight": torch.randn(2, 32, 3, 3, generator=generator) * 0.1},
+              base / "models" / "loras" / "small.safetensors")
+    Graph().ksampler(NAME, steps=4, seed=31).samples(server)
+    for seed in (32, 33):
+        graph = Graph().through("LoraLoaderModelOnly", lora_name="small.safetensors", strength_model=0.8)
+        _, run = graph.ksampler(NAME, steps=4, seed=seed).run(server)
+        assert run.status == "success", run.error
+        assert any("measuring" in text for text in run.texts) == (seed == 32)
+    plain, patched = sorted((Statistics.load(path).about for path in folder.glob("*.safetensors")),
+                            key=lambda about: len(about["patches"]))
+    assert plain["fingerprint"] == patched["fingerprint"] and plain["patches"] == []
+    assert re.fullmatch(r"1 weights at strength 0.8 \([0-9a-f]{8}\)", patched["patches"][0])
+
+    graph = Graph().through("LoraLoaderModelOnly", lora_name="small.safetensors", strength_model=0.8)
+    name = next(path.name for path in folder.glob("*.safetensors") if not Statistics.load(path).about["patches"])
+    graph.through("LambdaApplyStatistics", statistics=[graph.add("LambdaLoadStatistics", name=name), 0])
+    _, run = graph.ksampler(NAME, steps=4, seed=34).run(server)
+    assert any("measured with the patches none, and this model has" in text for text in run.texts)
 
 
 @pytest.mark.parametrize("flag", ["--fp16-unet", "--fp8_e4m3fn-unet"])
