@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from typing import Any, Callable, Mapping
+from typing import Any, Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from .families import Sampler, find
 from .noise import BrownianNoise
 from .sample import sample, sample_adaptive
-from .schedule import find_path, levels
+from .schedule import Level, find_path, levels
 from .solver import Adaptive
 
 
@@ -40,23 +40,10 @@ def k_diffusion_function(sampler: Sampler, path: str, options: Mapping[str, Any]
     def fn(model: Callable[..., Tensor], x: Tensor, sigmas: Tensor, extra_args: Mapping[str, Any] | None = None,
            callback: Callable[[dict], None] | None = None, disable: bool | None = None) -> Tensor:
         schedule = levels(torch.as_tensor(sigmas).tolist(), gaussian)
-        n = len(schedule) - 1
-        work = torch.promote_types(x.dtype, torch.float32)
         extra = dict(extra_args or {})
-        sums: list[Tensor] = []
-        at: list[float] = []
-
-        def denoise(x_now: Tensor, sigma: float) -> Tensor:
-            denoised = model(x_now.to(x.dtype), x.new_full((len(x),), sigma), **extra)
-            if denoised.shape != x.shape:
-                raise ValueError(f"the model returned shape {list(denoised.shape)} at sigma = {sigma:.6g} for x of shape "
-                                 f"{list(x.shape)}: it must return the denoised x")
-            denoised = denoised.to(work)
-            sums.append(denoised.sum())  # NaN and infinity survive a sum; looked at once, after the run
-            at.append(sigma)
-            return denoised
-
-        with tqdm(total=n, disable=disable) as bar:
+        denoise = _Denoiser(model, x, extra, schedule)
+        start = x.to(denoise.precision)
+        with tqdm(total=len(schedule) - 1, disable=disable) as bar:
 
             def observe(i: int, sigma: float, x_now: Tensor, denoised: Tensor) -> None:
                 bar.update(i - bar.n)
@@ -64,34 +51,55 @@ def k_diffusion_function(sampler: Sampler, path: str, options: Mapping[str, Any]
                     level = x_now.new_full((), sigma)
                     callback({"x": x_now, "i": i, "sigma": level, "sigma_hat": level, "denoised": denoised})
 
-            def check() -> None:
-                for sigma, total in zip(at, torch.stack(sums).tolist()):
-                    if not math.isfinite(total):
-                        i = bisect_right([-level.sigma for level in schedule], -sigma)
-                        raise FloatingPointError(
-                            f"the model returned NaN or infinite values in step {i} of {n}, at sigma = {sigma:.6g}: run "
-                            "it in a higher precision (float32 or bfloat16), or lower the guidance")
-
-            start = x.to(work)
             if isinstance(solver, Adaptive):
                 try:
                     result = sample_adaptive(denoise, start, schedule, solver, gaussian, observe=observe)
                 except FloatingPointError:
-                    check()
+                    denoise.check()  # the sooner cause, if there is one
                     raise
             else:
                 steps = solver.steps(schedule, gaussian)
                 noise = None
                 if any(step.std for step in steps):
-                    noise = BrownianNoise(start, _seed(extra), x.device if settings["noise_device"] == "gpu" else "cpu",
-                                          noise_scale)
+                    device = x.device if settings["noise_device"] == "gpu" else "cpu"
+                    noise = BrownianNoise(start, _seed(extra), device, noise_scale)
                 result = sample(denoise, start, steps, noise=noise, observe=observe)
-            if sums and not x.is_meta:
-                check()
-            bar.update(n - bar.n)
+            denoise.check()
+            bar.update(bar.total - bar.n)
         return result.to(x.dtype)
 
     return fn
+
+
+class _Denoiser:
+    """A k-diffusion model as denoise(x, sigma): its dtype outside, at least float32 inside, and what it said checked."""
+
+    def __init__(self, model: Callable[..., Tensor], x: Tensor, extra_args: Mapping[str, Any], schedule: Sequence[Level]) -> None:
+        self.model, self.like, self.extra_args = model, x, extra_args
+        self.falling = [-level.sigma for level in schedule]
+        self.precision = torch.promote_types(x.dtype, torch.float32)
+        self.seen: list[tuple[float, Tensor]] = []
+
+    def __call__(self, x: Tensor, sigma: float) -> Tensor:
+        denoised = self.model(x.to(self.like.dtype), self.like.new_full((len(x),), sigma), **self.extra_args)
+        if denoised.shape != x.shape:
+            raise ValueError(f"the model returned shape {list(denoised.shape)} at sigma = {sigma:.6g} for x of shape "
+                             f"{list(x.shape)}: it must return the denoised x")
+        denoised = denoised.to(self.precision)
+        self.seen.append((sigma, denoised.sum()))  # NaN and infinity survive a sum
+        return denoised
+
+    def check(self) -> None:
+        """FloatingPointError naming the first step that was not finite. Once a run: it waits for the device."""
+        if not self.seen or self.like.is_meta:
+            return
+        sigmas, sums = zip(*self.seen)
+        for sigma, total in zip(sigmas, torch.stack(sums).tolist()):
+            if not math.isfinite(total):
+                raise FloatingPointError(
+                    f"the model returned NaN or infinite values in step {bisect_right(self.falling, -sigma)} of "
+                    f"{len(self.falling) - 1}, at sigma = {sigma:.6g}: run it in a higher precision (float32 or bfloat16), "
+                    "or lower the guidance")
 
 
 def _seed(extra_args: Mapping[str, Any]) -> int:
