@@ -19,7 +19,7 @@ from torch import Tensor
 from ..samplers import Statistics, estimate_statistics
 from ..samplers.calibrate import INTERVALS
 from . import identity, store
-from .host import path_of
+from .host import noise_scale, path_of
 
 ATTACHMENT = "lambda_solvers.statistics"
 RULES = ("auto", "every prompt", "saved only", "never")
@@ -78,7 +78,8 @@ def statistics_for(model: Any, x: Tensor, extra_args: dict, given: Statistics | 
 def description(guider: Any) -> dict[str, Any]:
     """What a file says of the model, guidance and prompt it was measured on."""
     patcher = guider.model_patcher
-    return {"model": identity.title(patcher), "fingerprint": identity.fingerprint(patcher),
+    fingerprint = identity.fingerprint(patcher)
+    return {"model": identity.title(patcher, fingerprint), "fingerprint": fingerprint,
             "patches": identity.patches(patcher), "guidance": float(guider.cfg), "conditions": identity.conditions(guider)}
 
 
@@ -98,7 +99,7 @@ def measure(model: Any, x: Tensor, extra_args: dict, about: dict[str, Any], *, s
     sigmas = table(sampling)
     count = samples or trajectories(x.shape)
     noise = torch.randn((count, *x.shape[1:]), generator=torch.Generator().manual_seed(seed)).to(x.device)
-    noise = noise * (1.0 if path == "flow" else math.sqrt(1.0 + sigmas[0] ** 2))
+    noise = noise * (noise_scale(sampling) if path == "flow" else math.sqrt(1.0 + sigmas[0] ** 2))
     bar, start = None, time.monotonic()
 
     def denoise(x_now: Tensor, sigma: Tensor) -> Tensor:
@@ -154,8 +155,10 @@ def _fitted(statistics: Statistics, conditions: str) -> Statistics:
 def _warn_if_foreign(statistics: Statistics, patcher: Any, guidance: float) -> None:
     about = statistics.about
     faults = []
-    if about.get("fingerprint", "") != identity.fingerprint(patcher):
-        faults.append(f"they are of {about.get('model', 'an unnamed model')}, and this is {identity.title(patcher)}")
+    fingerprint = identity.fingerprint(patcher)
+    if about.get("fingerprint", "") != fingerprint:
+        faults.append(f"they are of {about.get('model', 'an unnamed model')}, and this is "
+                      f"{identity.title(patcher, fingerprint)}")
     elif about.get("patches", []) != identity.patches(patcher):
         faults.append(f"they were measured with the patches {about.get('patches') or 'none'}, and this model has "
                       f"{identity.patches(patcher) or 'none'}")

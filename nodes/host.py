@@ -36,14 +36,18 @@ def path_of(model_sampling: object) -> str:
                      "Choose one of ComfyUI's own samplers, such as euler")
 
 
+def noise_scale(model_sampling: object) -> float:
+    """The standard deviation of a model's noise: in newer ComfyUI some flow models have more than 1."""
+    return getattr(model_sampling, "noise_scale", 1.0)
+
+
 def sampler_function(sampler: Sampler) -> Callable[..., Tensor]:
     """The function ComfyUI's KSAMPLER calls; its extra_options are the sampler's options."""
 
     def sample(model: Any, x: Tensor, sigmas: Tensor, extra_args: dict | None = None,
                callback: Callable | None = None, disable: bool | None = None, **options: Any) -> Tensor:
         model_sampling = model.inner_model.model_patcher.get_model_object("model_sampling")
-        scale = getattr(model_sampling, "noise_scale", 1.0)  # newer ComfyUI: some flow models start from scaled noise
-        fn = k_diffusion_function(sampler, path_of(model_sampling), options, noise_scale=scale)
+        fn = k_diffusion_function(sampler, path_of(model_sampling), options, noise_scale(model_sampling))
         return fn(model, x.float(), sigmas, extra_args=extra_args, callback=callback, disable=disable).to(x.dtype)
 
     return sample

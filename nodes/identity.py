@@ -61,9 +61,9 @@ def conditions(guider: Any) -> str:
     return digest.hexdigest()[:8]
 
 
-def title(patcher: Any) -> str:
-    """A name to show: the model's class and its fingerprint."""
-    return f"{type(patcher.model.model_config).__name__}-{fingerprint(patcher)}"
+def title(patcher: Any, digits: str) -> str:
+    """A name to show for the model with this fingerprint."""
+    return f"{type(patcher.model.model_config).__name__}-{digits}"
 
 
 def _signs(tensor: Tensor, values: int = VALUES) -> bytes:
