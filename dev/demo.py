@@ -87,10 +87,9 @@ def produce(server, job: tuple[str, str | None, dict], steps: int) -> dict:
     """The images of one row, one prompt after the other."""
     from PIL import Image
     from samplers import nfe
-    from workflow import nodes_of
 
     label, name, prompt = job
-    images, seconds, done = [], 0.0, 0
+    images, seconds = [], 0.0
     for words in PROMPTS:
         fill_in(prompt, words, steps)
         run = server.run(prompt)
@@ -99,7 +98,6 @@ def produce(server, job: tuple[str, str | None, dict], steps: int) -> dict:
         [shown] = next(output["images"] for output in run.outputs.values() if output.get("images"))
         images.append(Image.open(server.file(shown)).convert("RGB"))
         seconds += run.seconds
-        done = len(run.progress)
     evaluations = steps if name is None else nfe(name, steps)
     print(f"{label:28} {seconds / len(PROMPTS):6.2f} s an image", flush=True)
     return {"label": label, "evaluations": evaluations, "seconds": seconds / len(PROMPTS), "images": images}

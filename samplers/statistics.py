@@ -15,7 +15,6 @@ f, and so l, s, b, are the same on every path: they belong to a model and its gu
 from __future__ import annotations
 
 import json
-import math
 import os
 import tempfile
 from dataclasses import dataclass, field, replace

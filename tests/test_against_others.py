@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from comfy_host import Model, comfy_sampling, k_diffusion_sampling, sampling_of
-from problems import reference_mixture, sigmas_between
+from problems import reference_mixture
 from samplers import PATHS, k_diffusion_sampler
 from samplers.noise import BrownianNoise
 
