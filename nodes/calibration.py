@@ -113,8 +113,14 @@ def measure(model: Any, x: Tensor, extra_args: dict, about: dict[str, Any], *, s
         left = (time.monotonic() - start) / done * (total - done)
         say(f"measuring the model's statistics: evaluation {done} of {total}, {left:.0f} s left")
 
-    return estimate_statistics(denoise, noise, sigmas, intervals=intervals, pool=pool, path=path, seed=seed,
-                               precision=precision_of(guider.model_patcher), about=about, progress=progress, partial=partial)
+    try:
+        result = estimate_statistics(denoise, noise, sigmas, intervals=intervals, pool=pool, path=path, seed=seed, about=about,
+                                     precision=precision_of(guider.model_patcher), progress=progress, partial=partial)
+    except BaseException:
+        say("the measurement was interrupted; the next run goes on from there")
+        raise
+    say(f"statistics measured in {result.about['evaluations']} evaluations")
+    return result
 
 
 def table(sampling: Any) -> list[float]:

@@ -11,11 +11,11 @@ from ..samplers import Statistics
 COLOURS = {"l": (31, 119, 180), "s": (214, 39, 40), "b": (44, 160, 44), "gamma": (148, 103, 189)}
 
 
-def curves(statistics: Statistics, width: int = 640, height: int = 360) -> Tensor:
+def curves(statistics: Statistics, width: int = 480, height: int = 300) -> Tensor:
     """l, s, b and gamma over lambda, [1, H, W, 3]; of several channels, each a thin line."""
     image = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(image)
-    font = ImageFont.load_default(13)
+    font = ImageFont.load_default(15)
     left, right, top, bottom = 48, width - 16, 34, height - 34
     lam = statistics.lam
     lines = {name: curve.reshape(len(lam), -1)[:, :8] for name, curve in statistics.curves().items()}

@@ -84,7 +84,8 @@ def _more(family: Sampler) -> list[io.Input]:
 def _input(name: str, option: Option) -> io.Input:
     """The widget of one option."""
     if option.kind is Statistics:
-        return STATISTICS.Input(name, optional=True, tooltip=f"{option.help.capitalize()}")
+        return STATISTICS.Input(name, optional=True, tooltip=(
+            "From Estimate or Load Solver Statistics; without, as `calibration` says"))
     said = {"default": option.default, "tooltip": f"{option.help}. {option.range.capitalize()}; default {option.default}."}
     if option.choices:
         widget = io.Combo.Input(name, options=list(option.choices), **said)

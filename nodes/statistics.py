@@ -78,7 +78,7 @@ class SaveStatistics(io.ComfyNode):
             description="Writes statistics to models/solver_calibrations, a small file to share.",
             inputs=[
                 STATISTICS.Input("statistics", tooltip="From Estimate Solver Statistics"),
-                io.String.Input("name", default="", tooltip="File name; empty: the model's name and guidance"),
+                io.String.Input("name", default="", tooltip="File name; empty: the model's name and guidance, and a number if there is one"),
                 io.Boolean.Input("overwrite", default=False, tooltip="Replace a file of the same name"),
             ],
             is_output_node=True,
@@ -86,9 +86,12 @@ class SaveStatistics(io.ComfyNode):
 
     @classmethod
     def execute(cls, statistics: Statistics, name: str, overwrite: bool) -> io.NodeOutput:
-        about = dict(statistics.about)
-        path = store.place(name or calibration.file_name(about))
-        statistics.save(path, overwrite=overwrite)
+        path = store.place(name) if name.strip() else store.free(calibration.file_name(dict(statistics.about)))
+        try:
+            statistics.save(path, overwrite=overwrite)
+        except FileExistsError:
+            raise FileExistsError(f"{path.name} exists in {store.FOLDER}: choose another name, or overwrite it") from None
+        calibration.say(f"saved as {path.name}")
         return io.NodeOutput(ui={"text": [f"saved as {path.name}"]})
 
 

@@ -1,6 +1,7 @@
 """Calibration files: models/solver_calibrations, and which of them belongs to a model at a guidance."""
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from pathlib import Path
@@ -33,6 +34,9 @@ def names() -> list[str]:
 
 def existing(name: str) -> Path:
     """The file of a listed name; ValueError if there is none."""
+    if name == NONE:
+        raise ValueError("no calibration is chosen: run Save Solver Statistics first, or put a file into "
+                         f"{directory()}; then refresh the node definitions (key R) and choose it")
     path = folder_paths.get_full_path(FOLDER, name)
     if path is None:
         raise ValueError(f"there is no calibration {name!r} in {directory()}: run Save Solver Statistics first, or put "
@@ -53,6 +57,14 @@ def place(name: str) -> Path:
         raise ValueError(f"name = {name!r} leads out of {FOLDER} (through a link): choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def free(name: str) -> Path:
+    """The file of this name, or of the first of name-2, name-3, ... that is not taken."""
+    for n in itertools.count(1):
+        path = place(name if n == 1 else f"{name}-{n}")
+        if not path.exists():
+            return path
 
 
 def near(a: float, b: float) -> bool:

@@ -106,8 +106,9 @@ def test_the_picture_of_the_curves_is_drawn(server, folder) -> None:  # noqa: F8
     run = server.run(graph.nodes)
     [shown] = run.outputs[node]["images"]
     with Image.open(server.file(shown)) as image:
-        assert image.size == (640, 360) and len(image.convert("RGB").getcolors(100_000)) > 50
-    assert run.texts[-1].startswith("measuring the model's statistics: evaluation 26 of 26")
+        assert image.size == (480, 300) and len(image.convert("RGB").getcolors(100_000)) > 50
+    assert "measuring the model's statistics: evaluation 26 of 26, 0 s left" in run.texts
+    assert run.texts[-1] == "statistics measured in 26 evaluations"
 
 
 def test_statistics_of_another_checkpoint_or_guidance_bring_a_warning_that_names_both(server, folder) -> None:  # noqa: F811
@@ -175,7 +176,18 @@ def test_saving_twice_needs_leave(server, folder) -> None:  # noqa: F811
         run = server.run(graph.nodes)
         assert run.status == status, run.error
         if status == "error":
-            assert "choose another name, or overwrite it" in run.error["exception_message"]
+            assert run.error["exception_message"].startswith("x.safetensors exists in solver_calibrations: choose another name")
+
+
+def test_without_a_name_every_file_gets_one_of_its_own(server, folder) -> None:  # noqa: F811
+    for seed in (40, 41, 42):
+        graph = Graph()
+        save = graph.add("LambdaSaveStatistics", statistics=estimate(graph, intervals=4, samples=1, seed=seed), name="",
+                         overwrite=False)
+        run = server.run(graph.nodes)
+        assert run.status == "success" and run.outputs[save]["text"] == [run.texts[-1]]
+    assert len(files(folder)) == 3
+    assert sum(name.endswith(("-2.safetensors", "-3.safetensors")) for name in files(folder)) == 2
 
 
 def test_a_broken_or_missing_file_says_so_on_the_node(server, folder) -> None:  # noqa: F811
