@@ -183,7 +183,7 @@ DPM_SOLVER_PP = "Lu et al. 2022, DPM-Solver++ (arXiv:2211.01095)"
                        {"order": 3, "prediction": "data"}),
     "dpm_1m": Preset("DPM-Solver-1, DDIM", "a first-order reference: the same as dpmpp_1m",
                      {"order": 1, "prediction": "noise"}),
-    "dpm_2m": Preset("DPM-Solver(2M)", "level with dpmpp_2m on average: better on some models, worse on others",
+    "dpm_2m": Preset("DPM-Solver(2M)", "level with dpmpp_2m: better at guidance 3 on the emoji model, worse on a mixture",
                      {"order": 2, "prediction": "noise"}),
     "dpm_3m": Preset("DPM-Solver(3M)", "as dpm_2m, a little less steady", {"order": 3, "prediction": "noise"},
                      {"rule": "taylor"}),
@@ -275,7 +275,7 @@ def sde(
 
 
 @family("DPM-Solver-v3", "Zheng et al. 2023, DPM-Solver-v3 (arXiv:2310.13268)", {
-    "dpm_solver_v3": Preset("DPM-Solver-v3", "few steps on a model that was calibrated", {}),
+    "dpm_solver_v3": Preset("DPM-Solver-v3", "guided sampling in few steps, once the model was measured; without guidance dpm_2m", {}),
 })
 def v3(
     statistics: Annotated[Statistics, Option(
