@@ -77,7 +77,7 @@ def _more(family: Sampler) -> list[io.Input]:
         return []
     return [io.Combo.Input("calibration", options=list(calibration.RULES), default="auto", tooltip=(
         "Without statistics connected or attached: auto takes saved ones of this model and guidance, or measures and saves "
-        "them once (about 34 evaluations); every prompt measures each new prompt, which is more exact; saved only never "
+        "them once (about 50 evaluations); every prompt measures each new prompt, which is more exact; saved only never "
         "measures; never uses none but given ones"))]
 
 

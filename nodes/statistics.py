@@ -26,7 +26,7 @@ class EstimateStatistics(io.ComfyNode):
             node_id="LambdaEstimateStatistics",
             display_name="Estimate Solver Statistics",
             category=CATEGORY,
-            description="Measures what DPM-Solver-v3 needs to know of a model, at one prompt and guidance: about 34 "
+            description="Measures what DPM-Solver-v3 needs to know of a model, at one prompt and guidance: about 50 "
                         "evaluations of a small batch, no training, no data. Best for that prompt; good for any size.",
             inputs=[
                 io.Model.Input("model", tooltip="The model with its LoRAs, as it will be sampled"),

@@ -27,8 +27,9 @@ from .solver import Multistep, finite
 from .statistics import Statistics, StatisticsError, read_checked, write_whole
 from .tensors import rms
 
-INTERVALS = 16
-"""Of the grid. 16, 24 and 40 gave solvers of the same error on the emoji model; 10 was 10 % worse."""
+INTERVALS = 24
+"""Of the grid. On the emoji model 16, 24 and 40 gave solvers of the same error; on exact digits (guidance 4, 10 steps uniform
+in time) the median error was 0.0033, 0.0022, 0.0019 with 16, 24, 40, and 0.016 for DPM-Solver++(2M)."""
 PARTIAL = "lambda-solvers partial statistics 1"
 DELTA: Mapping[torch.dtype, Callable[[float], float]] = {
     # y moves by delta: far enough that D changes by more than the model's own rounding

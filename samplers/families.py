@@ -159,7 +159,7 @@ Prediction = Annotated[str, Option(
     "What is interpolated: data = the denoised image (DPM-Solver++, right for guided sampling), noise = the predicted "
     "noise (DPM-Solver)", choices=tuple(PREDICTIONS), advanced=True)]
 LowerOrderFinal = Annotated[str, Option(
-    "Lower the order towards the end. auto: on for runs to sigma = 0 in fewer than 15 steps", advanced=True,
+    "Lower the order towards the end. auto: on for runs of fewer than 15 steps that end clean", advanced=True,
     choices=("auto", "on", "off"))]
 SinglestepRule = Annotated[str, Option(
     "How the inner evaluations are combined. midpoint: as published; taylor: the polynomial through all of them",

@@ -90,6 +90,10 @@ def ddim(integrand: Integrand, s: Level, t: Level) -> Step:
     return step(flow, (s, t), ORDER_1.stages)
 
 
+CLEAN = 2.0
+"""sigma / alpha = 0.135. Without the lower order a last long step to there spoils a run: on exact digits, time-uniform steps to
+sigma 0.03, the error of v3 was 0.68 without and 0.05 with it, that of 2M 0.18 and 0.07."""
+
 CORRECTOR_HALF = -0.5
 """Where the time of the usual models is 1/2: lam = -0.48 for Stable Diffusion (sigma 1.62), 0 for unshifted flow."""
 
@@ -103,8 +107,8 @@ class Multistep:
     """Adams methods in lam: the polynomial through the last `order` evaluations; one evaluation a step.
 
     The order rises from 1 at the start. With lower_order_final it falls to 1 again towards the end; "auto" does so for
-    runs that go to sigma = 0 in fewer than 15 steps (the authors' code: fewer than 15; runs that stop above 0 go on
-    elsewhere, as with leftover noise, and nothing ends there).
+    runs of fewer than 15 steps (as the authors advise) that end clean, lam > CLEAN: to sigma = 0, or to the model's lowest
+    sigma. Runs that stop before go on elsewhere, as with leftover noise, and nothing ends there.
 
     A corrector repeats every step s -> t with the evaluation at t among its nodes s, t, s_-1, ..., at no further model
     call; it has corrector_extra nodes more than the predictor. "half" keeps it to lam >= CORRECTOR_HALF.
@@ -122,7 +126,7 @@ class Multistep:
     def steps(self, levels: Sequence[Level], path: Path) -> list[Step]:
         n = len(levels) - 1
         lower = self.lower_order_final == "on" or (
-            self.lower_order_final == "auto" and n < 15 and not finite(levels[-1]))
+            self.lower_order_final == "auto" and n < 15 and levels[-1].lam > CLEAN)
         result = []
         for i, (s, t) in enumerate(pairwise(levels)):
             if not finite(s, t):

@@ -253,6 +253,7 @@ def test_the_final_steps_fall_in_order_only_when_asked_or_few() -> None:
 
     assert orders(6, 0.0) == [1, 2, 3, 3, 2, 1]
     assert orders(6, 0.5) == [1, 2, 3, 3, 3, 3]            # goes on elsewhere: nothing ends here
+    assert orders(6, 0.03) == [1, 2, 3, 3, 2, 1]           # the lowest sigma of a model is an end
     assert orders(6, 0.5, lower_order_final="on") == [1, 2, 3, 3, 2, 1]
     assert orders(15, 0.0)[-3:] == [3, 3, 1]
     assert orders(6, 0.0, lower_order_final="off") == [1, 2, 3, 3, 3, 1]
