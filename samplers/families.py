@@ -156,8 +156,8 @@ def nfe(name: str, steps: int | Sequence[float], path: str = "ve", **options: An
 
 
 Prediction = Annotated[str, Option(
-    "What is interpolated: data = the denoised image (DPM-Solver++, right for guided sampling), noise = the predicted "
-    "noise (DPM-Solver)", choices=tuple(PREDICTIONS), advanced=True)]
+    "What is interpolated: data = the denoised image (DPM-Solver++), noise = the predicted noise (DPM-Solver). Which is better "
+    "depends on the model for multistep; for singlestep in few steps data is", choices=tuple(PREDICTIONS), advanced=True)]
 LowerOrderFinal = Annotated[str, Option(
     "Lower the order towards the end. auto: on for runs of fewer than 15 steps that end clean", advanced=True,
     choices=("auto", "on", "off"))]
@@ -179,7 +179,7 @@ DPM_SOLVER_PP = "Lu et al. 2022, DPM-Solver++ (arXiv:2211.01095)"
                        {"order": 1, "prediction": "data"}),
     "dpmpp_2m": Preset("DPM-Solver++(2M)", "the best on average up to 10 evaluations in our measurements",
                        {"order": 2, "prediction": "data"}),
-    "dpmpp_3m": Preset("DPM-Solver++(3M)", "20 steps and more; below, dpmpp_2m was better in our measurements",
+    "dpmpp_3m": Preset("DPM-Solver++(3M)", "many steps: up to 20 evaluations dpmpp_2m was better on average in our measurements",
                        {"order": 3, "prediction": "data"}),
     "dpm_1m": Preset("DPM-Solver-1, DDIM", "a first-order reference: the same as dpmpp_1m",
                      {"order": 1, "prediction": "noise"}),

@@ -148,7 +148,7 @@ class Statistics:
                         raise StatisticsError(f"{path} has no array {name!r}; it has {', '.join(archive.files)}")
                     arrays[name] = archive[name].astype(np.float64)
         return cls(np.linspace(*lam, len(arrays["l"])), **arrays,
-                   about={**(about or {}), "source": "DPM-Solver-v3 npz", "quadrature": "grid"})
+                   about={**(about or {}), "source": "DPM-Solver-v3 npz"})
 
 
 def write_whole(path: Path, content: bytes, overwrite: bool) -> None:
