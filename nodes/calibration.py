@@ -141,13 +141,13 @@ def precision_of(patcher: Any) -> torch.dtype:
     return dtype if dtype in (torch.float16, torch.bfloat16) else torch.float32
 
 
-def say(text: str) -> None:
-    """Show a line on the node that is running, and write it to the log."""
+def say(text: str, level: int = logging.INFO) -> None:
+    """Show a line on the node that is running, and write it to the log (but for the count while measuring)."""
     context = get_executing_context()
     if PromptServer.instance is not None and context is not None:
         PromptServer.instance.send_progress_text(text, context.node_id)
     if not text.startswith("measuring"):
-        logging.info("Lambda Solvers: %s", text)
+        logging.log(level, "Lambda Solvers: %s", text)
 
 
 def _fitted(statistics: Statistics, conditions: str) -> Statistics:
@@ -171,9 +171,8 @@ def _warn_if_foreign(statistics: Statistics, patcher: Any, guidance: float) -> N
     if not store.near(float(about.get("guidance", math.nan)), guidance):
         faults.append(f"they are for guidance {about.get('guidance', 'unknown')}, and this is {guidance:g}")
     for fault in faults:
-        text = f"warning: these statistics may not fit: {fault}. Measure new ones with Estimate Solver Statistics"
-        say(text)
-        logging.warning("Lambda Solvers: %s", text)
+        say(f"warning: these statistics may not fit: {fault}. Measure new ones with Estimate Solver Statistics",
+            logging.WARNING)
 
 
 class Measuring(comfy.samplers.Sampler):
