@@ -9,7 +9,7 @@ from typing import Any, Mapping
 
 import folder_paths
 
-from ..samplers import Statistics, StatisticsError
+from ..samplers import Statistics, CalibrationError
 
 FOLDER = "solver_calibrations"
 ENDING = ".safetensors"
@@ -82,7 +82,7 @@ def find(wanted: Mapping[str, Any], exactly: bool) -> tuple[str, Statistics] | N
     for name in folder_paths.get_filename_list(FOLDER):
         try:
             statistics = Statistics.load(existing(name))
-        except StatisticsError as fault:
+        except CalibrationError as fault:
             logging.warning("Lambda Solvers: %s", fault)
             continue
         about = statistics.about

@@ -15,11 +15,13 @@ Symbols, the same everywhere:
     m           what is interpolated: D or eps             z           argument of the phi-functions: h, -h, (1 + eta) h
     eta         share of noise, 0 the ODE, 1 the SDE       nfe         number of model evaluations
 """
+from .amed import Amed
 from .calibrate import estimate_statistics
 from .families import FAMILIES, SAMPLERS, nfe
 from .k_diffusion import k_diffusion_sampler
 from .schedule import PATHS
-from .statistics import Statistics, StatisticsError
+from .statistics import Statistics
+from .storage import CalibrationError
 
-__all__ = ["FAMILIES", "PATHS", "SAMPLERS", "Statistics", "StatisticsError", "estimate_statistics",
+__all__ = ["Amed", "FAMILIES", "PATHS", "SAMPLERS", "Statistics", "CalibrationError", "estimate_statistics",
            "k_diffusion_sampler", "nfe"]

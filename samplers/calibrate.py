@@ -8,7 +8,6 @@ The definitions are those of statistics.py; the published code for them was neve
 """
 from __future__ import annotations
 
-import json
 import math
 import time
 from pathlib import Path as File
@@ -16,7 +15,6 @@ from typing import Any, Callable, Literal, Mapping, Sequence
 
 import numpy as np
 import torch
-from safetensors.numpy import save
 from torch import Tensor
 
 from .integrand import DataPrediction
@@ -24,7 +22,8 @@ from .phi import midpoint
 from .sample import combine
 from .schedule import Level, Path, find_path, levels
 from .solver import Multistep, finite
-from .statistics import Statistics, StatisticsError, read_checked, write_whole
+from .statistics import Statistics
+from .storage import Partial
 from .tensors import rms
 
 INTERVALS = 24
@@ -83,7 +82,7 @@ def estimate_statistics(model: Callable[..., Tensor], x: Tensor, sigmas: Sequenc
 
     key = {"grid": [level.lam for level in grid], "shape": list(x.shape), "pool": pool, "seed": seed, "path": path,
            "precision": str(precision), "about": dict(about or {})}
-    state = _Partial(partial, key, partial_seconds, x.device)
+    state = Partial(partial, PARTIAL, key, partial_seconds, x.device)
     kept, first = state.read()
     if first:
         done = 2 * first + (start is not grid[0])
@@ -182,34 +181,3 @@ class _Signs:
     def at(self, i: int) -> Tensor:
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + i) % 2**63)
         return torch.randint(0, 2, self.like.shape, generator=generator, dtype=torch.int8).to(self.like) * 2 - 1
-
-
-class _Partial:
-    """The file in which an estimation that was cut short goes on."""
-
-    def __init__(self, path: File | str | None, key: Mapping[str, Any], seconds: float, device: torch.device) -> None:
-        self.path = File(path) if path else None
-        self.key = json.dumps(key, sort_keys=True)
-        self.seconds, self.device, self.written = seconds, device, time.monotonic()
-
-    def read(self) -> tuple[dict[str, Tensor], int]:
-        """What was kept, and the first node that is not; nothing if there is no file of the same estimation."""
-        if self.path and self.path.exists():
-            try:
-                tensors, about = read_checked(self.path, PARTIAL)
-            except StatisticsError:
-                return {}, 0  # damaged, or of another version: measured again, and overwritten
-            if about.get("key") == self.key:
-                return {name: torch.from_numpy(value).to(self.device) for name, value in tensors.items()}, about["next"]
-        return {}, 0
-
-    def write(self, kept: Mapping[str, Tensor], following: int, at_once: bool = False) -> None:
-        if self.path and (at_once or time.monotonic() - self.written >= self.seconds):
-            about = json.dumps({"key": self.key, "next": following})
-            write_whole(self.path, save({name: np.asarray(value.cpu().numpy(), order="C") for name, value in kept.items()},
-                                        metadata={"format": PARTIAL, "about": about}), overwrite=True)
-            self.written = time.monotonic()
-
-    def remove(self) -> None:
-        if self.path:
-            self.path.unlink(missing_ok=True)

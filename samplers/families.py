@@ -11,13 +11,15 @@ import typing
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Callable, Mapping, NamedTuple, Sequence
 
-from .integrand import PREDICTIONS, DataPrediction
-from .phi import RULES, pseudo_weights, weights
+from .amed import BASES, Amed, Insertion
+from .first_step import CHOICES
+from .integrand import PREDICTIONS, DataPrediction, NoisePrediction
+from .phi import RULES, adams, pseudo_weights, weights
 from .schedule import find_path, levels
-from .solver import TABLEAUX, Adaptive, Grouped, Multistep, Singlestep
+from .solver import HEUN, TABLEAUX, Adaptive, Churned, Grouped, Multistep, Singlestep
 from .statistics import EmpiricalPrediction, Statistics
 
-Solver = Multistep | Singlestep | Grouped | Adaptive
+Solver = Multistep | Singlestep | Grouped | Adaptive | Churned | Insertion
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,19 @@ class Sampler:
         return {**self.fixed, **free}
 
     def solver(self, **options: Any) -> Solver:
-        return self.build(**self.settings(options))
+        """The solver of these options, but for first_step, which is the denoiser's."""
+        settings = self.settings(options)
+        return self.build(**{name: settings[name] for name in settings if name != "first_step"})
+
+    def first_step(self, settings: Mapping[str, Any]) -> str:
+        """How the first evaluation is answered: as set, or as an AMED that was trained with afs needs it."""
+        chosen, trained = settings["first_step"], settings.get("trained")
+        if trained is None or chosen == trained.first_step or (chosen, trained.first_step) == ("mean", "evaluate"):
+            return chosen
+        if chosen == "evaluate":
+            return trained.first_step
+        raise ValueError(f"first_step = {chosen!r}, but this AMED was trained with {trained.first_step}: train one with {chosen}, "
+                         "or set first_step to evaluate, which follows the training")
 
     @property
     def evaluations_per_step(self) -> int | None:
@@ -108,6 +122,11 @@ class Preset(NamedTuple):
     defaults: Mapping[str, Any] = {}
 
 
+FIRST_STEP = Option(
+    "How the first evaluation of a run at full noise is answered. evaluate: by the model; afs: analytically, at no cost, which "
+    "suits models with a very high sigma_max; mean: by the mean of what the model answered to earlier seeds of the same "
+    "prompt, once there are some", choices=CHOICES, advanced=True, default="evaluate")
+
 FAMILIES: dict[str, Sampler] = {}
 SAMPLERS: dict[str, Sampler] = {}
 
@@ -121,6 +140,7 @@ def family(title: str, citation: str, presets: Mapping[str, Preset]) -> Callable
         for name, parameter in inspect.signature(build).parameters.items():
             kind, option = typing.get_args(hints[name])
             options[name] = replace(option, kind=kind, default=parameter.default)
+        options["first_step"] = FIRST_STEP
         whole = Sampler(build.__name__, title, inspect.getdoc(build), title, citation, options, {}, build)
         FAMILIES[whole.name] = whole
         for name, (preset_title, when, fixed, defaults) in presets.items():
@@ -141,10 +161,14 @@ def find(name: str) -> Sampler:
 def nfe(name: str, steps: int | Sequence[float], path: str = "ve", **options: Any) -> int | None:
     """Model evaluations of a run, without running it; None if they depend on the model (adaptive solvers).
 
-    steps: the number of intervals of a schedule that ends at sigma = 0, as KSampler's; or the sigmas themselves.
+    steps: the number of intervals of a schedule that ends at sigma = 0, as KSampler's; or the sigmas themselves. A first
+    step that the model does not answer counts 0.
     """
     sampler = find(name)
-    solver = sampler.solver(**{**sampler.stand_ins, **options})
+    options = {**sampler.stand_ins, **options}
+    if isinstance(trained := options.get("trained"), Amed):
+        options["trained"] = replace(trained, interpolate=True)  # the count is the same on every schedule
+    solver = sampler.solver(**options)
     if isinstance(steps, int):
         if steps < 0:
             raise ValueError(f"steps = {steps} is out of range: choose a whole number >= 0")
@@ -152,7 +176,9 @@ def nfe(name: str, steps: int | Sequence[float], path: str = "ve", **options: An
     if isinstance(solver, Adaptive):
         return None
     gaussian = find_path(path)
-    return sum(len(step.evaluations) for step in solver.steps(levels([float(sigma) for sigma in steps], gaussian), gaussian))
+    planned = solver.steps(levels([float(sigma) for sigma in steps], gaussian), gaussian)
+    skipped = bool(planned) and sampler.first_step(sampler.settings(options)) != "evaluate"
+    return sum(len(step.evaluations) for step in planned) - skipped
 
 
 Prediction = Annotated[str, Option(
@@ -168,6 +194,9 @@ MultistepRule = Annotated[str, Option(
     "How earlier evaluations are combined. midpoint: as published by Lu et al., for order 2 the usual DPM++ 2M, the best "
     "in few steps; taylor: exact for polynomials, of full order; published: order 3 as published, order 2 as taylor "
     "(k-diffusion's 3M SDE)", choices=tuple(RULES), advanced=True)]
+NoiseDevice = Annotated[str, Option(
+    "Where the noise is drawn. cpu: the same image on every device; gpu: quicker for large latents, tied to the device",
+    choices=("cpu", "gpu"), advanced=True)]
 ORDER_HELP = "Order of accuracy. 2 was the best choice up to 20 steps in our measurements; 3 needs more"
 
 DPM_SOLVER = "Lu et al. 2022, DPM-Solver (arXiv:2206.00927)"
@@ -266,9 +295,7 @@ def sde(
     s_noise: Annotated[float, Option("Factor on the added noise; 1 is exact, a little more adds texture", 0.0, 10.0, 0.01)] = 1.0,
     rule: MultistepRule = "midpoint",
     lower_order_final: LowerOrderFinal = "auto",
-    noise_device: Annotated[str, Option(
-        "Where the noise is drawn. cpu: the same image on every device; gpu: quicker for large latents, tied to the device",
-        choices=("cpu", "gpu"), advanced=True)] = "cpu",
+    noise_device: NoiseDevice = "cpu",
 ) -> Solver:
     """DPM-Solver++ multistep on the diffusion SDE: fresh noise in every step forgets earlier errors, given enough steps."""
     return Multistep(DataPrediction(eta, s_noise), order, RULES[rule], lower_order_final)
@@ -302,3 +329,57 @@ def v3(
                      lower_order_final=lower_order_final, basis=pseudo_weights if pseudo_predictor else weights,
                      corrector=corrector, corrector_basis=pseudo_weights if pseudo_corrector else weights,
                      corrector_extra=int(pseudo_corrector))
+
+
+@family("iPNDM", "Zhang & Chen 2022, DEIS (arXiv:2204.13902), section 3.3; Liu et al. 2022, PNDM (arXiv:2202.09778)", {
+    "ipndm": Preset("iPNDM", "few steps without any calibration: level with DPM-Solver-v3 in published tables", {}),
+})
+def ipndm(
+    order: Annotated[int, Option("Order of accuracy where steps are equal, and how many evaluations are combined", 1, 4)] = 4,
+) -> Solver:
+    """Adams-Bashforth on the predicted noise with the coefficients of equal steps, whatever the steps: ComfyUI's ipndm."""
+    return Multistep(NoisePrediction(), order, lower_order_final="off", basis=adams)
+
+
+@family("Heun (EDM)", "Karras et al. 2022, EDM (arXiv:2206.00364), Algorithms 1-2", {
+    "heun": Preset("Heun", "two evaluations a step: reference images, and many steps with churn", {}),
+})
+def heun(
+    s_churn: Annotated[float, Option("How much noise is added and removed again over the run; 0 is the ODE", 0.0, 100.0, 0.1)] = 0.0,
+    s_tmin: Annotated[float, Option("Lowest sigma / alpha at which noise is added", 0.0, 1000.0, 0.01, advanced=True)] = 0.0,
+    s_tmax: Annotated[float, Option("Highest sigma / alpha at which noise is added", 0.0, 1e6, 0.01, advanced=True)] = 1e6,
+    s_noise: Annotated[float, Option("Factor on the added noise; 1 is exact", 0.0, 10.0, 0.001, advanced=True)] = 1.0,
+    noise_device: NoiseDevice = "cpu",
+) -> Solver:
+    """Heun's method in sigma, with churn if asked for: the EDM sampler."""
+    return Churned(Singlestep(NoisePrediction(), HEUN), s_churn, s_tmin, s_tmax, s_noise)
+
+
+AMED = "Zhou et al. 2024, AMED-Solver (arXiv:2312.00094)"
+
+
+@family("AMED", AMED, {
+    "amed": Preset("AMED-Solver", "very few evaluations, once it was trained for the schedule", {"base": "amed"}),
+    "amed_euler": Preset("AMED-Plugin on Euler", "as amed, on the simplest solver", {"base": "euler"}),
+    "amed_dpm_2": Preset("AMED-Plugin on DPM-Solver-2", "as amed, with both evaluations of a step combined", {"base": "dpm_2"}),
+    "amed_ipndm": Preset("AMED-Plugin on iPNDM", "as amed, with earlier evaluations reused", {"base": "ipndm"}),
+    "amed_dpmpp_2m": Preset("AMED-Plugin on DPM-Solver++(2M)", "as amed, on the steadiest solver", {"base": "dpmpp_2m"}),
+    "amed_dpmpp_3m": Preset("AMED-Plugin on DPM-Solver++(3M)", "as amed_dpmpp_2m, of higher order", {"base": "dpmpp_3m"}),
+})
+def amed(
+    trained: Annotated[Amed, Option(
+        "what was learned for the schedule: samplers.fit_amed(...), or Amed.load(path)", stand_in=Amed.untrained())] = None,
+    base: Annotated[str, Option("The rule that steps to the learned node and on: AMED's own, or another solver's",
+                                choices=tuple(BASES))] = "amed",
+    interpolate: Annotated[bool, Option(
+        "Allow another schedule than the trained one: r, c and a are then taken as functions of lambda", advanced=True)] = False,
+    lower_order_final: LowerOrderFinal = "auto",
+) -> Solver:
+    """AMED: two evaluations a step, the second at a place that was learned for your model, prompt and schedule."""
+    if trained.base not in (None, base):
+        raise ValueError(f"this AMED was trained on base {trained.base}, and {base} is chosen: choose {trained.base}, or train "
+                         f"one on {base}")
+    method = BASES[base]
+    if isinstance(method, Multistep) and method.basis is weights:
+        method = replace(method, lower_order_final=lower_order_final)
+    return Insertion(replace(trained, interpolate=interpolate or trained.interpolate), method)

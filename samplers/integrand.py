@@ -28,21 +28,29 @@ class Stage(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """Where the model is asked, and the value m = x x + denoised D that is kept of its answer."""
+    """Where the model is asked, and the value m = x x + denoised D that is kept of its answer.
+
+    D is the model's answer to scale x at sigma = at.sigma: both belong to the level of x, unless the model is told another.
+    """
 
     at: Level
     x: Coefficient
     denoised: Coefficient
+    scale: Coefficient = 1.0
 
 
 class Update(NamedTuple):
-    """x at `to` = decay x_s + sum_k coefficient_k m_k + bias + std xi, over the evaluations k that `terms` names."""
+    """x at `to` = decay x_s + sum_k coefficient_k m_k + bias + std xi, over the evaluations k that `terms` names.
+
+    A chained update takes the x that the update before it made, in place of x_s.
+    """
 
     to: Level
     decay: Coefficient
     terms: tuple[tuple[int, Coefficient], ...]
     bias: Coefficient = 0.0
     std: float = 0.0
+    chained: bool = False
 
 
 class Integrand(Protocol):

@@ -5,37 +5,44 @@ import math
 from bisect import bisect_right
 from typing import Any, Callable, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from .families import Sampler, find
+from .first_step import MeanAnswer, afs, answered, check_full_noise
 from .noise import BrownianNoise
 from .sample import sample, sample_adaptive
 from .schedule import Level, find_path, levels
 from .solver import Adaptive
 
 
-def k_diffusion_sampler(name: str, path: str = "ve", **options: Any) -> Callable[..., Tensor]:
+def k_diffusion_sampler(name: str, path: str = "ve", *, sigma_max: float | None = None, mean: MeanAnswer | None = None,
+                        **options: Any) -> Callable[..., Tensor]:
     """fn(model, x, sigmas, extra_args=None, callback=None, disable=None) -> x at sigmas[-1], for a name of SAMPLERS.
 
     model(x, sigma[B], **extra_args) returns the denoised x. callback gets a dict with x, i, sigma, sigma_hat, denoised
     after the evaluation that opens interval i. x is [B, ...] noise at sigmas[0] plus signal, in any floating dtype: the
     model sees that dtype, the solver works in at least float32, and x is left as it was. sigmas strictly decrease.
-    Stochastic solvers take their seed from extra_args["seed"], or draw one from torch's generator.
+    Stochastic solvers take their seed from extra_args["seed"], or draw one from torch's generator. sigma_max is the model's
+    highest level: with it, a first_step that is not evaluated is refused in runs that start lower. first_step = "mean" needs
+    a MeanAnswer that lives as long as model, prompt and shape are the same; the run that finds it empty fills it.
 
     ValueError for an unknown name, path or option, an option out of range, or unusable sigmas;
     FloatingPointError if the model returned NaN or infinity, naming the step.
     """
-    return k_diffusion_function(find(name), path, options)
+    return k_diffusion_function(find(name), path, options, sigma_max=sigma_max, mean=mean)
 
 
-def k_diffusion_function(sampler: Sampler, path: str, options: Mapping[str, Any],
-                         noise_scale: float = 1.0) -> Callable[..., Tensor]:
+def k_diffusion_function(sampler: Sampler, path: str, options: Mapping[str, Any], noise_scale: float = 1.0,
+                         sigma_max: float | None = None, mean: MeanAnswer | None = None) -> Callable[..., Tensor]:
     """`k_diffusion_sampler` for any entry of the catalogue; noise_scale is the standard deviation of the model's noise."""
     settings = sampler.settings(options)
-    solver = sampler.build(**settings)
+    solver, first_step = sampler.solver(**options), sampler.first_step(settings)
     gaussian = find_path(path)
+    if first_step == "mean" and mean is None:
+        raise ValueError("first_step = 'mean' needs mean: give a MeanAnswer, the same one for every run of a prompt")
 
     def fn(model: Callable[..., Tensor], x: Tensor, sigmas: Tensor, extra_args: Mapping[str, Any] | None = None,
            callback: Callable[[dict], None] | None = None, disable: bool | None = None) -> Tensor:
@@ -43,6 +50,10 @@ def k_diffusion_function(sampler: Sampler, path: str, options: Mapping[str, Any]
         extra = dict(extra_args or {})
         denoise = _Denoiser(model, x, extra, schedule)
         start = x.to(denoise.precision)
+        answering: Callable[[Tensor, float], Tensor] = denoise
+        if first_step != "evaluate":
+            check_full_noise(schedule[0], sigma_max)
+            answering = _first_answered(denoise, afs(schedule[0]) if first_step == "afs" else mean)
         with tqdm(total=len(schedule) - 1, disable=disable) as bar:
 
             def observe(i: int, sigma: float, x_now: Tensor, denoised: Tensor) -> None:
@@ -53,7 +64,7 @@ def k_diffusion_function(sampler: Sampler, path: str, options: Mapping[str, Any]
 
             if isinstance(solver, Adaptive):
                 try:
-                    result = sample_adaptive(denoise, start, schedule, solver, gaussian, observe=observe)
+                    result = sample_adaptive(answering, start, schedule, solver, gaussian, observe=observe)
                 except FloatingPointError:
                     denoise.check()  # the sooner cause, if there is one
                     raise
@@ -63,12 +74,26 @@ def k_diffusion_function(sampler: Sampler, path: str, options: Mapping[str, Any]
                 if any(step.std for step in steps):
                     device = x.device if settings["noise_device"] == "gpu" else "cpu"
                     noise = BrownianNoise(start, _seed(extra), device, noise_scale)
-                result = sample(denoise, start, steps, noise=noise, observe=observe)
+                result = sample(answering, start, steps, noise=noise, observe=observe)
             denoise.check()
             bar.update(bar.total - bar.n)
         return result.to(x.dtype)
 
     return fn
+
+
+def _first_answered(denoise: Callable[[Tensor, float], Tensor], answer: Callable[[Tensor], Tensor]) -> Callable:
+    """The first call answered without the model, or by it for a mean that has nothing to say yet and learns."""
+    if not isinstance(answer, MeanAnswer) or answer.count:
+        return answered(denoise, answer)
+
+    def learning(x: Tensor, sigma: float) -> Tensor:
+        denoised = denoise(x, sigma)
+        if not answer.count:
+            answer.learn(denoised)
+        return denoised
+
+    return learning
 
 
 class _Denoiser:
@@ -80,8 +105,10 @@ class _Denoiser:
         self.precision = torch.promote_types(x.dtype, torch.float32)
         self.seen: list[tuple[float, Tensor]] = []
 
-    def __call__(self, x: Tensor, sigma: float) -> Tensor:
-        denoised = self.model(x.to(self.like.dtype), self.like.new_full((len(x),), sigma), **self.extra_args)
+    def __call__(self, x: Tensor, sigma: float | np.ndarray) -> Tensor:
+        level = self.like.new_full((len(x),), sigma) if isinstance(sigma, float) else torch.from_numpy(sigma).flatten().to(self.like)
+        sigma = float(np.max(sigma))
+        denoised = self.model(x.to(self.like.dtype), level, **self.extra_args)
         if denoised.shape != x.shape:
             raise ValueError(f"the model returned shape {list(denoised.shape)} at sigma = {sigma:.6g} for x of shape "
                              f"{list(x.shape)}: it must return the denoised x")

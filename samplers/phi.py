@@ -79,6 +79,22 @@ def weights(nodes: Sequence[float], moments: Sequence[float]) -> list[float]:
     return result
 
 
+ADAMS = ((1.0,), (1.5, -0.5), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+
+
+def adams(nodes: Sequence[float], moments: Sequence[float]) -> list[float]:
+    """The Adams-Bashforth weights of equal steps, whatever the nodes: M_0 (1), (3, -1) / 2, (23, -16, 5) / 12, ...
+
+    The improved PNDM: Zhang & Chen 2022 (arXiv:2204.13902), section 3.3, after Liu et al. 2022 (arXiv:2202.09778).
+    """
+    return [moments[0] * c for c in ADAMS[len(nodes) - 1]]
+
+
+def trapezoid(nodes: Sequence[float], moments: Sequence[float]) -> list[float]:
+    """The mean of all values: M_0 / n each."""
+    return [moments[0] / len(nodes)] * len(nodes)
+
+
 def pseudo_weights(nodes: Sequence[float], moments: Sequence[float]) -> list[float]:
     """w of sum_p M_p m[r_0, ..., r_p]: leading divided differences in place of the polynomial's derivatives.
 

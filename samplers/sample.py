@@ -36,11 +36,14 @@ def sample(denoise: Denoiser, x: Tensor, steps: Sequence[Step], *, noise: Noise 
         here = _evaluate(denoise, x, step.evaluations[0], observe, first)
         if correct:
             x = correct(here)
+        if step.plan:
+            step = _placed(step.plan(), x)
         values = {0: here, **{-k: m for k, m in enumerate(past, 1)}}
-        past = [here, *past][:memory]
-        del here
+        del here, past
         correct = step.correction and partial(_correct, x, step.correction, dict(values))
-        x = advance(denoise, x, step, values, set(), observe, first)
+        latest = range(len(step.evaluations) - 1, -1 - memory, -1)[:memory]
+        x = advance(denoise, x, step, values, set(latest), observe, first)
+        past = [values[k] for k in latest if k in values]
         values.clear()
         if step.std:
             x.add_(noise(step.s, step.t), alpha=step.std)
@@ -59,8 +62,10 @@ def advance(denoise: Denoiser, x: Tensor, step: Step, values: dict[int, Tensor],
     for k, (evaluation, update) in enumerate(zip(step.evaluations, step.updates)):
         if k not in values:
             values[k] = _evaluate(denoise, y, evaluation, observe if k < step.intervals else None, first + k)
+        start = y if update.chained else x
         del y  # one latent less while the next one is made
-        y = combine(x, update, values)
+        y = combine(start, update, values)
+        del start
         needed = keep.union(*({j for j, _ in later.terms} for later in step.updates[k + 1:]))
         for j in values.keys() - needed:
             del values[j]
@@ -78,7 +83,8 @@ def _correct(x: Tensor, correction: Update, values: Mapping[int, Tensor], there:
 
 def _evaluate(denoise: Denoiser, x: Tensor, evaluation: Evaluation, observe: Observer | None, i: int) -> Tensor:
     """The value kept of one model call, whose answer is shown to the observer as the start of interval i."""
-    denoised = denoise(x, evaluation.at.sigma)
+    scale = evaluation.scale
+    denoised = denoise(x if isinstance(scale, float) and scale == 1.0 else lincomb((scale, x)), evaluation.at.sigma)
     if observe:
         observe(i, evaluation.at.sigma, x, denoised)
     if isinstance(evaluation.x, float) and (evaluation.x, evaluation.denoised) == (0.0, 1.0):
@@ -92,7 +98,8 @@ def _placed(step: Step, x: Tensor) -> Step:
                           bias=placed(u.bias, x))
 
     return step._replace(
-        evaluations=tuple(e._replace(x=placed(e.x, x), denoised=placed(e.denoised, x)) for e in step.evaluations),
+        evaluations=tuple(e._replace(x=placed(e.x, x), denoised=placed(e.denoised, x), scale=placed(e.scale, x))
+                          for e in step.evaluations),
         updates=tuple(map(update, step.updates)), correction=step.correction and update(step.correction))
 
 

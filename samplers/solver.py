@@ -1,8 +1,8 @@
 """Solvers as data: which evaluations each step uses, and the finished coefficients of every step.
 
 A solver turns the levels of a schedule into a list of Steps before anything is evaluated. A Step names its evaluations
-by number: 0 is the one at its start, 1, 2, ... are its own inner ones in order, -1, -2, ... the first ones of the steps
-before. So a multistep method is a stage that uses (0, -1, -2), a singlestep method a row of stages with inner levels:
+by number: 0 is the one at its start, 1, 2, ... are its own inner ones in order, -1, -2, ... those of the steps before,
+latest first. So a multistep method is a stage that uses (0, -1, -2), a singlestep method a row of stages with inner levels:
 
     Multistep of order 3    s_-2 ---- s_-1 ---- s -------> t        Stage((0, -1, -2))
     DPM_3S                                      s --o--o-> t        Stage((0,)), Stage((0, 1)), Stage((0, 2))
@@ -12,23 +12,25 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Iterator, Literal, Mapping, NamedTuple, Sequence
+from typing import Callable, Iterator, Literal, Mapping, NamedTuple, Sequence
 
 from .integrand import DataPrediction, Evaluation, Integrand, Stage, Update
-from .phi import Basis, Rule, midpoint, taylor, weights
+from .phi import Basis, Rule, midpoint, taylor, trapezoid, weights
 from .schedule import Level, Path
 
 
 class Step(NamedTuple):
     """One step of a run: evaluation k, then update k, and so on; the last update arrives at t.
 
-    A correction repeats the step once the evaluation at t, its number 1, has been made by the next step.
+    A correction repeats the step once the evaluation at t, its number 1, has been made by the next step. A step with a
+    plan is replaced by what the plan returns after its first evaluation, when that depends on what the model said.
     """
 
     evaluations: tuple[Evaluation, ...]
     updates: tuple[Update, ...]
     intervals: int = 1  # how many of the schedule's intervals it covers; its inner levels are then the schedule's own
     correction: Update | None = None
+    plan: Callable[[], Step] | None = None
 
     @property
     def s(self) -> Level:
@@ -71,6 +73,10 @@ TABLEAUX: Mapping[tuple[int, str], Tableau] = {
 polynomial through all evaluations where the published methods take a difference quotient."""
 
 
+HEUN = Tableau((1.0,), (Stage((0,)), Stage((0, 1), basis=trapezoid)))
+"""Heun's method in sigma: the mean of eps at both ends. Karras et al. 2022 (arXiv:2206.00364), Algorithm 1."""
+
+
 def step(integrand: Integrand, nodes: Sequence[Level], stages: Sequence[Stage], past: Sequence[Level] = (),
          intervals: int = 1, corrector: Stage | None = None) -> Step:
     """The step over nodes = (s, inner levels ..., t); past are the levels at the starts of earlier steps, latest first."""
@@ -82,6 +88,13 @@ def step(integrand: Integrand, nodes: Sequence[Level], stages: Sequence[Stage], 
 
 def _numbered(nodes: Sequence[Level], past: Sequence[Level]) -> dict[int, Level]:
     return {**dict(enumerate(nodes)), **{-k: level for k, level in enumerate(past, 1)}}
+
+
+def joined(first: Step, second: Step) -> Step:
+    """Two steps as one: the inner evaluation is that of the second, and its update goes on from the first's."""
+    terms = tuple((k + 1, c) for k, c in second.updates[0].terms)
+    return first._replace(evaluations=first.evaluations + second.evaluations,
+                          updates=first.updates + (second.updates[0]._replace(terms=terms, chained=True),))
 
 
 def ddim(integrand: Integrand, s: Level, t: Level) -> Step:
@@ -157,6 +170,44 @@ class Singlestep:
         h = t.lam - s.lam
         inner = [path.at(s.lam + c * h) for c in self.tableau.c]
         return step(self.integrand, (s, *inner, t), self.tableau.stages)
+
+
+@dataclass(frozen=True)
+class Churned:
+    """A singlestep method with Langevin-like churn: every step but the first begins at a higher, noised level.
+
+        varsigma_hat = varsigma (1 + gamma),   y_hat = y + s_noise sqrt(varsigma_hat^2 - varsigma^2) xi,
+        gamma = min(s_churn / n, sqrt(2) - 1)  where  s_tmin <= varsigma <= s_tmax,  else 0
+
+    Karras et al. 2022 (arXiv:2206.00364), Algorithm 2. Theirs raises the start too, above the model's highest level; the
+    start is pure noise already, and ours leaves it.
+    """
+
+    method: Singlestep
+    s_churn: float
+    s_tmin: float
+    s_tmax: float
+    s_noise: float
+
+    def steps(self, levels: Sequence[Level], path: Path) -> list[Step]:
+        gamma = min(self.s_churn / max(1, len(levels) - 1), math.sqrt(2.0) - 1.0)
+        result, s = [], levels[0]
+        for t in levels[1:]:
+            step = self.method.steps([s, t], path)[0]
+            s = t
+            if gamma > 0.0 and finite(t) and self.s_tmin <= t.sigma / t.alpha <= self.s_tmax:
+                s = path.at(t.lam - math.log1p(gamma))
+                step = _raised(step, s, self.s_noise * math.sqrt(gamma * (2.0 + gamma)) * s.alpha * t.sigma / t.alpha)
+            result.append(step)
+        return result
+
+
+def _raised(step: Step, to: Level, std: float) -> Step:
+    """The step, and then noise up to a higher level."""
+    *others, last = step.updates
+    scale = to.alpha / last.to.alpha
+    last = last._replace(to=to, decay=scale * last.decay, terms=tuple((k, scale * c) for k, c in last.terms), std=std)
+    return step._replace(updates=(*others, last))
 
 
 @dataclass(frozen=True)

@@ -16,25 +16,20 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Mapping
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from .integrand import Evaluation, Stage, Update
 from .schedule import Level
+from .storage import CalibrationError, read_checked, write_whole
 
 FORMAT = "lambda-solvers statistics 1"
 CURVES = ("l", "s", "b")
 SLACK = 0.01  # in lam: schedules are computed in float32, and end a little beside the model's own last level
-
-
-class StatisticsError(ValueError):
-    """A file or an array that cannot be statistics; the message says what is wrong with it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,20 +49,20 @@ class Statistics:
 
     def __post_init__(self) -> None:
         if self.lam.ndim != 1 or len(self.lam) < 2:
-            raise StatisticsError(f"lam has shape {list(self.lam.shape)}: it must be a list of at least two grid points")
+            raise CalibrationError(f"lam has shape {list(self.lam.shape)}: it must be a list of at least two grid points")
         for name, curve in self.curves().items():
             if len(curve) != len(self.lam) or curve.ndim == 0:
-                raise StatisticsError(f"{name} has shape {list(curve.shape)}: it must have {len(self.lam)} rows, one for "
+                raise CalibrationError(f"{name} has shape {list(curve.shape)}: it must have {len(self.lam)} rows, one for "
                                       "each grid point")
             if curve.shape[1:] != self.l.shape[1:] and name in CURVES:
-                raise StatisticsError(f"{name} has shape {list(curve.shape)} and l has {list(self.l.shape)}: they must agree")
+                raise CalibrationError(f"{name} has shape {list(curve.shape)} and l has {list(self.l.shape)}: they must agree")
         for name, curve in {"lam": self.lam, **self.curves()}.items():
             if not np.isfinite(curve).all():
-                raise StatisticsError(f"{name} has {int((~np.isfinite(curve)).sum())} values that are not finite")
+                raise CalibrationError(f"{name} has {int((~np.isfinite(curve)).sum())} values that are not finite")
         falls = np.flatnonzero(np.diff(self.lam) <= 0)
         if len(falls):
             i = int(falls[0])
-            raise StatisticsError(f"lam must increase, but lam[{i + 1}] = {self.lam[i + 1]:.6g} after "
+            raise CalibrationError(f"lam must increase, but lam[{i + 1}] = {self.lam[i + 1]:.6g} after "
                                   f"lam[{i}] = {self.lam[i]:.6g}")
 
     def curves(self) -> dict[str, np.ndarray]:
@@ -120,16 +115,16 @@ class Statistics:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Statistics:
-        """Read and check a file; StatisticsError says what is wrong with it."""
+        """Read and check a file; CalibrationError says what is wrong with it."""
         tensors, about = read_checked(Path(path), FORMAT)
         missing = [name for name in ("lam", *CURVES) if name not in tensors]
         if missing:
-            raise StatisticsError(f"{path}: the tensor {missing[0]!r} is missing; it has {', '.join(sorted(tensors)) or 'none'}")
+            raise CalibrationError(f"{path}: the tensor {missing[0]!r} is missing; it has {', '.join(sorted(tensors)) or 'none'}")
         try:
             return cls(**{name: tensors[name].astype(np.float64) for name in ("lam", *CURVES, "gamma") if name in tensors},
                        about=about)
-        except StatisticsError as fault:
-            raise StatisticsError(f"{path}: {fault}") from None
+        except CalibrationError as fault:
+            raise CalibrationError(f"{path}: {fault}") from None
 
     @classmethod
     def from_npz(cls, folder: str | os.PathLike, lam: tuple[float, float], about: Mapping[str, Any] | None = None) -> Statistics:
@@ -141,62 +136,14 @@ class Statistics:
         for file, names in (("l.npz", ("l",)), ("sb.npz", ("s", "b"))):
             path = Path(folder) / file
             if not path.is_file():
-                raise StatisticsError(f"{path} does not exist: a published folder holds l.npz and sb.npz")
+                raise CalibrationError(f"{path} does not exist: a published folder holds l.npz and sb.npz")
             with np.load(path) as archive:
                 for name in names:
                     if name not in archive:
-                        raise StatisticsError(f"{path} has no array {name!r}; it has {', '.join(archive.files)}")
+                        raise CalibrationError(f"{path} has no array {name!r}; it has {', '.join(archive.files)}")
                     arrays[name] = archive[name].astype(np.float64)
         return cls(np.linspace(*lam, len(arrays["l"])), **arrays,
                    about={**(about or {}), "source": "DPM-Solver-v3 npz"})
-
-
-def write_whole(path: Path, content: bytes, overwrite: bool) -> None:
-    """Put a file in place in one go: no reader, and no process killed half way, ever sees a part of it."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if overwrite:
-            os.replace(temporary, path)
-        else:
-            _link_new(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-
-
-def _link_new(temporary: str, path: Path) -> None:
-    """Give the finished file its name, unless the name is taken: of two writers one wins, whole."""
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        raise FileExistsError(f"{path} exists: choose another name, or overwrite it") from None
-    except OSError:  # a file system without hard links
-        if path.exists():
-            raise FileExistsError(f"{path} exists: choose another name, or overwrite it") from None
-        os.replace(temporary, path)
-
-
-def read_checked(path: Path, expected: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The tensors and the description of one of our files; StatisticsError if it is none, or of another version."""
-    try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            found = metadata.get("format", "")
-            kind = expected.rpartition(" ")[0]
-            if not found.startswith(kind):
-                raise StatisticsError(f"{path} is not a file of {kind}" + (f", but of {found}" if found else ""))
-            if found != expected:
-                raise StatisticsError(f"{path} has the format {found!r}, and this version reads {expected!r}: update the pack, "
-                                      "or estimate again")
-            about = json.loads(metadata.get("about", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, about
-    except FileNotFoundError:
-        raise StatisticsError(f"{path} does not exist") from None
-    except (SafetensorError, json.JSONDecodeError, OSError) as fault:
-        raise StatisticsError(f"{path} is damaged or was cut short: {fault}") from None
 
 
 SPACING = 1 / 64

@@ -9,8 +9,9 @@ import torch
 from scipy.optimize import brentq
 
 from problems import REFERENCE, reference_mixture
-from samplers import Statistics, k_diffusion_sampler
+from samplers import Amed, Statistics, k_diffusion_sampler
 from samplers.families import FAMILIES
+from samplers.k_diffusion import k_diffusion_function
 from samplers.sample import sample, sample_adaptive
 from samplers.schedule import PATHS, levels
 
@@ -18,6 +19,7 @@ VP = PATHS["vp"]
 FAMILY = {"multistep": "multistep", "singlestep_fixed": "singlestep", "singlestep": "fast", "adaptive": "adaptive"}
 V3_CASES = [case for case in REFERENCE["cases"] if "DPM-Solver-v3" in case["source"]]
 CASES = [case for case in REFERENCE["cases"] if case["source"] == "LuChengTHU/dpm-solver"]
+AMED_CASES = [case for case in REFERENCE["cases"] if "amed-solver" in case["source"]]
 
 
 def lam_of(t: float) -> float:
@@ -84,7 +86,8 @@ def test_a_case_of_dpm_solver_is_reproduced(case: dict) -> None:
 
 
 def test_every_case_of_this_package_s_solvers_is_here() -> None:
-    assert len(V3_CASES) == 8 and len(CASES) == 24 and {case["method"] for case in CASES} == set(FAMILY)
+    assert len(V3_CASES) == 8 and len(CASES) == 24 and len(AMED_CASES) == 32
+    assert len(REFERENCE["cases"]) == 64 and {case["method"] for case in CASES} == set(FAMILY)
 
 
 @pytest.mark.parametrize("case", V3_CASES, ids=lambda case: " ".join(str(case[key]) for key in (
@@ -107,5 +110,33 @@ def test_a_case_of_dpm_solver_v3_is_reproduced(case: dict) -> None:
 
     sigmas = torch.from_numpy(np.exp(-lam[case["statistics_indexes"]]))
     result = sampler(model, x * 80.0, sigmas, disable=True)
+    assert len(evaluations) == case["nfe"]
+    torch.testing.assert_close(result, torch.tensor(case["x"], dtype=torch.float64).reshape(x.shape), rtol=0, atol=1e-9)
+
+
+def amed_base(case: dict) -> str:
+    order = case["options"].get("max_order")
+    if case["solver"] == "dpmpp":
+        return f"dpm{'pp' if case['options']['predict_x0'] else ''}_{order}m"
+    return f"ipndm_{order}" if order == 2 else case["solver"]
+
+
+@pytest.mark.parametrize("case", AMED_CASES, ids=lambda case: f"{amed_base(case)} {case['nfe']} {case['afs']}")
+def test_a_case_of_amed_is_reproduced(case: dict) -> None:
+    schedule = levels(case["sigmas"], PATHS["ve"])
+    inner = np.tile([case["r"], case["scale_dir"], case["scale_time"]], (len(schedule) - 1, 1))
+    base, first_step = amed_base(case), "afs" if case["afs"] else "evaluate"
+    trained = Amed(np.array([level.lam for level in schedule]), inner, base, first_step)
+    lower = "on" if case["options"].get("lower_order_final") else "off"
+    sampler = FAMILIES["amed"]
+    denoiser, x = reference_mixture("ve")
+    evaluations = []
+
+    def model(x, sigma):
+        evaluations.append(sigma)
+        return denoiser(x, sigma)
+
+    fn = k_diffusion_function(sampler, "ve", {"trained": trained, "base": base, "lower_order_final": lower})
+    result = fn(model, x * case["sigmas"][0], torch.tensor(case["sigmas"], dtype=torch.float64), disable=True)
     assert len(evaluations) == case["nfe"]
     torch.testing.assert_close(result, torch.tensor(case["x"], dtype=torch.float64).reshape(x.shape), rtol=0, atol=1e-9)

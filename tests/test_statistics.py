@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from problems import gaussian_statistics, smooth_statistics
-from samplers import Statistics, StatisticsError, k_diffusion_sampler
+from samplers import Statistics, CalibrationError, k_diffusion_sampler
 from samplers.statistics import FORMAT
 
 
@@ -49,7 +49,7 @@ def test_a_file_is_never_overwritten_silently(tmp_path) -> None:
     ({"b": [1, np.nan, 1, 1, np.inf, 1]}, "b has 2 values that are not finite"),
 ])
 def test_impossible_curves_are_refused_each_with_its_message(changes: dict, message: str) -> None:
-    with pytest.raises(StatisticsError, match=message):
+    with pytest.raises(CalibrationError, match=message):
         small(**changes)
 
 
@@ -77,7 +77,7 @@ def test_a_broken_file_is_refused_by_its_fault(tmp_path, break_it, message: str)
     path = tmp_path / "x.safetensors"
     break_it(path, {"lam": np.linspace(-2, 3, 6), "l": np.ones(6), "s": np.zeros(6), "b": np.zeros(6)},
              {"format": FORMAT, "about": json.dumps({})})
-    with pytest.raises(StatisticsError, match=message):
+    with pytest.raises(CalibrationError, match=message):
         Statistics.load(path)
 
 
@@ -86,7 +86,7 @@ def test_every_truncation_of_a_file_is_refused(tmp_path) -> None:
     content = (tmp_path / "x.safetensors").read_bytes()
     for length in range(0, len(content), 7):
         (tmp_path / "y.safetensors").write_bytes(content[:length])
-        with pytest.raises(StatisticsError):
+        with pytest.raises(CalibrationError):
             Statistics.load(tmp_path / "y.safetensors")
 
 
@@ -124,7 +124,7 @@ def test_published_npz_folders_are_read(tmp_path) -> None:
     read.save(tmp_path / "x.safetensors")
     assert np.array_equal(Statistics.load(tmp_path / "x.safetensors").s, curves[1])
     (tmp_path / "sb.npz").unlink()
-    with pytest.raises(StatisticsError, match="sb.npz does not exist"):
+    with pytest.raises(CalibrationError, match="sb.npz does not exist"):
         Statistics.from_npz(tmp_path, (-4.4, 4.6))
 
 

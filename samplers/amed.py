@@ -1,0 +1,232 @@
+"""AMED: one inner evaluation in every step, at a place that was learned, and what is learned.
+
+In y = x / alpha and varsigma = sigma / alpha, with (r, c, a) learned for the step s -> t:
+
+    varsigma_m = varsigma_t^r varsigma_s^(1 - r)                      s --------- m ------ t        lam_m = lam_s + r h
+    y_m = y_s + (varsigma_m - varsigma_s) eps_s                       0           1
+    eps_m = (y_m - D(y_m, a varsigma_m)) / varsigma_m
+    y_t = y_s + c (varsigma_t - varsigma_s) eps_m
+
+Zhou et al. 2024, AMED-Solver (arXiv:2312.00094), sections 3.2-3.3: trajectories lie almost in a plane, so one inner
+direction is almost exact for the step. As a plugin m is one more node of another solver, which steps to m and on to t by
+its own rule; c scales the last direction. With (r, c, a) = (1/2, 1, 1) AMED is DPM-Solver-2.
+"""
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path as File
+from typing import Any, Callable, Mapping, NamedTuple, Sequence
+
+import numpy as np
+import torch
+from safetensors.numpy import save
+from torch import Tensor
+
+from .integrand import DataPrediction, NoisePrediction, Stage
+from .phi import adams, midpoint
+from .predictor import Predictor, bounded, unbounded
+from .schedule import Level, Path
+from .solver import Multistep, Singlestep, Step, Tableau, ddim, finite, joined
+from .storage import CalibrationError, read_checked, write_whole
+
+FORMAT = "lambda-solvers amed 1"
+SLACK = 0.01  # in lam, between a schedule and the one that was trained
+
+
+class Inner(NamedTuple):
+    """What is learned of one step: the place, the factor on the direction, and the factor on the told varsigma."""
+
+    r: float = 0.5
+    c: float = 1.0
+    a: float = 1.0
+
+
+class Pair(NamedTuple):
+    """A singlestep base: the stages that land on m and on t."""
+
+    to_m: Stage
+    to_t: Stage
+
+
+BASES: Mapping[str, Pair | Multistep] = {
+    "amed": Pair(Stage((0,)), Stage((1,))),
+    "dpm_2": Pair(Stage((0,)), Stage((0, 1), midpoint)),
+    "euler": Multistep(NoisePrediction(), 1),
+    "ipndm": Multistep(NoisePrediction(), 4, lower_order_final="off", basis=adams),
+    "ipndm_2": Multistep(NoisePrediction(), 2, lower_order_final="off", basis=adams),
+    "ipndm_3": Multistep(NoisePrediction(), 3, lower_order_final="off", basis=adams),
+    "dpm_2m": Multistep(NoisePrediction(), 2, midpoint),
+    "dpm_3m": Multistep(NoisePrediction(), 3, midpoint),
+    "dpmpp_2m": Multistep(DataPrediction(), 2, midpoint),
+    "dpmpp_3m": Multistep(DataPrediction(), 3, midpoint),
+}
+"""AMED's own rule, and the solvers it is a plugin of."""
+
+
+@dataclass(frozen=True, eq=False)
+class Amed:
+    """What was learned for one schedule: a table, and on top of it perhaps a predictor that looks at the image.
+
+    lam [n+1]: half-log-SNR of the schedule's levels, increasing, of which the first may be -inf and the last inf;
+    table [n, 3]: (r, c, a) of every interval (unused where it has infinite length). All float64.
+    features() -> [B, C, H, W], the model's middle block in its last call, or None; only a predictor asks for it.
+    """
+
+    lam: np.ndarray
+    table: np.ndarray
+    base: str | None = None  # any
+    first_step: str = "evaluate"
+    predictor: Predictor | None = None
+    interpolate: bool = False
+    about: Mapping[str, Any] = field(default_factory=dict)
+    features: Callable[[], Tensor | None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.base is not None and self.base not in BASES:
+            raise CalibrationError(f"base = {self.base!r} is unknown: choose one of {', '.join(BASES)}")
+        if self.first_step not in ("evaluate", "afs"):
+            raise CalibrationError(f"first_step = {self.first_step!r} is unknown: choose evaluate or afs")
+        if self.lam.ndim != 1 or len(self.lam) < 2 or not (np.diff(self.lam) > 0).all() or np.isnan(self.lam).any():
+            raise CalibrationError(f"lam has shape {list(self.lam.shape)}: it must be a list of increasing numbers")
+        if self.table.shape != (len(self.lam) - 1, 3):
+            raise CalibrationError(f"table has shape {list(self.table.shape)}: it must have one row (r, c, a) for each of the "
+                                   f"{len(self.lam) - 1} intervals")
+        bad = ~np.isfinite(self.table) | (self.table <= 0) | (self.table >= (1, math.inf, math.inf))
+        if bad.any():
+            i = int(bad.any(1).argmax())
+            raise CalibrationError(f"table[{i}] = {self.table[i].tolist()}: r must be between 0 and 1, c and a above 0")
+
+    @classmethod
+    def untrained(cls, schedule: Sequence[Level] | None = None, base: str | None = None, first_step: str = "evaluate") -> Amed:
+        """(1/2, 1, 1) in every interval; without a schedule for all of them."""
+        lam = np.array([level.lam for level in schedule]) if schedule else np.array([-math.inf, math.inf])
+        return cls(lam, np.tile(np.array(Inner()), (len(lam) - 1, 1)), base, first_step, interpolate=not schedule)
+
+    def inner(self, schedule: Sequence[Level]) -> list[Inner]:
+        """(r, c, a) of every interval; ValueError if the schedule is not the one that was trained."""
+        lam = np.array([level.lam for level in schedule])
+        if not self.interpolate:
+            same = len(lam) == len(self.lam) and all(a == b or abs(a - b) <= SLACK for a, b in zip(lam, self.lam))
+            if not same:
+                raise ValueError(f"this AMED was trained for {_shown(self.lam)}, and the schedule is {_shown(lam)}: train it for "
+                                 "this schedule (its scheduler, steps and denoise), use the trained one, or allow "
+                                 "interpolation")
+            return [Inner(*map(float, row)) for row in self.table]
+        middles, rows = _middles(self.lam), unbounded(self.table)
+        known = np.isfinite(middles)
+        if not known.any():
+            return [Inner()] * (len(lam) - 1)
+        at = np.nan_to_num(_middles(lam), nan=0.0, posinf=0.0, neginf=0.0)  # intervals of infinite length are not asked
+        values = [np.interp(at, middles[known], row[known]) for row in rows.T]
+        return [Inner(*map(float, row)) for row in bounded(np.stack(values, axis=1))]
+
+    def predict(self, s: Level, t: Level, inner: Inner, first: bool, count: int) -> list[Inner]:
+        """(r, c, a) of one interval for every image, from the table's and what the model's middle block holds."""
+        features = None if first and self.first_step != "evaluate" else self.features()
+        with torch.no_grad():
+            moved = self.predictor(features, count, s.lam, t.lam, unbounded(np.array(inner)))
+        return [Inner(*map(float, row)) for row in bounded(moved.double().cpu().numpy())]
+
+    def save(self, path: str | os.PathLike, overwrite: bool = False) -> None:
+        """Write the file whole or not at all; FileExistsError if it exists, unless told to overwrite."""
+        tensors = {"lam": self.lam, "table": self.table, **(self.predictor.arrays() if self.predictor else {})}
+        about = {**self.about, "base": self.base, "first_step": self.first_step}
+        write_whole(File(path), save({name: np.ascontiguousarray(value) for name, value in tensors.items()}, metadata={
+            "format": FORMAT, "about": json.dumps(about, sort_keys=True)}), overwrite)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Amed:
+        """Read and check a file; CalibrationError says what is wrong with it."""
+        tensors, about = read_checked(File(path), FORMAT)
+        missing = [name for name in ("lam", "table") if name not in tensors]
+        if missing:
+            raise CalibrationError(f"{path}: the tensor {missing[0]!r} is missing; it has {', '.join(sorted(tensors)) or 'none'}")
+        try:
+            weights = {name: value for name, value in tensors.items() if name not in ("lam", "table")}
+            return cls(tensors["lam"].astype(np.float64), tensors["table"].astype(np.float64), about.get("base", ""),
+                       about.get("first_step", ""), Predictor.of_arrays(weights) if weights else None, about=about)
+        except CalibrationError as fault:
+            raise CalibrationError(f"{path}: {fault}") from None
+
+
+def _middles(lam: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore"):
+        return (lam[1:] + lam[:-1]) / 2
+
+
+def _shown(lam: np.ndarray) -> str:
+    return f"{len(lam) - 1} steps over sigma / alpha = {', '.join(f'{value:.4g}' for value in np.exp(-lam))}"
+
+
+@dataclass(frozen=True)
+class Insertion:
+    """A base with one learned node more in every interval of finite length. Those of infinite length are DDIM."""
+
+    trained: Amed
+    base: Pair | Multistep
+
+    def steps(self, levels: Sequence[Level], path: Path) -> list[Step]:
+        inner = self.trained.inner(levels)
+        result = [self.step(levels, path, i, inner) for i in range(len(levels) - 1)]
+        if self.trained.predictor is None or self.trained.features is None:
+            return result
+        predicted: list[list[Inner]] = []  # of the intervals so far, for every image
+
+        def plan(i: int, x: Tensor) -> Step:
+            predicted.append(self.trained.predict(*levels[i:i + 2], inner[i], i == 0, len(x)))
+            return self.step_of_each(levels, path, i, predicted, x.ndim)
+
+        first = next((i for i, step in enumerate(result) if len(step.evaluations) > 1), 0)
+        predicted += [[inner[0]]] * first
+        return [step._replace(plan=lambda x, i=i: plan(i, x)) if len(step.evaluations) > 1 else step
+                for i, step in enumerate(result)]
+
+    def step(self, levels: Sequence[Level], path: Path, i: int, inner: Sequence[Inner]) -> Step:
+        """Interval i, of which inner[:i + 1] must be known."""
+        s, t = levels[i:i + 2]
+        if not finite(s, t):
+            return ddim(DataPrediction(), s, t)
+        if isinstance(self.base, Pair):
+            step = Singlestep(NoisePrediction(), Tableau((inner[i].r,), self.base)).step(s, t, path)
+        else:
+            before, after = ([node for j, ends in part for node in _nodes(*ends, inner, j, path)]
+                             for part in (list(enumerate(pairwise(levels)))[:i], list(enumerate(pairwise(levels)))[i:]))
+            step = joined(*self.base.steps([*before, *after, levels[-1]], path)[len(before):len(before) + 2])
+        return _bent(step, inner[i], path)
+
+    def step_of_each(self, levels: Sequence[Level], path: Path, i: int, inner: Sequence[Sequence[Inner]], ndim: int) -> Step:
+        """Interval i with inner[j][image] for j <= i."""
+        count = max(map(len, inner))
+        return _stacked([self.step(levels, path, i, [row[image % len(row)] for row in inner]) for image in range(count)], ndim)
+
+
+def _nodes(s: Level, t: Level, inner: Sequence[Inner], j: int, path: Path) -> tuple[Level, ...]:
+    """The nodes of interval j without its end; the coefficients of an interval do not depend on later ones."""
+    r = inner[j].r if j < len(inner) else 0.5
+    return (s, path.at(s.lam + r * (t.lam - s.lam))) if finite(s, t) else (s,)
+
+
+def _bent(step: Step, inner: Inner, path: Path) -> Step:
+    """The model is told a varsigma_m where x is at varsigma_m, and c scales the last direction."""
+    first, second = step.evaluations
+    if inner.a != 1.0:
+        told = path.at(second.at.lam - math.log(inner.a))
+        second = second._replace(at=told, scale=told.alpha / second.at.alpha)
+    *others, last = step.updates
+    last = last._replace(terms=tuple((k, inner.c * value) for k, value in last.terms))
+    return step._replace(evaluations=(first, second), updates=(*others, last))
+
+
+def _stacked(values: Sequence[Any], ndim: int) -> Any:
+    """What each image has of its own, as arrays over the batch; what they share stays as it is."""
+    first = values[0]
+    if all(value == first for value in values):
+        return first
+    if isinstance(first, float):
+        return np.array(values).reshape(-1, *[1] * (ndim - 1))
+    parts = [_stacked(part, ndim) for part in zip(*values)]
+    return type(first)(*parts) if hasattr(first, "_fields") else tuple(parts)

@@ -1,0 +1,99 @@
+"""Files of what was measured: safetensors, checked when read, written whole or not at all."""
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Mapping
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+from torch import Tensor
+
+
+class CalibrationError(ValueError):
+    """A file or an array that cannot be what it should; the message says what is wrong with it."""
+
+
+def write_whole(path: Path, content: bytes, overwrite: bool) -> None:
+    """Put a file in place in one go: no reader, and no process killed half way, ever sees a part of it."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if overwrite:
+            os.replace(temporary, path)
+        else:
+            _link_new(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _link_new(temporary: str, path: Path) -> None:
+    """Give the finished file its name, unless the name is taken: of two writers one wins, whole."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise FileExistsError(f"{path} exists: choose another name, or overwrite it") from None
+    except OSError:  # a file system without hard links
+        if path.exists():
+            raise FileExistsError(f"{path} exists: choose another name, or overwrite it") from None
+        os.replace(temporary, path)
+
+
+def read_checked(path: Path, expected: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The tensors and the description of one of our files; CalibrationError if it is none, or of another version."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            found = metadata.get("format", "")
+            kind = expected.rpartition(" ")[0]
+            if not found.startswith(kind):
+                raise CalibrationError(f"{path} is not a file of {kind}" + (f", but of {found}" if found else ""))
+            if found != expected:
+                raise CalibrationError(f"{path} has the format {found!r}, and this version reads {expected!r}: update the pack, "
+                                      "or estimate again")
+            about = json.loads(metadata.get("about", "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, about
+    except FileNotFoundError:
+        raise CalibrationError(f"{path} does not exist") from None
+    except (SafetensorError, json.JSONDecodeError, OSError) as fault:
+        raise CalibrationError(f"{path} is damaged or was cut short: {fault}") from None
+
+
+class Partial:
+    """The file in which a calibration that was cut short goes on; without a path, none is kept."""
+
+    def __init__(self, path: Path | str | None, kind: str, key: Mapping[str, Any], seconds: float,
+                 device: torch.device) -> None:
+        self.path, self.format = Path(path) if path else None, kind
+        self.key = json.dumps(key, sort_keys=True)
+        self.seconds, self.device, self.written = seconds, device, time.monotonic()
+
+    def read(self) -> tuple[dict[str, Tensor], int]:
+        """What was kept, and the first part that is not; nothing if there is no file of the same calibration."""
+        if self.path and self.path.exists():
+            try:
+                tensors, about = read_checked(self.path, self.format)
+            except CalibrationError:
+                return {}, 0  # damaged, or of another version: measured again, and overwritten
+            if about.get("key") == self.key:
+                return {name: torch.from_numpy(value).to(self.device) for name, value in tensors.items()}, about["next"]
+        return {}, 0
+
+    def write(self, kept: Mapping[str, Tensor], following: int, at_once: bool = False) -> None:
+        if self.path and (at_once or time.monotonic() - self.written >= self.seconds):
+            about = json.dumps({"key": self.key, "next": following})
+            write_whole(self.path, save({name: np.asarray(value.cpu().numpy(), order="C") for name, value in kept.items()},
+                                        metadata={"format": self.format, "about": about}), overwrite=True)
+            self.written = time.monotonic()
+
+    def remove(self) -> None:
+        if self.path:
+            self.path.unlink(missing_ok=True)
