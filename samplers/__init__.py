@@ -22,6 +22,7 @@ from .k_diffusion import k_diffusion_sampler
 from .schedule import PATHS
 from .statistics import Statistics
 from .storage import CalibrationError
+from .train import fit_amed
 
-__all__ = ["Amed", "FAMILIES", "PATHS", "SAMPLERS", "Statistics", "CalibrationError", "estimate_statistics",
+__all__ = ["Amed", "FAMILIES", "PATHS", "SAMPLERS", "Statistics", "CalibrationError", "estimate_statistics", "fit_amed",
            "k_diffusion_sampler", "nfe"]

@@ -16,6 +16,7 @@ from .noise import BrownianNoise
 from .sample import sample, sample_adaptive
 from .schedule import Level, find_path, levels
 from .solver import Adaptive
+from .tensors import per_image
 
 
 def k_diffusion_sampler(name: str, path: str = "ve", *, sigma_max: float | None = None, mean: MeanAnswer | None = None,
@@ -106,9 +107,8 @@ class _Denoiser:
         self.seen: list[tuple[float, Tensor]] = []
 
     def __call__(self, x: Tensor, sigma: float | np.ndarray) -> Tensor:
-        level = self.like.new_full((len(x),), sigma) if isinstance(sigma, float) else torch.from_numpy(sigma).flatten().to(self.like)
+        denoised = self.model(x.to(self.like.dtype), per_image(sigma, self.like), **self.extra_args)
         sigma = float(np.max(sigma))
-        denoised = self.model(x.to(self.like.dtype), level, **self.extra_args)
         if denoised.shape != x.shape:
             raise ValueError(f"the model returned shape {list(denoised.shape)} at sigma = {sigma:.6g} for x of shape "
                              f"{list(x.shape)}: it must return the denoised x")

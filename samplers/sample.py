@@ -33,7 +33,7 @@ def sample(denoise: Denoiser, x: Tensor, steps: Sequence[Step], *, noise: Noise 
     past: list[Tensor] = []
     correct = None
     for step in steps:
-        here = _evaluate(denoise, x, step.evaluations[0], observe, first)
+        here = evaluate(denoise, x, step.evaluations[0], observe, first)
         if correct:
             x = correct(here)
         if step.plan:
@@ -61,7 +61,7 @@ def advance(denoise: Denoiser, x: Tensor, step: Step, values: dict[int, Tensor],
     y = x
     for k, (evaluation, update) in enumerate(zip(step.evaluations, step.updates)):
         if k not in values:
-            values[k] = _evaluate(denoise, y, evaluation, observe if k < step.intervals else None, first + k)
+            values[k] = evaluate(denoise, y, evaluation, observe if k < step.intervals else None, first + k)
         start = y if update.chained else x
         del y  # one latent less while the next one is made
         y = combine(start, update, values)
@@ -81,7 +81,7 @@ def _correct(x: Tensor, correction: Update, values: Mapping[int, Tensor], there:
     return combine(x, correction, {**values, 1: there})
 
 
-def _evaluate(denoise: Denoiser, x: Tensor, evaluation: Evaluation, observe: Observer | None, i: int) -> Tensor:
+def evaluate(denoise: Denoiser, x: Tensor, evaluation: Evaluation, observe: Observer | None = None, i: int = 0) -> Tensor:
     """The value kept of one model call, whose answer is shown to the observer as the start of interval i."""
     scale = evaluation.scale
     denoised = denoise(x if isinstance(scale, float) and scale == 1.0 else lincomb((scale, x)), evaluation.at.sigma)

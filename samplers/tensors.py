@@ -25,6 +25,11 @@ def lincomb(*terms: tuple[Coefficient, Tensor], bias: Coefficient = 0.0) -> Tens
     return total if isinstance(bias, float) and bias == 0.0 else total.add_(bias)
 
 
+def per_image(value: float | np.ndarray, x: Tensor) -> Tensor:
+    """One number for every image of x, [B] in its dtype: the same for all, or their own."""
+    return x.new_full((len(x),), value) if isinstance(value, float) else torch.from_numpy(value).flatten().to(x)
+
+
 def rms(v: Tensor) -> Tensor:
     """The root mean square of every batch item, [B]."""
     return v.flatten(1).square().mean(1).sqrt()

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from samplers import SAMPLERS, Statistics
+from samplers import SAMPLERS, Amed, Statistics
 from samplers.schedule import PATHS
 
 REFERENCE = json.loads((Path(__file__).parent / "reference" / "official_outputs.json").read_text())
@@ -108,7 +108,8 @@ def gaussian_statistics(mean: float = 0.7, spread: float = 0.4) -> Statistics:
 
 def needed(name: str) -> dict:
     """Values for the options a solver of the catalogue cannot do without."""
-    return {"statistics": gaussian_statistics()} if "statistics" in SAMPLERS[name].options else {}
+    known = {"statistics": gaussian_statistics(), "trained": Amed.untrained()}
+    return {option: value for option, value in known.items() if option in SAMPLERS[name].options}
 
 
 def ode(name: str) -> dict:

@@ -23,6 +23,10 @@ def order_of(name: str) -> int:
     settings = SAMPLERS[name].settings(needed(name))
     if SAMPLERS[name].family == "DPM-Solver Fast":
         return 2  # its last step is of order 1: one local error of O(h^2)
+    if SAMPLERS[name].family in ("iPNDM", "Heun (EDM)"):
+        return 2  # iPNDM: these steps are equal in lam and not in sigma, where its coefficients are exact
+    if SAMPLERS[name].family == "AMED":
+        return 1 if settings["base"] == "euler" else 2
     if settings.get("rule", "taylor") != "taylor" and "lower_order_final" in settings:
         return min(settings["order"], 2)
     return settings["order"]
@@ -48,10 +52,11 @@ def end_error(solver, n: int, path: str) -> float:
         values[0] = e.x * x + e.denoised * denoise(x, e.at.sigma)
         if before:
             x = combine(before[0], before[1], {**before[2], 1: values[0]})
-        past = [values[0], *past][:3]
         seeding = isinstance(solver, Multistep) and step.lookback < solver.order - 1
         before = (x, step.correction, dict(values)) if step.correction and not seeding else None
-        x = problem.exact(start, schedule[0].sigma, step.t.sigma) if seeding else advance(denoise, x, step, values, set())
+        own = range(len(step.evaluations) - 1, -1, -1)
+        x = problem.exact(start, schedule[0].sigma, step.t.sigma) if seeding else advance(denoise, x, step, values, {*own, -1, -2})
+        past = [values[k] for k in (*own, -1, -2, -3) if k in values][:4]
     return float((x - problem.exact(start, schedule[0].sigma, schedule[-1].sigma)).abs().max())
 
 

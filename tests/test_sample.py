@@ -53,7 +53,7 @@ def test_every_solver_runs_every_kind_of_schedule_and_lands_on_the_data(name: st
         assert abs(float(result.mean()) - 0.7) < 0.3 and result.std() < 1.0
     planned = nfe(name, sigmas, path)
     assert planned is None or planned == len(model.sigmas)
-    assert all(sigmas[-1] < sigma <= sigmas[0] + 1e-6 for sigma in model.sigmas)
+    assert all(max(sigmas[-1] - 1e-6, 1e-3) < sigma <= sigmas[0] + 1e-6 for sigma in model.sigmas)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -158,6 +158,12 @@ def test_one_sampler_object_serves_many_runs(name: str) -> None:
     assert torch.equal(fn(Gaussian(), x, sigmas, extra_args={"seed": 3}, disable=True), first)
 
 
+def order_of(settings: dict) -> int:
+    """How many evaluations an update combines at most."""
+    bases = {"amed": 2, "euler": 1, "dpm_2": 2, "ipndm": 4, "dpmpp_2m": 2, "dpmpp_3m": 3}
+    return settings.get("order") or bases.get(settings.get("base"), 2)
+
+
 @pytest.mark.parametrize("name", FIXED)
 def test_the_peak_is_order_plus_two_latents(name: str) -> None:
     x = torch.empty(1, 4, 8, 8, device="meta")
@@ -168,7 +174,9 @@ def test_the_peak_is_order_plus_two_latents(name: str) -> None:
     with Trace(x.numel(), "meta") as memory:
         run(name, ("ve", [float(s) for s in range(20, -1, -1)]), x, model=model, callback=lambda info: None)
     settings = SAMPLERS[name].settings(needed(name))
-    latents = settings["order"] + 2
+    latents = order_of(settings) + 2
+    if {"trained", "s_churn"} & {*settings}:
+        latents += 1  # where the step began, and all its evaluations
     if settings.get("corrector", "off") != "off":
         latents += 2  # where the step began, and one node more
     assert memory.peak <= latents * x.numel() * x.element_size()
@@ -179,7 +187,7 @@ def test_an_update_passes_over_the_latents_once_for_each_tensor_that_enters_it(n
     """One more for the sum that shows NaN after the run, two for the noise prediction, one for fresh noise."""
     x = torch.empty(1, 4, 8, 8, device="meta")
     token = torch.empty(1, 4, 8, 8, device="meta")
-    order, steps = SAMPLERS[name].settings(needed(name))["order"], 20
+    order, steps = order_of(SAMPLERS[name].settings(needed(name))), 20
     with Trace(x.numel(), "meta") as seen:
         run(name, ("ve", [float(s) for s in range(steps, -1, -1)]), x, model=lambda x, sigma, **extra: token)
     stochastic = "eta" in SAMPLERS[name].options
