@@ -2,14 +2,14 @@
 nodes that measure and keep what a solver needs to know of a model."""
 from comfy_api.latest import ComfyExtension, io
 
-from . import store
+from . import first_steps, store
+from .calibrating import NODES
 from .registry import register, sampler_nodes
-from .statistics import NODES
 
 
 class LambdaSolvers(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [*sampler_nodes(), *NODES]
+        return [*sampler_nodes(), *first_steps.NODES, *NODES]
 
 
 store.register()

@@ -1,4 +1,7 @@
-"""Statistics for the model being sampled: given, attached, saved before, or measured now."""
+"""What a solver needs to know of the model being sampled: given, attached, saved before, or measured now.
+
+Two kinds of it exist, statistics and AMED's training (kinds.py says what they are); how they come to a run is the same.
+"""
 from __future__ import annotations
 
 import hashlib
@@ -6,9 +9,12 @@ import logging
 import math
 import os
 import time
-from typing import Any, Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Callable, Mapping, Protocol
 
 import comfy.model_management
+import comfy.sample
 import comfy.samplers
 import comfy.utils
 import torch
@@ -16,129 +22,122 @@ from comfy_execution.utils import get_executing_context
 from server import PromptServer
 from torch import Tensor
 
-from ..samplers import Statistics, estimate_statistics
-from ..samplers.calibrate import INTERVALS
 from . import identity, store
-from .host import noise_scale, path_of
 
-ATTACHMENT = "lambda_solvers.statistics"
 RULES = ("auto", "every prompt", "saved only", "never")
 VARIABLE = "LAMBDA_SOLVERS_CALIBRATION"
-ELEMENTS, MOST = 6_144, 16
-"""Trajectories are as many as give so many latent elements to average over, at most 16: 2 for the emoji model, 1 for
-Stable Diffusion. One, two and eight for the emoji model gave solvers of the same error within 15 %, two the best."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a sampler function was called with; `model` is what ComfyUI hands to it."""
+
+    model: Any
+    x: Tensor
+    sigmas: Tensor
+    extra_args: dict
+    options: Mapping[str, Any]
+
+    @property
+    def guider(self) -> Any:
+        return self.model.inner_model
+
+    @property
+    def patcher(self) -> Any:
+        return self.guider.model_patcher
+
+    def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """The model function that is being sampled, without its inpainting mask."""
+        return self.guider(x, sigma, model_options=self.extra_args.get("model_options", {}), seed=self.extra_args.get("seed"))
+
+
+class Kind(Protocol):
+    """Something a solver needs to know of a model."""
+
+    option: str         # the solver's option that takes it
+    type: type          # what it is: it has `about`, save(path, overwrite) and load(path)
+    attachment: str     # its name on a MODEL
+    title: str          # in the names of its nodes
+    makes: str          # the node that measures it
+
+    def name(self, about: Mapping[str, Any]) -> str: """What a file's name says of it, beside model and guidance."""
+    def about(self, run: Run) -> dict[str, Any]: """What its description says of a run, beside model, guidance and prompt."""
+    def serves(self, found: Any, run: Run) -> bool: """Whether one of the right model and guidance serves this run."""
+    def measure(self, run: Run, about: dict[str, Any], partial: Any) -> Any: """A new one."""
+    def ready(self, found: Any, run: Run) -> AbstractContextManager[Any]: """It, as the solver needs it while it runs."""
 
 
 def rule() -> str:
-    """What a sampler in a list does without statistics: the environment variable, or auto."""
+    """What a sampler in a list does without a calibration: the environment variable, or auto."""
     value = os.environ.get(VARIABLE, RULES[0])
     if value not in RULES:
         raise ValueError(f"the environment variable {VARIABLE} is {value!r}: choose one of {', '.join(RULES)}")
     return value
 
 
-def statistics_for(model: Any, x: Tensor, extra_args: dict, given: Statistics | None, how: str) -> Statistics:
-    """The statistics to sample `model` with; `model` is what ComfyUI hands to a sampler function.
+def calibration_for(kind: Kind, run: Run, given: Any, how: str) -> Any:
+    """What to sample `run` with.
 
-    In this order: those given to the node; those attached to the MODEL; a saved file of the same checkpoint, patches and
-    guidance (for "every prompt", of the same prompt too); and, if `how` is auto or every prompt, new ones, measured on this
-    very model function and saved. Those of another prompt are used without b.
+    In this order: what was given to the node; what is attached to the MODEL; a saved file of the same checkpoint, patches and
+    guidance (for "every prompt", of the same prompt too) that serves the run; and, if `how` is auto or every prompt, a new
+    one, measured on this very model function and saved.
     """
-    guider = model.inner_model
-    patcher, guidance = guider.model_patcher, float(guider.cfg)
-    statistics = given or patcher.get_attachment(ATTACHMENT)
-    conditions = identity.conditions(guider)
-    if statistics is not None:
-        _warn_if_foreign(statistics, patcher, guidance)
-        return _fitted(statistics, conditions)
+    found = given or run.patcher.get_attachment(kind.attachment)
+    if found is not None:
+        _warn_if_foreign(kind, found, run)
+        return found
     if how == "never":
-        raise ValueError("this sampler needs the model's statistics, and measuring them is switched off: add the node "
-                         "Load Solver Statistics or Estimate Solver Statistics and connect it to the sampler node, or put "
-                         "Apply Solver Statistics behind the model")
-    about = description(guider)
-    saved = store.find(about, exactly=how == "every prompt")
+        raise ValueError(f"this sampler needs {kind.title}, and measuring is switched off: add the node Load {kind.title} or "
+                         f"{kind.makes} and connect it to the sampler node, or put Apply {kind.title} behind the model")
+    about = description(kind, run)
+    saved = store.find(kind.type, about, exactly=how == "every prompt", serves=lambda found: kind.serves(found, run))
     if saved:
-        name, statistics = saved
-        say(f"statistics: {name}")
-        return _fitted(statistics, conditions)
+        name, found = saved
+        say(f"{kind.title}: {name}")
+        return found
+    wanted = f"{about['model']} at guidance {about['guidance']:g}"
     if how == "saved only":
-        raise ValueError(f"no saved statistics for {about['model']} at guidance {guidance:g} in {store.directory()}: run "
-                         "Estimate Solver Statistics and Save Solver Statistics once, or set calibration to auto")
-    name = file_name(about)
-    say(f"no saved statistics for {about['model']} at guidance {guidance:g}: measuring them once")
-    statistics = measure(model, x, extra_args, about, seed=0, partial=store.place("partial/" + name).with_suffix(".part"))
+        raise ValueError(f"no saved {kind.title} for {wanted} in {store.directory()} serves this run: run {kind.makes} and "
+                         f"Save {kind.title} once, or set calibration to auto")
+    name = file_name(kind, about)
+    say(f"no saved {kind.title} for {wanted} serves this run: measuring once")
+    result = kind.measure(run, about, store.place("partial/" + name).with_suffix(".part"))
     try:
-        statistics.save(store.place(name))
-    except FileExistsError:  # somebody measured the same model meanwhile
+        result.save(store.place(name))
+    except FileExistsError:  # somebody measured the same meanwhile
         logging.info("Lambda Solvers: %s was saved by another run", name)
-    say(f"statistics measured and saved: {name}")
-    return statistics
-
-
-def description(guider: Any) -> dict[str, Any]:
-    """What a file says of the model, guidance and prompt it was measured on."""
-    patcher = guider.model_patcher
-    fingerprint = identity.fingerprint(patcher)
-    return {"model": identity.title(patcher, fingerprint), "fingerprint": fingerprint,
-            "patches": identity.patches(patcher), "guidance": float(guider.cfg), "conditions": identity.conditions(guider)}
-
-
-def file_name(about: dict[str, Any]) -> str:
-    """The name under which statistics are saved unless another is given: one for each model, patches, guidance, prompt."""
-    patched = hashlib.sha256("".join(about["patches"]).encode()).hexdigest()[:6] if about.get("patches") else ""
-    return "-".join(filter(None, [about.get("model", "model"), patched, f"cfg{about.get('guidance', 1.0):g}",
-                                  about.get("conditions", "")]))
-
-
-def measure(model: Any, x: Tensor, extra_args: dict, about: dict[str, Any], *, seed: int, intervals: int = INTERVALS,
-            samples: int = 0, pool: str = "all", partial: Any = None) -> Statistics:
-    """Statistics of the model function that is being sampled, without its inpainting mask."""
-    guider = model.inner_model
-    sampling = guider.model_patcher.get_model_object("model_sampling")
-    path = path_of(sampling)
-    sigmas = table(sampling)
-    count = samples or trajectories(x.shape)
-    noise = torch.randn((count, *x.shape[1:]), generator=torch.Generator().manual_seed(seed)).to(x.device)
-    noise = noise * (noise_scale(sampling) if path == "flow" else math.sqrt(1.0 + sigmas[0] ** 2))
-    bar, start = None, time.monotonic()
-
-    def denoise(x_now: Tensor, sigma: Tensor) -> Tensor:
-        return guider(x_now, sigma, model_options=extra_args.get("model_options", {}), seed=extra_args.get("seed"))
-
-    def progress(done: int, total: int) -> None:
-        nonlocal bar
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        bar = bar or comfy.utils.ProgressBar(total)
-        bar.update_absolute(done, total)
-        left = (time.monotonic() - start) / done * (total - done)
-        say(f"measuring the model's statistics: evaluation {done} of {total}, {left:.0f} s left")
-
-    try:
-        result = estimate_statistics(denoise, noise, sigmas, intervals=intervals, pool=pool, path=path, seed=seed, about=about,
-                                     precision=precision_of(guider.model_patcher), progress=progress, partial=partial)
-    except BaseException:
-        say("the measurement was interrupted; the next run goes on from there")
-        raise
-    say(f"statistics measured in {result.about['evaluations']} evaluations")
+    say(f"{kind.title} measured and saved: {name}")
     return result
 
 
-def table(sampling: Any) -> list[float]:
-    """The levels the model knows, from high to low: ComfyUI rounds every other one to them."""
-    sigmas = getattr(sampling, "sigmas", None)
-    if sigmas is None or len(sigmas) < 2 * INTERVALS:
-        return [float(sampling.sigma_max), float(sampling.sigma_min)]
-    return sorted((float(sigma) for sigma in sigmas), reverse=True)
+def description(kind: Kind, run: Run) -> dict[str, Any]:
+    """What a file says of the model, guidance and prompt it was measured on."""
+    fingerprint = identity.fingerprint(run.patcher)
+    return {"model": identity.title(run.patcher, fingerprint), "fingerprint": fingerprint,
+            "patches": identity.patches(run.patcher), "guidance": float(run.guider.cfg),
+            "conditions": identity.conditions(run.guider), **kind.about(run)}
 
 
-def trajectories(shape: torch.Size) -> int:
-    return max(1, min(MOST, math.ceil(ELEMENTS / math.prod(shape[1:]))))
+def file_name(kind: Kind, about: Mapping[str, Any]) -> str:
+    """The name of a file unless another is given: one for each model, patches, guidance, prompt, and what the kind adds."""
+    patched = hashlib.sha256("".join(about["patches"]).encode()).hexdigest()[:6] if about.get("patches") else ""
+    return "-".join(filter(None, [about.get("model", "model"), patched, kind.name(about),
+                                  f"cfg{about.get('guidance', 1.0):g}", about.get("conditions", "")]))
 
 
-def precision_of(patcher: Any) -> torch.dtype:
-    """What the model computes in: float16 or bfloat16 as ComfyUI chose, or float32 for anything finer."""
-    dtype = patcher.model.manual_cast_dtype or patcher.model.get_dtype()
-    return dtype if dtype in (torch.float16, torch.bfloat16) else torch.float32
+class Progress:
+    """ComfyUI's progress bar and a line on the node, for `progress(done, total, ...)`; the place where Cancel takes hold."""
+
+    def __init__(self, what: str) -> None:
+        self.what, self.bar, self.start = what, None, time.monotonic()
+
+    def __call__(self, done: int, total: int, loss: float = math.nan) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        self.bar = self.bar or comfy.utils.ProgressBar(total)
+        self.bar.update_absolute(done, total)
+        left = (time.monotonic() - self.start) / done * (total - done)
+        error = "" if math.isnan(loss) else f", error {loss:.3g}"
+        say(f"{self.what}: evaluation {done} of {total}{error}, {left:.0f} s left")
 
 
 def say(text: str, level: int = logging.INFO) -> None:
@@ -146,42 +145,48 @@ def say(text: str, level: int = logging.INFO) -> None:
     context = get_executing_context()
     if PromptServer.instance is not None and context is not None:
         PromptServer.instance.send_progress_text(text, context.node_id)
-    if not text.startswith("measuring"):
+    if ": evaluation " not in text:
         logging.log(level, "Lambda Solvers: %s", text)
 
 
-def _fitted(statistics: Statistics, conditions: str) -> Statistics:
-    """The part of the statistics that holds for the prompt being sampled."""
-    if statistics.about.get("conditions") == conditions:
-        return statistics
-    say("statistics of another prompt: l and s are used, b is left out")
-    return statistics.for_another_prompt()
-
-
-def _warn_if_foreign(statistics: Statistics, patcher: Any, guidance: float) -> None:
-    about = statistics.about
+def _warn_if_foreign(kind: Kind, found: Any, run: Run) -> None:
+    about = found.about
     faults = []
-    fingerprint = identity.fingerprint(patcher)
+    fingerprint, guidance = identity.fingerprint(run.patcher), float(run.guider.cfg)
     if about.get("fingerprint", "") != fingerprint:
-        faults.append(f"they are of {about.get('model', 'an unnamed model')}, and this is "
-                      f"{identity.title(patcher, fingerprint)}")
-    elif about.get("patches", []) != identity.patches(patcher):
-        faults.append(f"they were measured with the patches {about.get('patches') or 'none'}, and this model has "
-                      f"{identity.patches(patcher) or 'none'}")
+        faults.append(f"it is of {about.get('model', 'an unnamed model')}, and this is "
+                      f"{identity.title(run.patcher, fingerprint)}")
+    elif about.get("patches", []) != identity.patches(run.patcher):
+        faults.append(f"it was measured with the patches {about.get('patches') or 'none'}, and this model has "
+                      f"{identity.patches(run.patcher) or 'none'}")
     if not store.near(float(about.get("guidance", math.nan)), guidance):
-        faults.append(f"they are for guidance {about.get('guidance', 'unknown')}, and this is {guidance:g}")
+        faults.append(f"it is for guidance {about.get('guidance', 'unknown')}, and this is {guidance:g}")
     for fault in faults:
-        say(f"warning: these statistics may not fit: {fault}. Measure new ones with Estimate Solver Statistics",
-            logging.WARNING)
+        say(f"warning: this {kind.title} may not fit: {fault}. Measure a new one with {kind.makes}", logging.WARNING)
 
 
 class Measuring(comfy.samplers.Sampler):
     """A sampler that makes no image: it measures the model it is given."""
 
-    def __init__(self, run: Callable[[Any, Tensor, dict], None]) -> None:
-        self.run = run
+    def __init__(self, measure: Callable[[Run], None], sigmas: Tensor) -> None:
+        self.measure, self.sigmas = measure, sigmas
 
     def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
         wrapped = type("Guided", (), {"inner_model": model_wrap})()
-        self.run(wrapped, noise, extra_args)
+        self.measure(Run(wrapped, noise, self.sigmas, extra_args, {}))
         return noise
+
+
+def measured(model: Any, positive: Any, negative: Any, cfg: float, latent: Tensor, seed: int, sigmas: Tensor | None,
+             measure: Callable[[Run], Any]) -> Any:
+    """What `measure` makes of a model under these conditions, in a run of ComfyUI's own."""
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(positive, negative)
+    guider.set_cfg(cfg)
+    latent = comfy.sample.fix_empty_latent_channels(model, latent)[:1]
+    sampling = model.get_model_object("model_sampling")
+    ends = torch.tensor([float(sampling.sigma_max), float(sampling.sigma_min)])
+    result: list[Any] = []
+    guider.sample(torch.zeros_like(latent), latent, Measuring(lambda run: result.append(measure(run)),
+                                                              ends if sigmas is None else sigmas), ends, disable_pbar=True, seed=seed)
+    return result[0]

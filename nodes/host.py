@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..samplers.families import Sampler
 from ..samplers.k_diffusion import k_diffusion_function
+from . import first_steps
 
 REFUSED = {
     "IMG_TO_IMG": "it maps an image to an image and does not denoise",
@@ -47,7 +48,10 @@ def sampler_function(sampler: Sampler) -> Callable[..., Tensor]:
     def sample(model: Any, x: Tensor, sigmas: Tensor, extra_args: dict | None = None,
                callback: Callable | None = None, disable: bool | None = None, **options: Any) -> Tensor:
         model_sampling = model.inner_model.model_patcher.get_model_object("model_sampling")
-        fn = k_diffusion_function(sampler, path_of(model_sampling), options, noise_scale(model_sampling))
+        mean = first_steps.answer_of(model, x, sigmas) if options.get("first_step") == "mean" else None
+        fn = k_diffusion_function(sampler, path_of(model_sampling), options, noise_scale(model_sampling),
+                                  float(model_sampling.sigma_max), mean)
         return fn(model, x.float(), sigmas, extra_args=extra_args, callback=callback, disable=disable).to(x.dtype)
 
+    sample.lambda_solvers = sampler
     return sample

@@ -6,4 +6,6 @@ NAMES = {
     "lambda_2m_sde": "dpmpp_2m_sde",
     "lambda_3m_sde": "dpmpp_3m_sde",
     "dpm_solver_v3": "dpm_solver_v3",
+    "amed": "amed",
+    "amed_dpmpp_2m": "amed_dpmpp_2m",
 }

@@ -8,12 +8,14 @@ from comfy.k_diffusion import sampling as comfy_sampling
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..samplers import FAMILIES, SAMPLERS, Statistics
+from ..samplers import FAMILIES, SAMPLERS
 from ..samplers.families import Option, Sampler
 from . import calibration
+from .calibrating import SOCKETS, advanced
+from .calibration import Kind, Run
 from .host import sampler_function
+from .kinds import KINDS
 from .names import NAMES
-from .statistics import STATISTICS, advanced
 
 CATEGORY = "Lambda Solvers"
 
@@ -51,41 +53,52 @@ def _node(family: Sampler) -> type[io.ComfyNode]:
         @classmethod
         def execute(cls, calibration: str = "auto", **options) -> io.NodeOutput:
             family.settings({**family.stand_ins, **options})  # an inadmissible value is refused here, on its node
-            function = _calibrated(family, calibration)
-            return io.NodeOutput(comfy.samplers.KSAMPLER(function, extra_options=options))
+            return io.NodeOutput(comfy.samplers.KSAMPLER(_calibrated(family, calibration), extra_options=options))
 
     Node.__name__ = Node.__qualname__ = node_id
     return Node
 
 
+def kind_of(sampler: Sampler) -> Kind | None:
+    """What a solver needs to know of a model, if it does."""
+    return next((kind for kind in KINDS if kind.option in sampler.options), None)
+
+
 def _calibrated(sampler: Sampler, how: str | None = None) -> Callable[..., Tensor]:
-    """The sampler's function for KSAMPLER; one that needs statistics finds or measures them first."""
-    function = sampler_function(sampler)
-    if "statistics" not in sampler.options:
+    """The sampler's function for KSAMPLER; one that needs a calibration finds or measures it first."""
+    function, kind = sampler_function(sampler), kind_of(sampler)
+    if kind is None:
         return function
 
-    def sample(model, x, sigmas, extra_args=None, callback=None, disable=None, statistics=None, **options):
-        statistics = calibration.statistics_for(model, x, extra_args or {}, statistics, how or calibration.rule())
-        return function(model, x, sigmas, extra_args, callback, disable, statistics=statistics, **options)
+    def sample(model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
+        given = options.pop(kind.option, None)
+        defaults = {name: option.default for name, option in sampler.options.items()}
+        run = Run(model, x, sigmas, extra_args or {}, {**sampler.fixed, **defaults, **options})
+        found = calibration.calibration_for(kind, run, given, how or calibration.rule())
+        with kind.ready(found, run) as ready:
+            return function(model, x, sigmas, extra_args, callback, disable, **{kind.option: ready}, **options)
 
+    sample.lambda_solvers = sampler
     return sample
 
 
 def _more(family: Sampler) -> list[io.Input]:
     """What a node has beside the solver's own options."""
-    if "statistics" not in family.options:
+    kind = kind_of(family)
+    if kind is None:
         return []
     return [io.Combo.Input("calibration", options=list(calibration.RULES), default="auto", tooltip=(
-        "Without statistics connected or attached: auto takes saved ones of this model and guidance, or measures and saves "
-        "them once (about 50 evaluations); every prompt measures each new prompt, which is more exact; saved only never "
-        "measures; never uses none but given ones"))]
+        f"Without {kind.title} connected or attached: auto takes a saved one of this model and guidance, or measures and saves "
+        "one once (about 50 evaluations); every prompt measures for each new prompt, which is more exact; saved only never "
+        "measures; never uses none but a given one"))]
 
 
 def _input(name: str, option: Option) -> io.Input:
     """The widget of one option."""
-    if option.kind is Statistics:
-        return STATISTICS.Input(name, optional=True, tooltip=(
-            "From Estimate or Load Solver Statistics; without, as `calibration` says"))
+    for kind, socket in SOCKETS.items():
+        if option.kind is kind.type:
+            return socket.Input(name, optional=True, tooltip=(
+                f"From {kind.makes} or Load {kind.title}; without, as `calibration` says"))
     said = {"default": option.default, "tooltip": f"{option.help}. {option.range.capitalize()}; default {option.default}."}
     if option.choices:
         widget = io.Combo.Input(name, options=list(option.choices), **said)

@@ -5,11 +5,12 @@ import itertools
 import logging
 import os
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any, Callable, Mapping
 
 import folder_paths
 
-from ..samplers import Statistics, CalibrationError
+from ..samplers import CalibrationError
+from ..samplers.storage import OtherKind
 
 FOLDER = "solver_calibrations"
 ENDING = ".safetensors"
@@ -72,22 +73,24 @@ def near(a: float, b: float) -> bool:
     return abs(a - b) <= 0.1 + 0.1 * max(abs(a), abs(b))
 
 
-def find(wanted: Mapping[str, Any], exactly: bool) -> tuple[str, Statistics] | None:
-    """The name and content of saved statistics for a model as `calibration.description` describes it.
+def find(kind: type, wanted: Mapping[str, Any], exactly: bool, serves: Callable[[Any], bool]) -> tuple[str, Any] | None:
+    """The name and content of a saved calibration for a model as `calibration.description` describes it.
 
-    The checkpoint and its patches are the same and the guidance is near; of several, those of the same prompt, then those
-    of the nearest guidance. `exactly` asks for the same prompt. A damaged file is named in the log and skipped.
+    The checkpoint and its patches are the same and the guidance is near; of several that serve, those of the same prompt,
+    then those of the nearest guidance. `exactly` asks for the same prompt. A damaged file is named in the log and skipped.
     """
     found = []
     for name in folder_paths.get_filename_list(FOLDER):
         try:
-            statistics = Statistics.load(existing(name))
+            loaded = kind.load(existing(name))
+        except OtherKind:
+            continue
         except CalibrationError as fault:
             logging.warning("Lambda Solvers: %s", fault)
             continue
-        about = statistics.about
+        about = loaded.about
         same = all(about.get(key) == wanted[key] for key in ("fingerprint", "patches"))
         other_prompt = about.get("conditions") != wanted["conditions"]
-        if same and near(about["guidance"], wanted["guidance"]) and not (exactly and other_prompt):
-            found.append((other_prompt, abs(about["guidance"] - wanted["guidance"]), name, statistics))
+        if same and near(about["guidance"], wanted["guidance"]) and not (exactly and other_prompt) and serves(loaded):
+            found.append((other_prompt, abs(about["guidance"] - wanted["guidance"]), name, loaded))
     return min(found, key=lambda entry: entry[:3])[2:] if found else None

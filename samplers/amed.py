@@ -106,12 +106,16 @@ class Amed:
         lam = np.array([level.lam for level in schedule]) if schedule else np.array([-math.inf, math.inf])
         return cls(lam, np.tile(np.array(Inner()), (len(lam) - 1, 1)), base, first_step, interpolate=not schedule)
 
+    def fits(self, schedule: Sequence[Level]) -> bool:
+        """Whether the schedule is the one that was trained."""
+        return len(schedule) == len(self.lam) and all(level.lam == lam or abs(level.lam - lam) <= SLACK
+                                                      for level, lam in zip(schedule, self.lam))
+
     def inner(self, schedule: Sequence[Level]) -> list[Inner]:
         """(r, c, a) of every interval; ValueError if the schedule is not the one that was trained."""
         lam = np.array([level.lam for level in schedule])
         if not self.interpolate:
-            same = len(lam) == len(self.lam) and all(a == b or abs(a - b) <= SLACK for a, b in zip(lam, self.lam))
-            if not same:
+            if not self.fits(schedule):
                 raise ValueError(f"this AMED was trained for {_shown(self.lam)}, and the schedule is {_shown(lam)}: train it for "
                                  "this schedule (its scheduler, steps and denoise), use the trained one, or allow "
                                  "interpolation")

@@ -28,7 +28,7 @@ def sample(denoise: Denoiser, x: Tensor, steps: Sequence[Step], *, noise: Noise 
 
     The latents are touched once an update, by one linear combination, and nothing here waits for the device.
     """
-    steps = [_placed(step, x) for step in steps]
+    steps = [on_device(step, x) for step in steps]
     memory = max((step.lookback for step in steps), default=0)
     past: list[Tensor] = []
     correct = None
@@ -37,7 +37,7 @@ def sample(denoise: Denoiser, x: Tensor, steps: Sequence[Step], *, noise: Noise 
         if correct:
             x = correct(here)
         if step.plan:
-            step = _placed(step.plan(), x)
+            step = on_device(step.plan(x), x)
         values = {0: here, **{-k: m for k, m in enumerate(past, 1)}}
         del here, past
         correct = step.correction and partial(_correct, x, step.correction, dict(values))
@@ -92,7 +92,9 @@ def evaluate(denoise: Denoiser, x: Tensor, evaluation: Evaluation, observe: Obse
     return lincomb((evaluation.x, x), (evaluation.denoised, denoised))
 
 
-def _placed(step: Step, x: Tensor) -> Step:
+def on_device(step: Step, x: Tensor) -> Step:
+    """The step with the coefficients that are arrays where x is."""
+
     def update(u: Update) -> Update:
         return u._replace(decay=placed(u.decay, x), terms=tuple((k, placed(c, x)) for k, c in u.terms),
                           bias=placed(u.bias, x))

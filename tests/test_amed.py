@@ -1,0 +1,337 @@
+"""AMED and its plugins: what they are untrained, what training by forward evaluations achieves, its file, its predictor."""
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from problems import Gaussian, reference_mixture, starting_noise
+from samplers import PATHS, SAMPLERS, Amed, CalibrationError, Statistics, fit_amed, k_diffusion_sampler, nfe
+from samplers.amed import BASES, Insertion
+from samplers.predictor import Predictor
+from samplers.schedule import levels
+from samplers.train import Student, _refined, _teacher, predictor_loss, Seen
+from samplers.tensors import per_image
+
+NAMES = {sampler.fixed["base"]: name for name, sampler in SAMPLERS.items() if "trained" in sampler.options}
+SIGMAS = [60.0 * (0.02 / 60.0) ** (i / 4) for i in range(5)]
+
+
+class Counted:
+    def __init__(self, model):
+        self.model, self.calls = model, 0
+
+    def __call__(self, x, sigma, **extra):
+        self.calls += 1
+        return self.model(x, sigma)
+
+
+def noises(count: int, seed: int = 0, sigma: float = 60.0) -> torch.Tensor:
+    shape = reference_mixture("ve")[1].shape[1:]
+    return torch.randn((count, *shape), generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * sigma
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_untrained_amed_is_dpm_solver_2(path: str) -> None:
+    problem = Gaussian(path)
+    sigmas = torch.tensor([0.9, 0.5, 0.2, 0.05, 0.0], dtype=torch.float64)
+    x = starting_noise((2, 3, 4, 4), 0.9, path)
+    theirs = k_diffusion_sampler("dpm_2s", path)(problem, x, sigmas, disable=True)
+    for name in ("amed", "amed_dpm_2"):
+        result = k_diffusion_sampler(name, path, trained=Amed.untrained())(problem, x, sigmas, disable=True)
+        torch.testing.assert_close(result, theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_a_trained_run_is_the_same_on_every_path_after_division_by_alpha(base: str) -> None:
+    """With every number away from its untrained value, the told sigma included."""
+    lam = np.array([-1.5, -0.3, 0.9, 2.0])
+    results = []
+    for path in PATHS:
+        schedule = [PATHS[path].at(value) for value in lam]
+        trained = Amed(lam, np.array([[0.3, 1.1, 0.8], [0.6, 0.9, 1.2], [0.45, 1.05, 0.9]]), base)
+        x = starting_noise((2, 3, 4, 4), PATHS["ve"].at(lam[0]).sigma, "ve") * schedule[0].alpha
+        fn = k_diffusion_sampler(NAMES[base], path, trained=trained) if base in NAMES else None
+        if fn is None:
+            from samplers.families import FAMILIES
+            from samplers.k_diffusion import k_diffusion_function
+            fn = k_diffusion_function(FAMILIES["amed"], path, {"trained": trained, "base": base})
+        sigmas = torch.tensor([level.sigma for level in schedule], dtype=torch.float64)
+        results.append(fn(Gaussian(path), x, sigmas, disable=True) / schedule[-1].alpha)
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("first_step", ["evaluate", "afs"])
+@pytest.mark.parametrize("base", BASES)
+def test_training_lowers_the_error_of_every_step_and_of_images_it_has_not_seen(base: str, first_step: str) -> None:
+    model = Counted(reference_mixture("ve")[0])
+    trained = fit_amed(model, noises(16), SIGMAS, base=base, first_step=first_step, held_out=4)
+    losses = trained.about["losses"]
+    for before, after in zip(losses["untrained"]["training"], losses["trained"]["training"]):
+        assert after <= before
+    generation = nfe(NAMES.get(base, "amed"), SIGMAS, first_step=first_step, trained=replace(trained, base=None))
+    assert model.calls == trained.about["evaluations"] <= 15 * generation
+
+    def error(what: Amed) -> float:
+        from samplers.families import FAMILIES
+        from samplers.k_diffusion import k_diffusion_function
+        x = noises(64, seed=5)
+        fn = k_diffusion_function(FAMILIES["amed"], "ve", {"trained": what, "base": base})
+        result = fn(model, x, torch.tensor(SIGMAS, dtype=torch.float64), disable=True)
+        fine = torch.tensor([60.0 * (0.02 / 60.0) ** (i / 400) for i in range(401)], dtype=torch.float64)
+        return float((result - k_diffusion_sampler("dpmpp_2m")(model, x, fine, disable=True)).square().mean().sqrt())
+
+    schedule = levels(SIGMAS, PATHS["ve"])
+    assert error(trained) < error(Amed.untrained(schedule, base, first_step)) * 1.01
+
+
+def test_only_what_is_to_be_learned_moves() -> None:
+    for learn in (("r",), ("c",), ("a",), ("r", "c")):
+        table = fit_amed(reference_mixture("ve")[0], noises(8), SIGMAS, learn=learn).table
+        for column, (name, untrained) in enumerate({"r": 0.5, "c": 1.0, "a": 1.0}.items()):
+            assert (name in learn) == bool((np.abs(table[:, column] - untrained) > 1e-9).any())
+
+
+@pytest.mark.parametrize("path", ["ve", "flow"])
+def test_schedules_to_zero_and_from_pure_noise_are_trained_in_between(path: str) -> None:
+    sigmas = {"ve": [14.6, 3.0, 0.5, 0.0], "flow": [1.0, 0.8, 0.4, 0.0]}[path]
+    shape = reference_mixture(path)[1].shape[1:]
+    x = torch.randn((8, *shape), generator=torch.Generator().manual_seed(1), dtype=torch.float64) * sigmas[0]
+    trained = fit_amed(reference_mixture(path)[0], x, sigmas, path=path)
+    moved = (np.abs(trained.table - (0.5, 1.0, 1.0)) > 1e-6).any(1)
+    assert moved.tolist() == {"ve": [True, True, False], "flow": [False, True, False]}[path]
+    result = k_diffusion_sampler("amed", path, trained=trained)(reference_mixture(path)[0], x, torch.tensor(sigmas), disable=True)
+    assert result.isfinite().all()
+
+
+def test_another_schedule_is_refused_by_name_unless_interpolation_is_allowed() -> None:
+    model, x = reference_mixture("ve")[0], noises(2)
+    trained = fit_amed(model, noises(8), SIGMAS)
+    other = torch.tensor([60.0, 5.0, 0.5, 0.02], dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"trained for 4 steps over sigma / alpha = 60, 8\.1.* schedule is 3 steps over .*60, 5, 0\.5"):
+        k_diffusion_sampler("amed", trained=trained)(model, x, other, disable=True)
+    assert k_diffusion_sampler("amed", trained=trained, interpolate=True)(model, x, other, disable=True).isfinite().all()
+    same = [k_diffusion_sampler("amed", trained=trained, interpolate=how)(
+        model, x, torch.tensor(SIGMAS, dtype=torch.float64), disable=True) for how in (False, True)]
+    torch.testing.assert_close(same[0], same[1], rtol=0, atol=1e-6)
+
+
+def test_another_base_or_first_step_than_the_trained_one_is_refused() -> None:
+    schedule = levels(SIGMAS, PATHS["ve"])
+    with pytest.raises(ValueError, match="trained on base dpmpp_2m, and amed is chosen"):
+        k_diffusion_sampler("amed", trained=Amed.untrained(schedule, "dpmpp_2m"))
+    with pytest.raises(ValueError, match="first_step = 'afs', but this AMED was trained with evaluate"):
+        k_diffusion_sampler("amed", trained=Amed.untrained(schedule, "amed"), first_step="afs")
+    assert nfe("amed", SIGMAS, trained=Amed.untrained(schedule, "amed", "afs")) == 7  # follows the training
+
+
+@pytest.mark.parametrize(("how", "message"), [
+    ({"base": "heun"}, "base = 'heun' is out of range: choose one of amed"),
+    ({"form": "net"}, "form = 'net' is out of range: choose one of table, predictor"),
+    ({"learn": ("q",)}, "learn = .'q',. is out of range: choose some of r, c, a"),
+    ({"teacher": 1}, "teacher = 1 is out of range"),
+    ({"held_out": 4}, "held_out = 4 is out of range: of 4 noises choose 0 to 3"),
+    ({"form": "predictor"}, "middle block of a U-Net, and this model has none: choose the table"),
+])
+def test_what_cannot_be_trained_is_refused(how: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fit_amed(reference_mixture("ve")[0], noises(4), SIGMAS, **how)
+    with pytest.raises(ValueError, match="no interval between two positive levels"):
+        fit_amed(reference_mixture("ve")[0], noises(4), [60.0, 0.0])
+
+
+class Cancelled(Exception):
+    pass
+
+
+@pytest.mark.parametrize("at", [1, 20, 33, 34, 45, 60, 70])
+def test_a_training_that_was_cut_short_goes_on_and_ends_alike(tmp_path, at: int) -> None:
+    partial = tmp_path / "partial.safetensors"
+    model = Counted(reference_mixture("ve")[0])
+
+    def cancel(done, total, loss):
+        if done == at:
+            raise Cancelled
+
+    how = {"base": "dpmpp_2m", "partial": partial, "partial_seconds": 0.0, "held_out": 2}
+    whole = fit_amed(model, noises(8), SIGMAS, base="dpmpp_2m", held_out=2)
+    all_calls, model.calls = model.calls, 0
+    with pytest.raises(Cancelled):
+        fit_amed(model, noises(8), SIGMAS, progress=cancel, **how)
+    resumed = fit_amed(model, noises(8), SIGMAS, **how)
+    np.testing.assert_allclose(resumed.table, whole.table, rtol=1e-9)
+    for name, parts in whole.about["losses"].items():
+        for part, values in parts.items():
+            assert resumed.about["losses"][name][part] == pytest.approx(values)
+    assert model.calls <= all_calls + at
+    if at > 45:
+        assert model.calls < all_calls + at  # something was kept
+    assert not partial.exists()
+
+
+def test_a_partial_file_of_another_training_or_a_damaged_one_is_not_used(tmp_path) -> None:
+    partial = tmp_path / "partial.safetensors"
+    partial.write_bytes(b"nothing")
+    first = fit_amed(reference_mixture("ve")[0], noises(8), SIGMAS, partial=partial)
+    np.testing.assert_allclose(first.table, fit_amed(reference_mixture("ve")[0], noises(8), SIGMAS).table)
+
+
+def trained_file(tmp_path, predictor: Predictor | None = None):
+    trained = replace(fit_amed(reference_mixture("ve")[0], noises(8), SIGMAS, about={"model": "m"}), predictor=predictor)
+    trained.save(tmp_path / "a.safetensors")
+    return trained, tmp_path / "a.safetensors"
+
+
+@pytest.mark.parametrize("predictor", [None, Predictor.new(3)])
+def test_a_file_keeps_everything(tmp_path, predictor) -> None:
+    trained, path = trained_file(tmp_path, predictor)
+    loaded = Amed.load(path)
+    np.testing.assert_array_equal(loaded.table, trained.table)
+    np.testing.assert_array_equal(loaded.lam, trained.lam)
+    assert (loaded.base, loaded.first_step) == ("amed", "evaluate")
+    assert loaded.about["losses"] == trained.about["losses"] and loaded.about["model"] == "m"
+    assert (loaded.predictor is None) == (predictor is None)
+    if predictor:
+        assert all(torch.equal(loaded.predictor.weights[name], value) for name, value in predictor.weights.items())
+    with pytest.raises(FileExistsError):
+        trained.save(path)
+
+
+def test_a_file_cut_anywhere_is_refused(tmp_path) -> None:
+    _, path = trained_file(tmp_path)
+    content = path.read_bytes()
+    for length in range(0, len(content), 37):
+        path.write_bytes(content[:length])
+        with pytest.raises(CalibrationError, match="damaged or was cut short"):
+            Amed.load(path)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"table": np.full((4, 3), np.nan)}, "table.0. = .nan"),
+    ({"table": np.full((4, 3), 1.5)}, "r must be between 0 and 1"),
+    ({"table": np.ones((3, 3))}, r"table has shape \[3, 3\]"),
+    ({"lam": np.array([0.0, 1.0, 1.0, 2.0, 3.0])}, "increasing"),
+    ({"table": None}, "'table' is missing"),
+    ({"trunk.0.weight": np.zeros((1, 1), np.float32)}, r"trunk.0.weight is \[1, 1\]"),
+])
+def test_a_file_with_impossible_content_is_refused(tmp_path, change: dict, message: str) -> None:
+    _, path = trained_file(tmp_path)
+    tensors = {name: value for name, value in {**load_file(path), **change}.items() if value is not None}
+    about = {"format": "lambda-solvers amed 1", "about": json.dumps({"base": "amed", "first_step": "evaluate"})}
+    save_file(tensors, tmp_path / "b.safetensors", metadata=about)
+    with pytest.raises(CalibrationError, match=message):
+        Amed.load(tmp_path / "b.safetensors")
+
+
+def test_statistics_are_not_taken_for_amed_nor_the_other_way_round(tmp_path) -> None:
+    _, path = trained_file(tmp_path)
+    Statistics.constant().save(tmp_path / "s.safetensors")
+    with pytest.raises(CalibrationError, match="not a file of lambda-solvers statistics, but of lambda-solvers amed 1"):
+        Statistics.load(path)
+    with pytest.raises(CalibrationError, match="not a file of lambda-solvers amed, but of lambda-solvers statistics 1"):
+        Amed.load(tmp_path / "s.safetensors")
+
+
+# --- predictor --------------------------------------------------------------------------------------------------------
+
+class SmallUNet(torch.nn.Module):
+    """A denoiser with a middle block, smooth in x and in sigma."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        conv = lambda i, o, s=1: torch.nn.Conv2d(i, o, 3, s, 1, dtype=torch.float64)  # noqa: E731
+        self.down, self.middle, self.up = conv(4, 16, 2), conv(16, 16), torch.nn.ConvTranspose2d(16, 3, 4, 2, 1, dtype=torch.float64)
+        self.seen = None
+
+    def forward(self, x, sigma):
+        sigma = sigma.reshape(-1, 1, 1, 1)
+        level = (sigma.log() / 4).expand(-1, 1, *x.shape[2:])
+        y = torch.tanh(self.down(torch.cat([x / (1 + sigma**2).sqrt(), level], 1)))
+        y = self.seen = torch.tanh(self.middle(y))
+        return x / (1 + sigma**2) + sigma / (1 + sigma**2).sqrt() * self.up(y)
+
+
+def test_the_gradient_by_forward_differences_is_that_of_back_propagation() -> None:
+    """Of the first two steps of every base, in the weights of the predictor."""
+    net = SmallUNet()
+    x = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 10
+    path, schedule = PATHS["ve"], levels([10.0, 2.0, 0.4], PATHS["ve"])
+    weights = Predictor.new(2, torch.float64).weights
+    weights["heads.weight"] = torch.randn(3, 12, generator=torch.Generator().manual_seed(4), dtype=torch.float64) * 0.2
+    network = Predictor(weights)
+    denoise = lambda x, sigma: net(x, per_image(sigma, x))  # noqa: E731
+    fine, marks = _refined(schedule, 8, path)
+    with torch.no_grad():
+        student = Student(denoise, Insertion(Amed.untrained(), BASES["amed"]), schedule, path,
+                          _teacher(denoise, x, fine, marks, path), differences=(1e-4, 1e-4, 1e-4))
+        student.start(x)
+        seen = []
+        for i in range(2):
+            student.look(i)
+            features, ends = net.seen.clone(), (schedule[i].lam, schedule[i + 1].lam)
+            u = network(features, 3, *ends, np.zeros(3)).numpy()
+            student.land(i, u)
+            seen.append((student.x, Seen(features, ends, np.zeros(3), student.quadratic(i, u))))
+            student.take()
+    ours = {name: value.clone().requires_grad_() for name, value in weights.items()}
+    predictor_loss(Predictor(ours), [one for _, one in seen], slice(0, 3)).backward()
+
+    theirs = {name: value.clone().requires_grad_() for name, value in weights.items()}
+    total = torch.zeros((), dtype=torch.float64)
+    for i, (start, one) in enumerate(seen):
+        s, t = schedule[i].sigma, schedule[i + 1].sigma
+        d = (start - net(start, per_image(s, start))) / s
+        u = Predictor(theirs)(one.features, 3, *one.ends, np.zeros(3))
+        r, c, a = torch.sigmoid(u[:, 0]), 1 + 0.5 * torch.tanh(u[:, 1]), 1 + 0.5 * torch.tanh(u[:, 2])
+        m = t**r * s ** (1 - r)
+        column = m.reshape(-1, 1, 1, 1)
+        y = start.detach() + (column - s) * d.detach()
+        landed = start.detach() + c.reshape(-1, 1, 1, 1) * (t - s) * (y - net(y, a * m)) / column
+        e = (landed - student.targets[i + 1]).square().flatten(1).mean(1)
+        total = total + e.mean() / e.mean().detach()
+    (total / 2).backward()
+    for name in weights:
+        scale = theirs[name].grad.norm()
+        assert scale > 0 and (ours[name].grad - theirs[name].grad).norm() < 0.01 * scale, name
+
+
+def test_a_predictor_is_no_worse_than_its_table_and_runs_every_image_by_itself(tmp_path) -> None:
+    net = SmallUNet().requires_grad_(False)
+    x = torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 10
+    sigmas = [10.0, 2.0, 0.4]
+    model = Counted(net)
+    trained = fit_amed(model, x, sigmas, form="predictor", features=lambda: net.seen, held_out=4)
+    losses = trained.about["losses"]
+    assert np.log(losses["trained"]["held out"]).mean() <= np.log(losses["table"]["held out"]).mean()
+    assert model.calls == trained.about["evaluations"] <= 200 * 4
+    trained.save(tmp_path / "p.safetensors")
+    loaded = replace(Amed.load(tmp_path / "p.safetensors"), features=lambda: net.seen)
+    sampler = k_diffusion_sampler("amed", trained=loaded)
+    whole = sampler(net, x[:3], torch.tensor(sigmas, dtype=torch.float64), disable=True)
+    for k in range(3):
+        alone = sampler(net, x[k:k + 1], torch.tensor(sigmas, dtype=torch.float64), disable=True)
+        torch.testing.assert_close(alone, whole[k:k + 1], rtol=0, atol=1e-6)
+    table = k_diffusion_sampler("amed", trained=replace(loaded, predictor=None))(
+        net, x[:3], torch.tensor(sigmas, dtype=torch.float64), disable=True)
+    if loaded.predictor.weights["heads.weight"].any():
+        assert not torch.allclose(table, whole, atol=1e-6)
+
+
+def test_a_predictor_of_zero_is_its_table() -> None:
+    net = SmallUNet().requires_grad_(False)
+    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 10
+    sigmas = torch.tensor([10.0, 2.0, 0.4, 0.0], dtype=torch.float64)
+    for base in ("amed", "dpmpp_2m", "ipndm"):
+        for first_step in ("evaluate", "afs"):
+            table = np.array([[0.4, 1.1, 0.9], [0.6, 0.95, 1.05], [0.5, 1.0, 1.0]])
+            plain = Amed(np.array([level.lam for level in levels(sigmas.tolist(), PATHS["ve"])]), table, base, first_step)
+            results = [k_diffusion_sampler(NAMES[base], trained=what)(net, x, sigmas, disable=True)
+                       for what in (plain, replace(plain, predictor=Predictor.new(), features=lambda: net.seen))]
+            torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-5)
