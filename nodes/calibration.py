@@ -57,6 +57,7 @@ class Kind(Protocol):
     option: str         # the solver's option that takes it
     type: type          # what it is: it has `about`, save(path, overwrite) and load(path)
     attachment: str     # its name on a MODEL
+    noun: str           # in sentences
     title: str          # in the names of its nodes
     makes: str          # the node that measures it
 
@@ -87,26 +88,26 @@ def calibration_for(kind: Kind, run: Run, given: Any, how: str) -> Any:
         _warn_if_foreign(kind, found, run)
         return found
     if how == "never":
-        raise ValueError(f"this sampler needs {kind.title}, and measuring is switched off: add the node Load {kind.title} or "
+        raise ValueError(f"this sampler needs {kind.noun}, and measuring is switched off: add the node Load {kind.title} or "
                          f"{kind.makes} and connect it to the sampler node, or put Apply {kind.title} behind the model")
     about = description(kind, run)
     saved = store.find(kind.type, about, exactly=how == "every prompt", serves=lambda found: kind.serves(found, run))
     if saved:
         name, found = saved
-        say(f"{kind.title}: {name}")
+        say(f"{kind.noun}: {name}")
         return found
     wanted = f"{about['model']} at guidance {about['guidance']:g}"
     if how == "saved only":
-        raise ValueError(f"no saved {kind.title} for {wanted} in {store.directory()} serves this run: run {kind.makes} and "
+        raise ValueError(f"no saved {kind.noun} for {wanted} in {store.directory()} serves this run: run {kind.makes} and "
                          f"Save {kind.title} once, or set calibration to auto")
     name = file_name(kind, about)
-    say(f"no saved {kind.title} for {wanted} serves this run: measuring once")
+    say(f"no saved {kind.noun} for {wanted} serves this run: measuring once")
     result = kind.measure(run, about, store.place("partial/" + name).with_suffix(".part"))
     try:
         result.save(store.place(name))
     except FileExistsError:  # somebody measured the same meanwhile
         logging.info("Lambda Solvers: %s was saved by another run", name)
-    say(f"{kind.title} measured and saved: {name}")
+    say(f"{kind.noun} measured and saved: {name}")
     return result
 
 
@@ -154,15 +155,15 @@ def _warn_if_foreign(kind: Kind, found: Any, run: Run) -> None:
     faults = []
     fingerprint, guidance = identity.fingerprint(run.patcher), float(run.guider.cfg)
     if about.get("fingerprint", "") != fingerprint:
-        faults.append(f"it is of {about.get('model', 'an unnamed model')}, and this is "
+        faults.append(f"measured on {about.get('model', 'an unnamed model')}, and this is "
                       f"{identity.title(run.patcher, fingerprint)}")
     elif about.get("patches", []) != identity.patches(run.patcher):
-        faults.append(f"it was measured with the patches {about.get('patches') or 'none'}, and this model has "
+        faults.append(f"measured with the patches {about.get('patches') or 'none'}, and this model has "
                       f"{identity.patches(run.patcher) or 'none'}")
     if not store.near(float(about.get("guidance", math.nan)), guidance):
-        faults.append(f"it is for guidance {about.get('guidance', 'unknown')}, and this is {guidance:g}")
+        faults.append(f"measured for guidance {about.get('guidance', 'unknown')}, and this is {guidance:g}")
     for fault in faults:
-        say(f"warning: this {kind.title} may not fit: {fault}. Measure a new one with {kind.makes}", logging.WARNING)
+        say(f"warning: the {kind.noun} may not fit: {fault}. Measure anew with {kind.makes}", logging.WARNING)
 
 
 class Measuring(comfy.samplers.Sampler):

@@ -25,7 +25,7 @@ for Stable Diffusion. One, two and eight for the emoji model gave solvers of the
 
 class StatisticsKind:
     option, type, attachment = "statistics", Statistics, "lambda_solvers.statistics"
-    title, makes = "Solver Statistics", "Estimate Solver Statistics"
+    noun, title, makes = "statistics", "Solver Statistics", "Estimate Solver Statistics"
 
     def name(self, about: Mapping[str, Any]) -> str:
         return ""
@@ -63,7 +63,7 @@ class StatisticsKind:
 
 class AmedKind:
     option, type, attachment = "trained", Amed, "lambda_solvers.amed"
-    title, makes = "AMED", "Train AMED"
+    noun, title, makes = "AMED", "AMED", "Train AMED"
 
     def name(self, about: Mapping[str, Any]) -> str:
         sigmas = about["sigmas"]

@@ -119,13 +119,13 @@ def test_statistics_of_another_checkpoint_or_guidance_bring_a_warning_that_names
     samples, run = sampler_node(graph, statistics=statistics).run(server)
     assert run.status == "success"
     [warning] = [text for text in run.texts if text.startswith("warning")]
-    assert re.search(r"they are of SD3-[0-9a-f]{12}, and this is TinyEmoji-[0-9a-f]{12}", warning)
+    assert re.search(r"measured on SD3-[0-9a-f]{12}, and this is TinyEmoji-[0-9a-f]{12}", warning)
     assert warning.removeprefix("warning: ") in server.log.read_text()
 
     graph = Graph("panda")
     _, run = sampler_node(graph, statistics=estimate(graph, cfg=8.0)).run(server)
     [warning] = [text for text in run.texts if text.startswith("warning")]
-    assert "they are for guidance 8.0, and this is 3" in warning
+    assert "measured for guidance 8.0, and this is 3" in warning
 
 
 def test_without_leave_to_measure_the_error_names_the_nodes_to_add(server, folder) -> None:  # noqa: F811
