@@ -22,6 +22,7 @@ A new solver of the catalogue is measured by existing. One that needs a calibrat
 """
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib.util
 import math
@@ -29,7 +30,7 @@ import statistics
 import sys
 import time
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Callable, Iterable, Mapping, NamedTuple, Sequence
 
@@ -86,6 +87,7 @@ class Entry:
     discards: bool = False          # KSampler drops the last sigma above 0 for it
     calibrate: Callable[[comfy_host.Model, Tensor, Tensor, str], Mapping[str, Any]] | None = None
     own_prompt: bool = False        # calibrated on the prompt that is evaluated
+    train: Callable[..., Mapping[str, Any]] | None = None  # a calibration of every schedule by itself: main schedulers only
 
     @property
     def ours(self) -> bool:
@@ -109,14 +111,14 @@ def core(name: str, cost: Callable[[int], int] = lambda n: n, discards: bool = F
     return Entry("comfy/" + name, run, cost, discards=discards)
 
 
-def ours(name: str, about: str = "", calibrate=None, own_prompt: bool = False, **options: Any) -> Entry:
+def ours(name: str, about: str = "", calibrate=None, own_prompt: bool = False, train=None, **options: Any) -> Entry:
     def run(model, x, sigmas, **calibrated):
         return samplers.k_diffusion_sampler(name, **options, **calibrated)(model, x, sigmas, extra_args={}, disable=True)
 
-    def cost(n):
+    def cost(n):  # of an AMED the same whatever was learned
         return n if calibrate else samplers.nfe(name, n, **options)
 
-    return Entry(" ".join(["lambda/" + name, about]).strip(), run, cost, bool(about), False, calibrate, own_prompt)
+    return Entry(" ".join(["lambda/" + name, about]).strip(), run, cost, bool(about), False, calibrate, own_prompt, train)
 
 
 CORE = [
@@ -156,13 +158,39 @@ CALIBRATION_PROMPT and is used for all prompts, as the nodes do it (Statistics.f
 prompt that is evaluated."""
 
 
+def amed(form: str = "table", **how: Any) -> Callable[..., Mapping[str, Any]]:
+    """AMED's training for one schedule, as the nodes do it."""
+    def train(name: str, model: comfy_host.Model, x: Tensor, sigmas: Tensor, block: Any) -> Mapping[str, Any]:
+        trained = samplers.fit_amed(model, x, sigmas, base=samplers.SAMPLERS[name].fixed["base"], form=form,
+                                    held_out=len(x) // 4, features=block and block.features, **how)
+        return {"trained": trained if form == "table" else replace(trained, features=block.features)}
+
+    return train
+
+
+TRAINED = [  # name, what is different, options, training
+    ("amed", "", {}, amed()),
+    ("amed", "afs", {"first_step": "afs"}, amed(first_step="afs")),
+    ("amed_dpmpp_2m", "", {}, amed()),
+    ("amed_dpmpp_2m", "afs", {"first_step": "afs"}, amed(first_step="afs")),
+    ("amed_dpmpp_2m", "untrained", {"trained": samplers.Amed.untrained()}, None),
+    ("amed_dpmpp_2m", "predictor", {}, amed("predictor")),
+    ("amed_ipndm", "", {}, amed()),
+    ("amed_dpm_2", "", {}, amed()),
+    ("amed_euler", "", {}, amed()),
+    ("amed_dpmpp_3m", "", {}, amed()),
+    ("dpmpp_2m", "afs", {"first_step": "afs"}, None),
+]
+"""AMED is trained for every schedule by itself, on noises that are not evaluated, of CALIBRATION_PROMPT, for all prompts."""
+
 CALIBRATED_NAMES = {name for name, *_ in CALIBRATED}
+TRAINED_NAMES = {name for name in samplers.SAMPLERS if "trained" in samplers.SAMPLERS[name].options}
 
 
 def entries(own_prompt: bool) -> list[Entry]:
     result = list(CORE)
     for name, sampler in samplers.SAMPLERS.items():
-        if name not in CALIBRATED_NAMES and "eta" not in sampler.options and sampler.evaluations_per_step is not None:
+        if name not in CALIBRATED_NAMES | TRAINED_NAMES and "eta" not in sampler.options and sampler.evaluations_per_step is not None:
             result.append(ours(name))
     for name, about, options in VARIANTS:
         default = all(samplers.SAMPLERS[name].options[key].default == value for key, value in options.items())
@@ -175,6 +203,8 @@ def entries(own_prompt: bool) -> list[Entry]:
         result.append(ours(name, about, calibrate, **options))
         if own_prompt and not about:
             result.append(ours(name, "own prompt", calibrate, own_prompt=True, **options))
+    for name, about, options, train in TRAINED:
+        result.append(ours(name, about, train=train, **options))
     return result
 
 
@@ -222,6 +252,7 @@ class Exact:
     reference_steps: int = 2000
     remembers: bool = False
     calibration_noises: int = 32
+    training_noises: int = 32
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -230,6 +261,9 @@ class Exact:
     @property
     def calibration_prompt(self) -> str:
         return self.prompt
+
+    def middle_block(self) -> None:
+        """There is none."""
 
     def session(self, prompts: Sequence[str], guidance: float, body: Callable[[comfy_host.Model], Any]) -> Any:
         conditional = self.mixture.restricted(self.chosen)
@@ -271,7 +305,8 @@ class Emoji:
     shape = (3, 32, 32)
     dtype = torch.float32
     remembers = True
-    calibration_noises = 2  # the nodes' default for latents of this size
+    calibration_noises = 2  # the nodes' defaults for latents of this size
+    training_noises = 10
     calibration_prompt = CALIBRATION_PROMPT
 
     def __init__(self, prompts: tuple[str, ...], guidances: tuple[float, ...], noises: int) -> None:
@@ -284,6 +319,10 @@ class Emoji:
         import comfy.sd
         self.model, self.clip, *_ = comfy.sd.load_checkpoint_guess_config(
             str(folder / "checkpoints" / "tiny_emoji.safetensors"), output_vae=False, output_clip=True)
+
+    def middle_block(self) -> Any:
+        comfy_host.pack()
+        return sys.modules["custom_nodes_x_lambda-solvers.nodes.middle_block"].MiddleBlock(self.model)
 
     def cond(self, prompts: Sequence[str]) -> list:
         """A cond with one prompt for each image."""
@@ -434,8 +473,10 @@ def measure(problem: Problem, size: Size, solvers: Sequence[Entry], table: Table
         references: dict[float, Reference] = {}
         shared = [e for e in solvers if not e.own_prompt]
         options = calibrated(problem, shared, guidance, problem.calibration_prompt, several, table)
-        problem.session(rows, guidance, lambda model: cells(
-            problem, size, shared, options, guidance, model, noise, rows, references, table))
+        with problem.middle_block() or contextlib.nullcontext() as block:
+            options |= trained(problem, size, shared, guidance, block, table)
+            problem.session(rows, guidance, lambda model: cells(
+                problem, size, shared, options, guidance, model, noise, rows, references, table))
         apart = [e for e in solvers if e.own_prompt and several]
         for prompt in problem.prompts if apart else ():
             at = [i for i, row in enumerate(rows) if row == prompt]
@@ -469,6 +510,34 @@ def calibrated(problem: Problem, solvers: Sequence[Entry], guidance: float, prom
     return problem.session([prompt] * len(noise), guidance, body) if wanted else {}
 
 
+def trained(problem: Problem, size: Size, solvers: Sequence[Entry], guidance: float, block: Any,
+            table: Table) -> dict[str, Any]:
+    """For every entry that is trained, its options for (scheduler, steps)."""
+    wanted = [entry for entry in solvers if entry.train]
+    noise = starting_noise(problem, problem.training_noises, seed=7)
+
+    def body(model):
+        result: dict[str, Any] = {}
+        for entry in wanted:
+            made, spent = {}, []
+            for scheduler in MAIN:
+                for n in filter(None, map(entry.steps, size.budgets)):
+                    counted = Counted(model, remembers=False)
+                    sigmas = schedule(scheduler, n, False, problem.dtype)
+                    try:
+                        made[scheduler, n] = dict(entry.train(entry.label.split()[0].removeprefix("lambda/"), counted,
+                                                              starting_x(model, noise, sigmas[0]), sigmas, block))
+                    except Exception as error:  # its cells say why they are empty
+                        made[scheduler, n] = error
+                    spent.append(f"{counted.calls} for {entry.cost(n)}")
+            result[entry.label] = made
+            table.say(f"{problem.name}, guidance {guidance:g}: {entry.label} trained; evaluations of {len(noise)} images: "
+                      f"{', '.join(dict.fromkeys(spent))}")
+        return result
+
+    return problem.session([problem.calibration_prompt] * len(noise), guidance, body) if wanted else {}
+
+
 def cells(problem: Problem, size: Size, solvers: Sequence[Entry], options: Mapping[str, Any], guidance: float,
           model: comfy_host.Model, noise: Tensor, prompts: Sequence[str], references: dict[float, Reference],
           table: Table) -> None:
@@ -476,16 +545,20 @@ def cells(problem: Problem, size: Size, solvers: Sequence[Entry], options: Mappi
     for scheduler in size.schedulers:
         main = scheduler in MAIN
         for budget in size.budgets if main else size.other_budgets:
-            counted = Counted(model, problem.remembers)
+            memory = Counted(model, problem.remembers)
             for entry in solvers:
                 n = entry.steps(budget)
-                if n is None or (entry.variant and not main):
+                if n is None or ((entry.variant or entry.train) and not main):
                     continue
                 if scheduler == MOVING_START and (entry.discards or n != budget):
                     continue  # starts elsewhere than the baseline does
                 row = {"problem": problem.name, "guidance": guidance, "scheduler": scheduler, "budget": budget,
                        "sampler": entry.label, "variant": int(entry.variant), "steps": n}
-                table.add(cell(problem, entry, options.get(entry.label, {}), counted, noise, prompts, references, table, row))
+                own = options.get(entry.label, {})
+                own = own[scheduler, n] if entry.train else own
+                looks = isinstance(own, Mapping) and getattr(own.get("trained"), "predictor", None)
+                counted = Counted(model, remembers=False) if looks else memory  # what is remembered has no middle block
+                table.add(cell(problem, entry, own, counted, noise, prompts, references, table, row))
         table.say(f"{problem.name}, guidance {guidance:g}, {scheduler}: done")
 
 

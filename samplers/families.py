@@ -94,7 +94,7 @@ class Sampler:
     def first_step(self, settings: Mapping[str, Any]) -> str:
         """How the first evaluation is answered: as set, or as an AMED that was trained with afs needs it."""
         chosen, trained = settings["first_step"], settings.get("trained")
-        if trained is None or chosen == trained.first_step or (chosen, trained.first_step) == ("mean", "evaluate"):
+        if trained is None or trained.base is None or chosen == trained.first_step or (chosen, trained.first_step) == ("mean", "evaluate"):
             return chosen
         if chosen == "evaluate":
             return trained.first_step

@@ -1,0 +1,220 @@
+"""AMED in a real ComfyUI server: trained, saved, found again, given, refused, cancelled; and the first step that is skipped."""
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from PIL import Image
+
+import environment
+from comfyui_server import Server
+from samplers import Amed
+from test_server import Graph, base, looks_like_an_image, server  # noqa: F401  (the fixtures)
+from test_server_v3 import files, folder  # noqa: F401
+
+
+def flow(graph: Graph) -> Graph:
+    """A tiny SD3-like transformer in place of the emoji."""
+    node = graph.add("TestFlowModel")
+    graph.model, graph.positive, graph.negative = [node, 0], [node, 1], [node, 2]
+    graph.latent = [graph.add("EmptySD3LatentImage", width=64, height=64, batch_size=1), 0]
+    return graph
+
+
+def schedule(graph: Graph, steps: int = 3, scheduler: str = "karras") -> list:
+    return [graph.add("BasicScheduler", model=graph.model, scheduler=scheduler, steps=steps, denoise=1.0), 0]
+
+
+def train(graph: Graph, **changes) -> list:
+    inputs = dict(model=graph.model, positive=graph.positive, negative=graph.negative, cfg=3.0, latent_image=graph.latent,
+                  base="amed", form="table", afs=False, seed=0, samples=2, teacher=3)
+    inputs |= {"sigmas": changes.pop("sigmas", None) or schedule(graph), **changes}
+    return [graph.add("LambdaTrainAmed", **inputs), 0]
+
+
+def sampler_node(graph: Graph, **options) -> Graph:
+    options.setdefault("sigmas", schedule(graph))
+    return graph.family("amed", **{"calibration": "never", **options})
+
+
+@pytest.mark.parametrize("name", ["amed", "amed_dpmpp_2m"])
+def test_from_nothing_it_is_trained_once_saved_and_found_again(server, folder, name: str) -> None:  # noqa: F811
+    graph = Graph("panda").counted().ksampler(name, steps=3, scheduler="karras")
+    samples, run = graph.run(server)
+    assert run.status == "success", run.error
+    assert looks_like_an_image(samples)
+    spent = len(graph.evaluations(server)) - 5
+    assert 20 < spent <= 15 * 5
+    assert any(re.search(r"training AMED: evaluation \d+ of \d+, error [0-9.]+, \d+ s left", text) for text in run.texts)
+    [file] = files(folder)
+    assert re.fullmatch(rf"TinyEmoji-[0-9a-f]{{12}}-{name}-3steps-[0-9a-f]{{6}}-cfg3-[0-9a-f]{{8}}\.safetensors", file)
+    trained = Amed.load(folder / file)
+    assert trained.about["evaluations"] == spent and trained.about["guidance"] == 3.0
+    for words in ("panda", "strawberry"):
+        graph = Graph(words).counted().ksampler(name, steps=3, scheduler="karras", seed=8)
+        samples, run = graph.run(server)
+        assert run.status == "success" and len(graph.evaluations(server)) == 5
+        assert run.texts == [f"AMED: {file}"] and files(folder) == [file]
+
+
+def test_another_schedule_guidance_or_base_is_trained_anew(server, folder) -> None:  # noqa: F811
+    for count, how in enumerate(({}, {"scheduler": "simple"}, {"steps": 4}, {"cfg": 6.0}, {"cfg": 3.1}), 1):
+        _, run = Graph().ksampler("amed", **{"steps": 3, "scheduler": "karras", "cfg": 3.0, **how}).run(server)
+        assert run.status == "success" and len(files(folder)) == min(count, 4)
+    Graph().ksampler("amed_dpmpp_2m", steps=3, scheduler="karras").samples(server)
+    assert len(files(folder)) == 5
+
+
+def test_train_save_load_and_apply_give_the_same_image(server, folder) -> None:  # noqa: F811
+    graph = Graph("panda")
+    trained = train(graph)
+    graph.add("LambdaSaveAmed", amed=trained, name="shared/mine", overwrite=False)
+    first = sampler_node(graph, trained=trained).samples(server)
+    assert (folder / "shared" / "mine.safetensors").exists() and looks_like_an_image(first)
+    graph = Graph("panda")
+    loaded = graph.add("LambdaLoadAmed", name="shared/mine.safetensors")
+    assert torch.equal(sampler_node(graph, trained=[loaded, 0]).samples(server), first)
+    graph = Graph("panda")
+    loaded = graph.add("LambdaLoadAmed", name="shared/mine.safetensors")
+    graph.through("LambdaApplyAmed", amed=[loaded, 0]).counted().ksampler("amed", steps=3, scheduler="karras")
+    assert torch.equal(graph.samples(server), first) and len(graph.evaluations(server)) == 5
+
+
+def test_the_picture_of_the_training_is_drawn(server, folder) -> None:  # noqa: F811
+    graph = Graph("panda")
+    node = train(graph)[0]
+    graph.add("PreviewImage", images=[node, 1])
+    run = server.run(graph.nodes)
+    assert run.status == "success", run.error
+    [shown] = run.outputs[node]["images"]
+    with Image.open(server.file(shown)) as image:
+        assert image.size == (480, 300) and len(image.convert("RGB").getcolors(100_000)) > 50
+    assert re.fullmatch(r"AMED trained in \d+ evaluations: error at the last step [0-9.]+ untrained, [0-9.]+ trained, on images "
+                        r"held out.*", run.texts[-1])
+
+
+def test_the_wrong_schedule_base_or_file_is_refused_with_both_named(server, folder) -> None:  # noqa: F811
+    graph = Graph()
+    trained = train(graph)
+    _, run = sampler_node(graph, trained=trained, sigmas=schedule(graph, 4)).run(server)
+    assert run.status == "error" and re.search(r"trained for 3 steps over .* the schedule is 4 steps over", run.error["exception_message"])
+    graph = Graph()
+    samples, run = sampler_node(graph, trained=train(graph), sigmas=schedule(graph, 4), interpolate=True).run(server)
+    assert run.status == "success" and samples.isfinite().all()
+    graph = Graph()
+    _, run = sampler_node(graph, trained=train(graph), base="dpmpp_2m").run(server)
+    assert run.status == "error" and "trained on base amed, and dpmpp_2m is chosen" in run.error["exception_message"]
+    (folder / "broken.safetensors").write_bytes(b"not a file")
+    graph = Graph()
+    _, run = sampler_node(graph, trained=[graph.add("LambdaLoadAmed", name="broken.safetensors"), 0]).run(server)
+    assert run.status == "error" and "is damaged or was cut short" in run.error["exception_message"]
+    _, run = sampler_node(Graph()).run(server)
+    assert run.status == "error" and "Load AMED or Train AMED" in run.error["exception_message"]
+
+
+def test_amed_of_another_checkpoint_brings_a_warning_that_names_both(server, folder) -> None:  # noqa: F811
+    graph = Graph("panda")
+    sigmas = schedule(graph)
+    node = graph.add("TestFlowModel")
+    latent = [graph.add("EmptySD3LatentImage", width=64, height=64, batch_size=1), 0]
+    flow_sigmas = [graph.add("BasicScheduler", model=[node, 0], scheduler="simple", steps=3, denoise=1.0), 0]
+    trained = train(graph, model=[node, 0], positive=[node, 1], negative=[node, 2], latent_image=latent, sigmas=flow_sigmas)
+    samples, run = sampler_node(graph, trained=trained, sigmas=sigmas, interpolate=True).run(server)
+    assert run.status == "success", run.error
+    [warning] = [text for text in run.texts if text.startswith("warning")]
+    assert re.search(r"the AMED may not fit: measured on SD3-[0-9a-f]{12}, and this is TinyEmoji-", warning)
+
+
+def test_cancel_while_training_leaves_a_partial_file_from_which_the_next_run_goes_on(server, folder) -> None:  # noqa: F811
+    cancelled = []
+
+    async def watch(server, run):
+        if len(run.progress) == 33 and not cancelled:
+            cancelled.append(True)
+            await server.interrupt()
+
+    how = dict(steps=4, scheduler="karras")
+    graph = Graph().through("TestSlowModel", seconds=0.02).counted().ksampler("amed", **how)
+    _, run = graph.run(server, watch)
+    assert run.status == "interrupted"
+    [partial] = files(folder)
+    assert partial.endswith(".part")
+    first = len(graph.evaluations(server))
+    graph = Graph().counted().ksampler("amed", seed=8, **how)
+    samples, run = graph.run(server)
+    assert run.status == "success" and samples.isfinite().all()
+    again = len(graph.evaluations(server)) - 7
+    [name] = files(folder)
+    whole = Amed.load(folder / name).about["evaluations"]
+    assert first + again < whole + 14 and again < whole - 20  # the teacher is kept, and every whole step
+
+
+def test_a_predictor_sees_the_conditional_half_however_the_conds_are_evaluated(server, folder) -> None:  # noqa: F811
+    """All at once, and one after the other (prompts of different length)."""
+    graph = Graph("panda")
+    trained = train(graph, form="predictor", samples=4)
+    first = sampler_node(graph, trained=trained).samples(server)
+    assert looks_like_an_image(first)
+    graph = Graph("panda")
+    graph.latent = [graph.add("EmptyLatentImage", width=256, height=256, batch_size=3), 0]
+    assert sampler_node(graph, trained=train(graph, form="predictor", samples=4)).samples(server).shape[0] == 3
+
+
+def test_a_transformer_has_a_table_and_is_refused_a_predictor(server, folder) -> None:  # noqa: F811
+    samples, run = flow(Graph()).ksampler("amed", steps=3, scheduler="simple").run(server)
+    assert run.status == "success", run.error
+    assert samples.isfinite().all() and files(folder)[0].startswith("SD3-")
+    graph = flow(Graph())
+    _, run = sampler_node(graph, trained=train(graph, form="predictor", sigmas=schedule(graph, scheduler="simple")),
+                          sigmas=schedule(graph, scheduler="simple")).run(server)
+    assert run.status == "error" and "SD3-" in run.error["exception_message"] and "has none" in run.error["exception_message"]
+
+
+def test_other_sizes_single_conds_and_batches_work_with_one_training(server, folder) -> None:  # noqa: F811
+    Graph("panda").ksampler("amed", steps=3, scheduler="karras", cfg=1.0).samples(server)
+    graph = Graph("panda")
+    graph.latent = [graph.add("EmptyLatentImage", width=384, height=256, batch_size=2), 0]
+    samples, run = graph.ksampler("amed", steps=3, scheduler="karras", cfg=1.0, seed=5).run(server)
+    assert run.status == "success" and samples.shape[0] == 2 and len(files(folder)) == 1
+    assert run.texts[0].startswith("AMED: ")
+
+
+@pytest.mark.parametrize("flag", ["--fp16-unet", "--bf16-unet"])
+def test_half_precision_is_trained_and_sampled(base, server, folder, flag: str) -> None:  # noqa: F811
+    with Server(environment.ensure(), base, flag, log=base / f"server-amed{flag}.log") as low:
+        samples, run = Graph("panda").ksampler("amed", steps=3, scheduler="karras").run(low)
+    assert run.status == "success", run.error
+    assert looks_like_an_image(samples)
+    losses = Amed.load(folder / files(folder)[0]).about["losses"]
+    assert losses["trained"]["training"][-1] < 0.8 * losses["untrained"]["training"][0]
+
+
+def test_the_first_step_is_skipped_by_a_node_or_an_option_and_refused_for_img2img(server, folder) -> None:  # noqa: F811
+    def wrapped(node: str | None, denoise: float = 1.0, **options):
+        graph = Graph("panda").counted()
+        family = graph.add("LambdaSamplerMultistep", **{**dict(order=2, prediction="data", rule="midpoint", lower_order_final="auto",
+                                                               first_step="evaluate"), **options})
+        sampler = [graph.add(node, sampler=[family, 0]), 0] if node else [family, 0]
+        sigmas = [graph.add("BasicScheduler", model=graph.model, scheduler="karras", steps=6, denoise=denoise), 0]
+        graph.latent = [graph.add("SamplerCustom", model=graph.model, add_noise=True, noise_seed=7, cfg=3.0, positive=graph.positive,
+                                  negative=graph.negative, sampler=sampler, sigmas=sigmas, latent_image=graph.latent), 0]
+        samples, run = graph.run(server)
+        return samples, run, len(graph.evaluations(server))
+
+    for how in (("LambdaAnalyticFirstStep", {}), (None, {"first_step": "afs"})):
+        samples, run, count = wrapped(how[0], **how[1])
+        assert run.status == "success" and count == 5 and samples.isfinite().all()
+    _, run, _ = wrapped("LambdaAnalyticFirstStep", denoise=0.5)
+    assert run.status == "error" and re.search(r"starts at sigma = .* holds an image, and not at the model's highest, 14\.6",
+                                               run.error["exception_message"])
+    counts = [wrapped("LambdaMeanFirstStep", order=order)[2] for order in (1, 2, 3)]
+    assert counts == [6, 5, 5]  # the first run fills the mean
+    graph = Graph()
+    core = graph.add("KSamplerSelect", sampler_name="euler")
+    node = graph.add("LambdaAnalyticFirstStep", sampler=[core, 0])
+    sigmas = schedule(graph)
+    graph.latent = [graph.add("SamplerCustom", model=graph.model, add_noise=True, noise_seed=7, cfg=3.0, positive=graph.positive,
+                              negative=graph.negative, sampler=[node, 0], sigmas=sigmas, latent_image=graph.latent), 0]
+    _, run = graph.run(server)
+    assert run.status == "error" and "wraps samplers of this pack, and this is sample_euler" in run.error["exception_message"]
