@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import time
-from typing import Any, Callable
+from typing import Any, Callable, Mapping
 
 import comfy.model_management
 import comfy.samplers
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..samplers import Statistics, estimate_statistics
 from ..samplers.calibrate import INTERVALS
-from . import identity, store
+from . import identity, runs, settings, store
 from .host import noise_scale, path_of
 
 ATTACHMENT = "lambda_solvers.statistics"
@@ -30,10 +30,12 @@ Stable Diffusion. One, two and eight for the emoji model gave solvers of the sam
 
 
 def rule() -> str:
-    """What a sampler in a list does without statistics: the environment variable, or auto."""
-    value = os.environ.get(VARIABLE, RULES[0])
+    """What a sampler in a list does without statistics: the environment variable, else ComfyUI's settings, else auto."""
+    value, where = os.environ.get(VARIABLE), f"the environment variable {VARIABLE}"
+    if value is None:
+        value, where = settings.read(settings.CALIBRATION) or RULES[0], f"the setting {settings.CALIBRATION}"
     if value not in RULES:
-        raise ValueError(f"the environment variable {VARIABLE} is {value!r}: choose one of {', '.join(RULES)}")
+        raise ValueError(f"{where} is {value!r}: choose one of {', '.join(RULES)}")
     return value
 
 
@@ -49,7 +51,9 @@ def statistics_for(model: Any, x: Tensor, extra_args: dict, given: Statistics | 
     statistics = given or patcher.get_attachment(ATTACHMENT)
     conditions = identity.conditions(guider)
     if statistics is not None:
-        _warn_if_foreign(statistics, patcher, guidance)
+        for fault in faults(statistics.about, description(guider)):
+            say(f"warning: these statistics may not fit: {fault}. Measure new ones with Estimate Solver Statistics",
+                logging.WARNING)
         return _fitted(statistics, conditions)
     if how == "never":
         raise ValueError("this sampler needs the model's statistics, and measuring them is switched off: add the node "
@@ -147,6 +151,7 @@ def say(text: str, level: int = logging.INFO) -> None:
     if PromptServer.instance is not None and context is not None:
         PromptServer.instance.send_progress_text(text, context.node_id)
     if not text.startswith("measuring"):
+        runs.note(text, level)
         logging.log(level, "Lambda Solvers: %s", text)
 
 
@@ -158,21 +163,17 @@ def _fitted(statistics: Statistics, conditions: str) -> Statistics:
     return statistics.for_another_prompt()
 
 
-def _warn_if_foreign(statistics: Statistics, patcher: Any, guidance: float) -> None:
-    about = statistics.about
-    faults = []
-    fingerprint = identity.fingerprint(patcher)
-    if about.get("fingerprint", "") != fingerprint:
-        faults.append(f"they are of {about.get('model', 'an unnamed model')}, and this is "
-                      f"{identity.title(patcher, fingerprint)}")
-    elif about.get("patches", []) != identity.patches(patcher):
-        faults.append(f"they were measured with the patches {about.get('patches') or 'none'}, and this model has "
-                      f"{identity.patches(patcher) or 'none'}")
-    if not store.near(float(about.get("guidance", math.nan)), guidance):
-        faults.append(f"they are for guidance {about.get('guidance', 'unknown')}, and this is {guidance:g}")
-    for fault in faults:
-        say(f"warning: these statistics may not fit: {fault}. Measure new ones with Estimate Solver Statistics",
-            logging.WARNING)
+def faults(about: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Why a calibration made for `about` may not serve `wanted`, both as `description` has them; the prompt apart."""
+    found = []
+    if about.get("fingerprint", "") != wanted["fingerprint"]:
+        found.append(f"they are of {about.get('model', 'an unnamed model')}, and this is {wanted['model']}")
+    elif about.get("patches", []) != wanted["patches"]:
+        found.append(f"they were measured with the patches {about.get('patches') or 'none'}, and this model has "
+                     f"{wanted['patches'] or 'none'}")
+    if not store.near(float(about.get("guidance", math.nan)), wanted["guidance"]):
+        found.append(f"they are for guidance {about.get('guidance', 'unknown')}, and this is {wanted['guidance']:g}")
+    return found
 
 
 class Measuring(comfy.samplers.Sampler):

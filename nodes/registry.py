@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..samplers import FAMILIES, SAMPLERS, Statistics
 from ..samplers.families import Option, Sampler
-from . import calibration
+from . import calibration, runs
 from .host import sampler_function
 from .names import NAMES
 from .statistics import STATISTICS, advanced
@@ -62,13 +62,13 @@ def _calibrated(sampler: Sampler, how: str | None = None) -> Callable[..., Tenso
     """The sampler's function for KSAMPLER; one that needs statistics finds or measures them first."""
     function = sampler_function(sampler)
     if "statistics" not in sampler.options:
-        return function
+        return runs.observed(function, None)
 
     def sample(model, x, sigmas, extra_args=None, callback=None, disable=None, statistics=None, **options):
         statistics = calibration.statistics_for(model, x, extra_args or {}, statistics, how or calibration.rule())
         return function(model, x, sigmas, extra_args, callback, disable, statistics=statistics, **options)
 
-    return sample
+    return runs.observed(sample, calibration.description)
 
 
 def _more(family: Sampler) -> list[io.Input]:
