@@ -20,9 +20,9 @@ from ..samplers import Statistics, estimate_statistics
 from ..samplers.calibrate import INTERVALS
 from . import identity, runs, settings, store
 from .host import noise_scale, path_of
+from .settings import RULES
 
 ATTACHMENT = "lambda_solvers.statistics"
-RULES = ("auto", "every prompt", "saved only", "never")
 VARIABLE = "LAMBDA_SOLVERS_CALIBRATION"
 ELEMENTS, MOST = 6_144, 16
 """Trajectories are as many as give so many latent elements to average over, at most 16: 2 for the emoji model, 1 for

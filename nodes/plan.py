@@ -28,7 +28,7 @@ from .names import NAMES
 Graph = Mapping[str, Mapping[str, Any]]
 NODE_IDS = {"LambdaSampler" + name.capitalize(): name for name in FAMILIES}
 MOST = 1000  # intervals of a schedule that is still planned: the answer comes while somebody is typing
-KINDS = {"INT": int, "FLOAT": (int, float), "BOOLEAN": bool, "STRING": str, "COMBO": str}
+UNTOLD = ["?", 0]  # the link of an input whose other end the interface cannot tell
 
 
 class Linked(Exception):

@@ -45,7 +45,7 @@ def _node(family: Sampler) -> type[io.ComfyNode]:
                 category=CATEGORY,
                 description=f"{family.help}\n\n{family.citation}",
                 inputs=[*(_input(name, option) for name, option in family.options.items()), *_more(family)],
-                outputs=[io.Sampler.Output(display_name="SAMPLER")],
+                outputs=[io.Sampler.Output(display_name="SAMPLER", tooltip="For SamplerCustom or SamplerCustomAdvanced")],
             )
 
         @classmethod

@@ -12,7 +12,7 @@ from comfy_execution.utils import get_executing_context
 from server import PromptServer
 from torch import Tensor
 
-from .plan import Graph, model_chain
+from .plan import UNTOLD, Graph, model_chain
 
 EVENT = "lambda_solvers.run"
 KEPT = 64
@@ -122,4 +122,5 @@ def _keep(store: OrderedDict, key: str, content: Any) -> None:
 def _same(shown: Mapping[str, Any], ran: Mapping[str, Any] | None) -> bool:
     """Whether a node as the interface shows it is the one that ran, but for its seed."""
     return ran is not None and shown["class_type"] == ran["class_type"] and all(
-        ran["inputs"].get(name, content) == content for name, content in shown["inputs"].items() if name not in UNNOTED)
+        ran["inputs"].get(name, content) == content for name, content in shown["inputs"].items()
+        if name not in UNNOTED and content != UNTOLD)

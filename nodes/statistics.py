@@ -12,6 +12,7 @@ from . import calibration, picture, store
 
 CATEGORY = "Lambda Solvers/calibration"
 STATISTICS = io.Custom("LAMBDA_STATISTICS")
+PICTURE = "The curves l, s, b and gamma over lambda"
 
 
 def advanced(widget: io.Input) -> io.Input:
@@ -44,7 +45,8 @@ class EstimateStatistics(io.ComfyNode):
                 advanced(io.Combo.Input("pool", options=["all", "channel"], default="all", tooltip=(
                     "all: one number at each lambda; channel: one for every latent channel"))),
             ],
-            outputs=[STATISTICS.Output(display_name="STATISTICS"), io.Image.Output(display_name="picture")],
+            outputs=[STATISTICS.Output(display_name="STATISTICS", tooltip="For the DPM-Solver-v3 node, Save or Apply Solver Statistics"),
+                     io.Image.Output(display_name="picture", tooltip=PICTURE)],
         )
 
     @classmethod
@@ -104,7 +106,8 @@ class LoadStatistics(io.ComfyNode):
             category=CATEGORY,
             description="Reads statistics from models/solver_calibrations.",
             inputs=[io.Combo.Input("name", options=store.names(), tooltip="A file of models/solver_calibrations")],
-            outputs=[STATISTICS.Output(display_name="STATISTICS"), io.Image.Output(display_name="picture")],
+            outputs=[STATISTICS.Output(display_name="STATISTICS", tooltip="For the DPM-Solver-v3 node or Apply Solver Statistics"),
+                     io.Image.Output(display_name="picture", tooltip=PICTURE)],
         )
 
     @classmethod
@@ -127,7 +130,7 @@ class ApplyStatistics(io.ComfyNode):
             description="Attaches statistics to a model, for dpm_solver_v3 in the plain KSampler.",
             inputs=[io.Model.Input("model", tooltip="The model the statistics were measured on"),
                     STATISTICS.Input("statistics", tooltip="From Estimate or Load Solver Statistics")],
-            outputs=[io.Model.Output(display_name="MODEL")],
+            outputs=[io.Model.Output(display_name="MODEL", tooltip="The same model, with the statistics attached")],
         )
 
     @classmethod

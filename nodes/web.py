@@ -45,7 +45,7 @@ async def show(request: web.Request) -> web.Response:
 def about() -> dict[str, Any]:
     version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)
     return {"cnr_id": "lambda-solvers", "ver": version[1], "module": f"custom_nodes.{ROOT.name}", "nodes": list(plan.NODE_IDS), "names": list(NAMES),
-            "rules": list(calibration.RULES), "settings": {"calibration": settings.CALIBRATION, "plot": settings.PLOT}}
+            "settings": settings.PAGE, "plot": settings.PLOT}
 
 
 def checked(body: Any) -> tuple[str, plan.Graph, str]:

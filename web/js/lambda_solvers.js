@@ -30,8 +30,14 @@ function places() {
 
 // What an input's link comes from: {node, slot}, {value} where it is a value after all, or null if that is not to be told.
 function origin(node, slot, where, depth = 0) {
-  const link = node.getInputLink(slot)
+  const link = inputLink(node, slot)
   return link && depth < 50 ? from(link, node.graph, where, depth, where.get(node)?.host) : null
+}
+
+// getInputLink of a subgraph node is about what is inside of it.
+function inputLink(node, slot) {
+  if (!node.subgraph) return node.getInputLink(slot)
+  return [...node.graph.links.values()].find((link) => String(link.target_id) === String(node.id) && Number(link.target_slot) === slot)
 }
 
 function from(link, graph, where, depth, host) {
@@ -133,7 +139,7 @@ function paint(panel) {
     line.textContent = text
     return line
   }))
-  const visible = panel.plot && curve?.line.length > 1 && app.extensionManager.setting.get(pack.settings.plot) !== false
+  const visible = panel.plot && curve?.line.length > 1 && app.extensionManager.setting.get(pack.plot) !== false
   panel.el.querySelector("svg").style.display = visible ? "" : "none"
   if (!visible) return
   panel.el.querySelector(".line").setAttribute("d", "M" + curve.line.map((at) => at.join(" ")).join("L"))
@@ -175,6 +181,10 @@ function* all() {
   for (const node of places().keys()) if (panels.has(node)) yield panels.get(node)
 }
 
+function repaint() {
+  if (app.graph) for (const panel of all()) paint(panel)
+}
+
 // Nodes 2.0 makes nodes anew on undo, under the same ids, and keeps the old ones' elements on screen: put ours there.
 function adopt(node) {
   const el = panels.get(node)?.el
@@ -194,15 +204,7 @@ function chain(object, key, then) {
 
 app.registerExtension({
   name: "lambda_solvers",
-  settings: [
-    { id: pack.settings.calibration, category: ["Lambda Solvers", "Sampling", "Calibration"], type: "combo", defaultValue: pack.rules[0],
-      options: pack.rules, name: "Samplers that measure the model",
-      tooltip: "What a calibrated sampler in KSampler's list does without a calibration: take a saved one or measure once (auto), " +
-        "measure every new prompt, use saved ones only, or never look for one. The environment variable LAMBDA_SOLVERS_CALIBRATION goes before." },
-    { id: pack.settings.plot, category: ["Lambda Solvers", "Display", "Plot"], type: "boolean", defaultValue: true,
-      name: "Draw the schedule on sampler nodes", tooltip: "The curve is lambda (half the log of the signal-to-noise ratio) over the steps; the dots are model evaluations.",
-      onChange: () => { if (app.graph) for (const panel of all()) paint(panel) } },
-  ],
+  settings: pack.settings.map((setting) => setting.id === pack.plot ? { ...setting, onChange: repaint } : setting),
 
   nodeCreated(node) {
     if (ours(node)) chain(node, "onSerialize", (saved) => {
