@@ -27,6 +27,7 @@ from .names import NAMES
 
 Graph = Mapping[str, Mapping[str, Any]]
 NODE_IDS = {"LambdaSampler" + name.capitalize(): name for name in FAMILIES}
+HOSTS = ("KSampler", "KSamplerAdvanced", "KSamplerSelect")  # ComfyUI's nodes that may name a sampler of ours
 MOST = 1000  # intervals of a schedule that is still planned: the answer comes while somebody is typing
 UNTOLD = ["?", 0]  # the link of an input whose other end the interface cannot tell
 

@@ -44,7 +44,7 @@ async def show(request: web.Request) -> web.Response:
 
 def about() -> dict[str, Any]:
     version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)
-    return {"cnr_id": "lambda-solvers", "ver": version[1], "module": f"custom_nodes.{ROOT.name}", "nodes": list(plan.NODE_IDS), "names": list(NAMES),
+    return {"cnr_id": "lambda-solvers", "ver": version[1], "module": f"custom_nodes.{ROOT.name}", "nodes": list(plan.NODE_IDS), "hosts": plan.HOSTS, "names": list(NAMES),
             "settings": settings.PAGE, "plot": settings.PLOT}
 
 
@@ -65,7 +65,7 @@ def checked(body: Any) -> tuple[str, plan.Graph, str]:
                 raise ValueError(f"input {key!r} of graph[{name!r}] must be a value or [node id, slot], not {value!r}")
     if not isinstance(node, str) or node not in graph:
         raise ValueError(f"node = {node!r} must be one of the graph's ids")
-    if graph[node]["class_type"] not in plan.NODE_IDS and "sampler_name" not in graph[node]["inputs"]:
+    if graph[node]["class_type"] not in (*plan.NODE_IDS, *plan.HOSTS):
         raise ValueError(f"node {node!r} is a {graph[node]['class_type']}, which has no sampler of Lambda Solvers")
     if not isinstance(locale, str):
         raise ValueError(f"locale = {locale!r} must be text such as en or zh")

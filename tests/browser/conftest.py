@@ -21,7 +21,7 @@ PICTURES = environment.HOME / "browser"
 """Where the tests leave their screenshots."""
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def executable() -> str:
     """A browser's program. Without one the tests fail in CI, and are skipped elsewhere."""
     if CHROMIUM is None:
@@ -30,7 +30,7 @@ def executable() -> str:
     return CHROMIUM
 
 
-@pytest.fixture(scope="module", params=["pinned", "newest"])
+@pytest.fixture(scope="package", params=["pinned", "newest"])
 def server(request, executable, tmp_path_factory):
     base = environment.base_directory(tmp_path_factory.mktemp(request.param))
     arguments = ["--front-end-root", str(environment.newest_frontend())] if request.param == "newest" else []

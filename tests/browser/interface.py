@@ -13,10 +13,11 @@ SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.InstalledVersion": "1.58.1",
             "Comfy.EnableTooltips": False, "Comfy.VueNodes.AutoScaleLayout": False, "Comfy.Release.Status": "changelog seen",
             "Comfy.Notification.ShowVersionUpdates": False, "Comfy.Locale": "en"}
 READY = "() => window.app?.extensionManager && window.app?.graph && !document.querySelector('.p-blockui-mask')"
-PANELS = """() => Object.fromEntries([...document.querySelectorAll('.lambda-solvers-panel')].map((el, i) => [i, {
+PANELS = """() => [...document.querySelectorAll('.lambda-solvers-panel')].map((el) => ({
+    shown: el.style.display !== 'none',
     lines: [...el.querySelectorAll('.lines div')].map((line) => line.className + ': ' + line.textContent),
     points: (el.querySelector('.points').getAttribute('d') ?? '').split('M').length - 1,
-    curve: el.querySelector('svg').getBoundingClientRect().height, height: el.getBoundingClientRect().height}]))"""
+    curve: el.querySelector('svg').getBoundingClientRect().height, height: el.getBoundingClientRect().height}))"""
 WATCH = """() => {
     window.seen = []
     for (const kind of ['execution_success', 'execution_error', 'execution_interrupted', 'executed'])
@@ -90,7 +91,7 @@ class Interface:
                 for image in (detail["output"] or {}).get("images", [])]
 
     def panels(self) -> list[dict]:
-        return list(self.do(PANELS).values())
+        return [panel for panel in self.do(PANELS) if panel["shown"]]
 
     def reads(self, *texts: str, panel: int = 0) -> dict:
         """Wait until a panel has a line with each of these texts."""

@@ -10,7 +10,9 @@ const COLOURS = { count: "inherit", note: "var(--descrip-text, #999)", good: "#5
 // Links of these types say nothing of a schedule, so what is behind them is left alone.
 const BESIDE = new Set(["CONDITIONING", "LATENT", "IMAGE", "MASK", "VAE", "CLIP", "NOISE", "CONTROL_NET"])
 const [MUTED, BYPASSED, SUBGRAPH_INPUT] = [2, 4, -10]
+const [TALL, LOW] = [170, 78] // the height of a panel with a curve, and without
 const panels = new WeakMap() // node -> its panel
+let plots = true // the setting
 
 // --- reading the graph ---
 
@@ -96,7 +98,7 @@ function element(plot) {
   const el = document.createElement("div")
   el.className = "lambda-solvers-panel"
   // The height in CSS too: Nodes 2.0 of frontend 1.32 asks nobody else. Clicks and the wheel go to the canvas below.
-  el.style.cssText = `display:flex;flex-direction:column;box-sizing:border-box;width:100%;height:100%;min-height:${plot ? 170 : 64}px;` +
+  el.style.cssText = `display:flex;flex-direction:column;box-sizing:border-box;width:100%;height:100%;min-height:${plot ? TALL : LOW}px;` +
     "pointer-events:none;overflow:hidden;border-radius:6px;padding:4px 6px;gap:3px;font:11px/14px sans-serif;" +
     "color:var(--fg-color, #ddd);background:#0003"
   // One unit square stretched over the place there is; strokes keep their width.
@@ -108,25 +110,27 @@ function element(plot) {
 
 function open(node, plot) {
   const el = element(plot)
-  const height = plot ? 170 : 64
+  const height = plot ? TALL : LOW
   const widget = node.addDOMWidget(NAME, "LAMBDA_SOLVERS_PANEL", el, {
-    serialize: false, hideOnZoom: false, getMinHeight: () => height, getMaxHeight: () => 2 * height,
+    serialize: false, hideOnZoom: false, getMinHeight: () => widget.hidden ? 0 : height, getMaxHeight: () => widget.hidden ? 0 : 2 * height,
     getValue: () => "", setValue: () => {},
   })
+  widget.hidden = false
   widget.serialize = false // neither in the saved workflow (it is the last widget) nor in the prompt
   const panel = { node, el, widget, plot, answer: { lines: [], curve: null }, error: null, runs: null, asked: null }
   panels.set(node, panel)
-  const [width, tall] = node.size
-  node.setSize([width, Math.max(tall, node.computeSize()[1])])
+  node.setSize([node.size[0], Math.max(node.size[1], node.computeSize()[1])])
   return panel
 }
 
-function close(node) {
-  const panel = panels.get(node)
-  panels.delete(node)
-  const height = panel.el.offsetHeight || (panel.plot ? 170 : 64)
-  node.removeWidget(panel.widget)
-  node.setSize([node.size[0], Math.max(node.computeSize()[1], node.size[1] - height)])
+// A panel is put away, not removed: Nodes 2.0 of frontend 1.32 shows only the widgets that a node was loaded with.
+function show(panel, visible) {
+  const { node, el, widget } = panel
+  if (widget.hidden !== visible) return
+  const height = el.offsetHeight
+  widget.hidden = !visible
+  el.style.display = visible ? "flex" : "none"
+  node.setSize([node.size[0], Math.max(node.computeSize()[1], visible ? node.size[1] : node.size[1] - height)])
 }
 
 function paint(panel) {
@@ -139,7 +143,7 @@ function paint(panel) {
     line.textContent = text
     return line
   }))
-  const visible = panel.plot && curve?.line.length > 1 && app.extensionManager.setting.get(pack.plot) !== false
+  const visible = panel.plot && plots && curve?.line.length > 1
   panel.el.querySelector("svg").style.display = visible ? "" : "none"
   if (!visible) return
   panel.el.querySelector(".line").setAttribute("d", "M" + curve.line.map((at) => at.join(" ")).join("L"))
@@ -148,7 +152,7 @@ function paint(panel) {
 
 // Ask Python again if anything that it is told has changed.
 function refresh(panel) {
-  if (!panel || !panel.plot && !named(panel.node) || !places().has(panel.node)) return
+  if (!panel || panel.widget.hidden || !samples(panel.node) || !places().has(panel.node)) return
   const body = JSON.stringify({ ...around(panel.node), locale: app.extensionManager.setting.get("Comfy.Locale") ?? "en" })
   if (panel.asked === body) return
   panel.asked = body
@@ -166,22 +170,24 @@ function refresh(panel) {
 // --- which nodes have one ---
 
 const ours = (node) => node.constructor.nodeData?.python_module === pack.module
-const named = (node) => pack.names.includes(node.widgets?.find((widget) => widget.name === "sampler_name")?.value)
+const sampler = (node) => pack.nodes.includes(node.comfyClass)
+const host = (node) => pack.hosts.includes(node.comfyClass) // ComfyUI's own, which may name a sampler of ours
+const samples = (node) =>
+  sampler(node) || host(node) && pack.names.includes(node.widgets.find((widget) => widget.name === "sampler_name").value)
 
 function look(node) {
-  if (pack.nodes.includes(node.comfyClass)) panels.get(node) ?? open(node, true)
-  else if (node.widgets?.some((widget) => widget.name === "sampler_name")) {
-    if (named(node) && !panels.has(node)) open(node, false)
-    if (!named(node) && panels.has(node)) close(node)
-  }
-  refresh(panels.get(node))
+  const panel = panels.get(node) ?? (samples(node) ? open(node, sampler(node)) : null)
+  if (!panel) return
+  show(panel, samples(node) || panel.error !== null)
+  refresh(panel)
 }
 
 function* all() {
   for (const node of places().keys()) if (panels.has(node)) yield panels.get(node)
 }
 
-function repaint() {
+function repaint(value) {
+  plots = value
   if (app.graph) for (const panel of all()) paint(panel)
 }
 
@@ -210,8 +216,7 @@ app.registerExtension({
     if (ours(node)) chain(node, "onSerialize", (saved) => {
       saved.properties = { ...saved.properties, cnr_id: pack.cnr_id, ver: pack.ver }
     })
-    const sampler = pack.nodes.includes(node.comfyClass)
-    if (!sampler && !node.widgets?.some((widget) => widget.name === "sampler_name")) return
+    if (!sampler(node) && !host(node)) return
     look(node)
     for (const widget of node.widgets) chain(widget, "callback", () => look(node))
     chain(node, "onConnectionsChange", () => queueMicrotask(() => look(node)))
@@ -224,6 +229,11 @@ app.registerExtension({
   setup() {
     const again = () => { for (const panel of all()) refresh(panel) }
     api.addEventListener("graphChanged", again)
+    let soon // the graph is said to have changed long after some edits of neighbours
+    for (const event of ["change", "keyup", "pointerup"]) window.addEventListener(event, () => {
+      clearTimeout(soon)
+      soon = setTimeout(again, 100)
+    }, true)
     api.addEventListener("lambda_solvers.run", () => {
       for (const panel of all()) panel.asked = null
       again()
@@ -232,8 +242,8 @@ app.registerExtension({
       for (const panel of all()) {
         if (!panel.error) continue
         panel.error = null
-        if (pack.nodes.includes(panel.node.comfyClass) || named(panel.node)) paint(panel)
-        else close(panel.node)
+        paint(panel)
+        show(panel, samples(panel.node))
       }
     })
     // Newer interfaces hide an error's text: it is shown on the node, or on the sampler of the node that samples.
@@ -244,6 +254,7 @@ app.registerExtension({
         if (!panel) continue
         panel.error = detail.exception_message.trim()
         paint(panel)
+        show(panel, true)
       }
     })
   },
