@@ -77,6 +77,7 @@ def enter(*groups: str) -> Environment:
 def newest_frontend() -> Path:
     """The static files of the newest ComfyUI interface on PyPI, looked for again every week."""
     place = HOME / "newest_frontend"
+    HOME.mkdir(parents=True, exist_ok=True)
 
     def fetch() -> None:
         with tempfile.TemporaryDirectory(dir=HOME) as folder:

@@ -13,7 +13,6 @@ from typing import Any, Callable, Mapping, NamedTuple, Sequence
 import comfy.model_sampling
 import comfy.samplers
 import numpy as np
-import torch
 from comfy_api.latest import io
 from comfy_extras import nodes_align_your_steps, nodes_custom_sampler
 from torch import Tensor

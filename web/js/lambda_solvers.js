@@ -39,7 +39,8 @@ function origin(node, slot, where, depth = 0) {
 // getInputLink of a subgraph node is about what is inside of it.
 function inputLink(node, slot) {
   if (!node.subgraph) return node.getInputLink(slot)
-  return [...node.graph.links.values()].find((link) => String(link.target_id) === String(node.id) && Number(link.target_slot) === slot)
+  return [...node.graph.links.values()].find(
+    (link) => String(link.target_id) === String(node.id) && Number(link.target_slot) === slot)
 }
 
 function from(link, graph, where, depth, host) {
@@ -84,9 +85,9 @@ function around(start) {
       else inputs[input.name] = comes ? [where.get(comes.node).id, Number(comes.slot)] : ["?", 0]
       if (comes?.node && !BESIDE.has(input.type)) todo.push(comes.node)
     }
-    for (const widget of node.widgets ?? [])
-      if (!(widget.name in inputs) && widget.options?.serialize !== false && ["string", "number", "boolean"].includes(typeof widget.value))
-        inputs[widget.name] = widget.value
+    for (const { name, value, options } of node.widgets ?? [])
+      if (!(name in inputs) && options?.serialize !== false && ["string", "number", "boolean"].includes(typeof value))
+        inputs[name] = value
     graph[id] = { class_type: node.comfyClass, inputs }
   }
   return { node: where.get(start).id, graph }
@@ -94,26 +95,27 @@ function around(start) {
 
 // --- the panel ---
 
-function element(plot) {
+function element(height) {
   const el = document.createElement("div")
   el.className = "lambda-solvers-panel"
   // The height in CSS too: Nodes 2.0 of frontend 1.32 asks nobody else. Clicks and the wheel go to the canvas below.
-  el.style.cssText = `display:flex;flex-direction:column;box-sizing:border-box;width:100%;height:100%;min-height:${plot ? TALL : LOW}px;` +
+  el.style.cssText = `display:flex;flex-direction:column;box-sizing:border-box;width:100%;height:100%;min-height:${height}px;` +
     "pointer-events:none;overflow:hidden;border-radius:6px;padding:4px 6px;gap:3px;font:11px/14px sans-serif;" +
     "color:var(--fg-color, #ddd);background:#0003"
   // One unit square stretched over the place there is; strokes keep their width.
-  el.innerHTML = `<svg viewBox="0 0 1 1" preserveAspectRatio="none" overflow="visible" style="display:none;width:calc(100% - 8px);margin:4px;flex:1 1 70px;min-height:0">
-    <g fill="none" stroke-linecap="round"><path class="line" stroke="#4af" stroke-width="1.5" vector-effect="non-scaling-stroke"/>
-    <path class="points" stroke="#fb4" stroke-width="5" vector-effect="non-scaling-stroke"/></g></svg><div class="lines"></div>`
+  el.innerHTML = `<svg viewBox="0 0 1 1" preserveAspectRatio="none" overflow="visible" fill="none" stroke-linecap="round"
+      style="display:none;width:calc(100% - 8px);margin:4px;flex:1 1 70px;min-height:0">
+    <path class="line" stroke="#4af" stroke-width="1.5" vector-effect="non-scaling-stroke"/>
+    <path class="points" stroke="#fb4" stroke-width="5" vector-effect="non-scaling-stroke"/></svg><div class="lines"></div>`
   return el
 }
 
 function open(node, plot) {
-  const el = element(plot)
   const height = plot ? TALL : LOW
+  const el = element(height)
   const widget = node.addDOMWidget(NAME, "LAMBDA_SOLVERS_PANEL", el, {
-    serialize: false, hideOnZoom: false, getMinHeight: () => widget.hidden ? 0 : height, getMaxHeight: () => widget.hidden ? 0 : 2 * height,
-    getValue: () => "", setValue: () => {},
+    serialize: false, hideOnZoom: false, getValue: () => "", setValue: () => {},
+    getMinHeight: () => widget.hidden ? 0 : height, getMaxHeight: () => widget.hidden ? 0 : 2 * height,
   })
   widget.hidden = false
   widget.serialize = false // neither in the saved workflow (it is the last widget) nor in the prompt
