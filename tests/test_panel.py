@@ -258,6 +258,30 @@ def test_what_was_said_in_a_run_is_the_status_after_it(monkeypatch, saved) -> No
     assert "good: statistics: one.safetensors" in lines(graph)
 
 
+def test_the_variable_goes_before_the_setting_and_the_setting_before_auto(monkeypatch, tmp_path) -> None:
+    """Through ComfyUI's own settings, of its default user."""
+    import folder_paths
+    from app.user_manager import UserManager
+    from server import PromptServer
+    calibration = module("calibration")
+    monkeypatch.delenv(calibration.VARIABLE, raising=False)
+    monkeypatch.setattr(folder_paths, "user_directory", str(tmp_path))
+    users = UserManager()
+    monkeypatch.setattr(PromptServer, "instance", types.SimpleNamespace(user_manager=users), raising=False)
+    assert calibration.rule() == "auto"
+    request = types.SimpleNamespace(headers={})
+    users.settings.save_settings(request, {"LambdaSolvers.Calibration": "saved only"})
+    assert calibration.rule() == "saved only"
+    monkeypatch.setenv(calibration.VARIABLE, "never")
+    assert calibration.rule() == "never"
+    monkeypatch.delenv(calibration.VARIABLE)
+    users.settings.save_settings(request, {"LambdaSolvers.Calibration": "often"})
+    with pytest.raises(ValueError, match="LambdaSolvers.Calibration is 'often': choose one of auto"):
+        calibration.rule()
+    users.users = {"somebody": "somebody"}  # --multi-user
+    assert calibration.rule() == "auto"
+
+
 @pytest.mark.parametrize("body, part", [
     ([], "must be a JSON object"),
     ({"node": "5"}, "graph must be"),

@@ -137,6 +137,12 @@ def test_inside_a_subgraph_the_panel_reads_and_runs_as_outside(ui) -> None:
     ui.reads("count: model evaluations: 11")
     ui.run()
     ui.reads("count: model evaluations: 11 (last run)")
+    ui.do("""() => { const host = app.graph.nodes.find((node) => node.subgraph)
+        const inner = host.subgraph.nodes.find((node) => node.comfyClass === 'BasicScheduler')
+        host.subgraph.addInput('steps', 'INT').connect(inner.inputs.find((input) => input.name === 'steps'), inner)
+        host.widgets.find((widget) => widget.name === 'steps').value = 15 }""")
+    ui.page.mouse.click(80, 600)
+    ui.reads("count: model evaluations: 15")  # the value outside, not the one that the node inside keeps
 
 
 def test_a_collapsed_sampler_hides_its_panel_and_shows_it_again(ui) -> None:
@@ -209,10 +215,11 @@ def test_the_settings_say_whether_to_draw_and_to_measure(ui) -> None:
     ui.do(put, ["LambdaSolvers.Plot", True])
     until("the curve is back", lambda: ui.panels()[0]["curve"] > 20)
     try:
-        ui.do(put, ["LambdaSolvers.Calibration", "never"])
         workflow = example("ksampler")
         next(node for node in workflow["nodes"] if node["type"] == "KSampler")["widgets_values"][4] = "dpm_solver_v3"
         ui.load(workflow)
+        ui.reads("model evaluations: 12")
+        ui.do(put, ["LambdaSolvers.Calibration", "never"])
         ui.reads("warn: warning: no calibration is connected and measuring is switched off")
         ui.run(expect="error")
         ui.reads("warn: this sampler needs the model's statistics")

@@ -193,6 +193,14 @@ function repaint(value) {
   if (app.graph) for (const panel of all()) paint(panel)
 }
 
+function askAgain() {
+  if (!app.graph) return
+  for (const panel of all()) {
+    panel.asked = null
+    refresh(panel)
+  }
+}
+
 // Nodes 2.0 makes nodes anew on undo, under the same ids, and keeps the old ones' elements on screen: put ours there.
 function adopt(node) {
   const el = panels.get(node)?.el
@@ -212,7 +220,9 @@ function chain(object, key, then) {
 
 app.registerExtension({
   name: "lambda_solvers",
-  settings: pack.settings.map((setting) => setting.id === pack.plot ? { ...setting, onChange: repaint } : setting),
+  settings: pack.settings.map((setting) => ({
+    ...setting, onChange: setting.id === pack.plot ? repaint : () => setTimeout(askAgain, 500), // once it is stored
+  })),
 
   nodeCreated(node) {
     if (ours(node)) chain(node, "onSerialize", (saved) => {
@@ -236,10 +246,7 @@ app.registerExtension({
       clearTimeout(soon)
       soon = setTimeout(again, 100)
     }, true)
-    api.addEventListener("lambda_solvers.run", () => {
-      for (const panel of all()) panel.asked = null
-      again()
-    })
+    api.addEventListener("lambda_solvers.run", askAgain)
     api.addEventListener("execution_start", () => {
       for (const panel of all()) {
         if (!panel.error) continue
