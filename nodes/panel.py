@@ -67,6 +67,8 @@ def answer(graph: Graph, node_id: str, rule: str, say: Say) -> dict[str, Any]:
             return result
         result["runs"] = job.runs or node_id
         if not job.runs:
+            if job.linked:
+                raise Linked(job.linked[0])
             each = _each(job)
             line("count", "evaluations_per_step" if each else "evaluations_per_step_free", count=each)
             return result
@@ -79,8 +81,10 @@ def answer(graph: Graph, node_id: str, rule: str, say: Say) -> dict[str, Any]:
     run, model = runs.last(graph, job.runs), runs.model(graph, job.runs)
     try:
         if run:
-            shown = plan.plan(job, run.sigmas, run.sampling)
+            shown = plan.plan(job._replace(options=run.options), run.sigmas, run.sampling)
             line("count", "evaluations_run", count=run.evaluations)
+        elif job.linked:
+            raise Linked(", ".join(job.linked))
         elif model:
             shown = _planned(graph, job, model.sampling)
             _count(line, shown)

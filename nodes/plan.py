@@ -36,10 +36,11 @@ class Linked(Exception):
 
 
 class Job(NamedTuple):
-    """A sampler as a workflow sets it, and the node that runs it ("" if none is connected)."""
+    """A sampler as a workflow sets it, the names of options that a link sets, and the node that runs it ("" if none does)."""
 
     sampler: Sampler
     options: dict[str, Any]
+    linked: list[str]
     node: str
     runs: str
 
@@ -66,20 +67,21 @@ class Plan:
 
 
 def job(graph: Graph, node_id: str) -> Job | None:
-    """The sampler of ours that a node is or names; None if it names another's. Linked if the name or an option is linked."""
-    node = graph[node_id]
+    """The sampler of ours that a node is or names; None if it names another's. Linked if the name comes over a link."""
+    node, options, linked = graph[node_id], {}, []
     if node["class_type"] in NODE_IDS:
-        family = FAMILIES[NODE_IDS[node["class_type"]]]
-        options = {name: value(node, name) for name, option in family.options.items()
+        sampler = FAMILIES[NODE_IDS[node["class_type"]]]
+        written = {name: node["inputs"][name] for name, option in sampler.options.items()
                    if option.stand_in is None and name in node["inputs"]}
-        sampler = family
+        linked = [name for name, content in written.items() if isinstance(content, list)]
+        options = {name: content for name, content in written.items() if name not in linked}
     else:
         name = value(node, "sampler_name")
         if name not in NAMES:
             return None
-        sampler, options = SAMPLERS[NAMES[name]], {}
+        sampler = SAMPLERS[NAMES[name]]
     sampler.settings({**sampler.stand_ins, **options})
-    return Job(sampler, options, node_id, node_id if "model" in node["inputs"] else consumer(graph, node_id))
+    return Job(sampler, options, linked, node_id, node_id if "model" in node["inputs"] else consumer(graph, node_id))
 
 
 def consumer(graph: Graph, node_id: str) -> str:

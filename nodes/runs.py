@@ -27,6 +27,7 @@ class Run:
     graph: Graph
     sampling: object
     sigmas: list[float]
+    options: dict[str, Any]
     evaluations: int
     said: tuple[tuple[str, bool], ...]  # lines said while it ran, and whether they are warnings
 
@@ -54,14 +55,15 @@ def note(text: str, level: int) -> None:
 def observed(function: Callable[..., Tensor], describe: Callable[[Any], Mapping[str, Any]] | None) -> Callable[..., Tensor]:
     """A sampler function that remembers its runs; `describe` says which model a guider samples, where that matters."""
 
-    def sample(model, x, sigmas, *args, **kwargs):
+    def sample(model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
         counted, token = _Counted(model), _said.set([])
         try:
-            result = function(counted, x, sigmas, *args, **kwargs)
+            result = function(counted, x, sigmas, extra_args, callback, disable, **options)
             said = tuple(_said.get())
         finally:
             _said.reset(token)
-        _remember(model.inner_model, sigmas, counted.evaluations, said, describe)
+        written = {name: value for name, value in options.items() if isinstance(value, (bool, int, float, str))}
+        _remember(model.inner_model, sigmas, written, counted.evaluations, said, describe)
         return result
 
     return sample
@@ -89,7 +91,7 @@ class _Counted:
         return self.model(*args, **kwargs)
 
 
-def _remember(guider: Any, sigmas: Tensor, evaluations: int, said: tuple, describe: Callable | None) -> None:
+def _remember(guider: Any, sigmas: Tensor, options: dict, evaluations: int, said: tuple, describe: Callable | None) -> None:
     context = get_executing_context()
     if context is None:
         return
@@ -102,7 +104,7 @@ def _remember(guider: Any, sigmas: Tensor, evaluations: int, said: tuple, descri
     chain = _key(graph, context.node_id)
     known = _models.get(chain)
     about = describe(guider) if describe else known.about if known else None
-    _keep(_runs, context.node_id, Run(graph, sampling, sigmas.tolist(), evaluations, said))
+    _keep(_runs, context.node_id, Run(graph, sampling, sigmas.tolist(), options, evaluations, said))
     if chain != UNKNOWN:
         _keep(_models, chain, Model(sampling, about))
     server.send_sync(EVENT, {"node": context.node_id}, server.client_id)

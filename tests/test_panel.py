@@ -166,7 +166,8 @@ class Patcher:
         self.get_model_object = {"model_sampling": sampling}.__getitem__
 
 
-def run(graph: dict, name: str, steps: int, monkeypatch, describe=None, said: str = "") -> list:
+def run(graph: dict, name: str, steps: int, monkeypatch, describe=None, said: str = "",
+        family: str = "multistep", **options) -> list:
     """One run of a sampler of ours as the server does it; what was sent to the interface."""
     runs, sent = module("runs"), []
     from comfy_execution.utils import CurrentNodeContext
@@ -177,7 +178,7 @@ def run(graph: dict, name: str, steps: int, monkeypatch, describe=None, said: st
     sampling = sampling_of("ModelSamplingDiscrete", "EPS")
     type(sampling).__mro__[1].__init__(sampling)
     model = Model(lambda x, sigma: x / 2, sampling)
-    function = module("host").sampler_function(SAMPLERS["dpmpp_2m"])
+    function = module("host").sampler_function(module("plan").FAMILIES[family])  # the pack's own copy of the catalogue
 
     def sample(*args, **kwargs):
         if said:
@@ -186,7 +187,7 @@ def run(graph: dict, name: str, steps: int, monkeypatch, describe=None, said: st
 
     with CurrentNodeContext(PROMPT, name):
         sigmas = torch.cat([torch.linspace(10, 1, steps), torch.zeros(1)])
-        runs.observed(sample, describe)(model, torch.randn(1, 4, 8, 8), sigmas)
+        runs.observed(sample, describe)(model, torch.randn(1, 4, 8, 8), sigmas, **options)
     return sent
 
 
@@ -197,6 +198,20 @@ def test_after_a_run_its_own_numbers_are_shown_as_long_as_the_workflow_is_the_sa
     assert lines(shown)[0] == "count: model evaluations: 9 (last run)" and len(ask(shown)["curve"]["points"]) == 9
     assert "sigma 10 to 0" in lines(shown)[-1]
     assert "known after a run" in lines(ksampler(steps=["2", 0], scheduler="simple"))[0]
+
+
+def test_a_linked_option_is_shown_as_it_was_in_the_last_run(monkeypatch) -> None:
+    graph = custom("singlestep", order=["2", 0])
+    assert lines(graph)[0] == "count: set by a link: order (model evaluations known after a run)"
+    run(graph, "9", 5, monkeypatch, family="singlestep", order=3, prediction="data", rule="midpoint")
+    assert lines(graph)[0] == "count: model evaluations: 13 (last run)" and len(ask(graph)["curve"]["points"]) == 13
+
+
+def test_an_adaptive_run_is_counted(monkeypatch) -> None:
+    graph = custom("adaptive")
+    assert lines(graph)[0] == "count: model evaluations: as many as the tolerance asks (known after a run)"
+    run(graph, "9", 5, monkeypatch, family="adaptive")
+    assert int(lines(graph)[0].split(": ")[2].split()[0]) > 5
 
 
 def test_a_model_that_has_run_is_known_for_other_schedules(monkeypatch) -> None:
