@@ -140,6 +140,14 @@ def test_too_few_steps_for_the_order_are_named_with_the_fewest_that_do() -> None
     assert warned(fewest - 1) and not warned(fewest)
 
 
+@pytest.mark.parametrize("denoise", [1.0, 0.7, 0.3])
+def test_a_plan_knows_whether_it_starts_from_noise(denoise: float) -> None:
+    plan, graph = module("plan"), ksampler(denoise=denoise)
+    sampling = plan.usual("ve")
+    planned = plan.plan(plan.job(graph, "5"), plan.schedule(graph, "5", sampling), sampling)
+    assert planned.starts_from_noise == (denoise == 1.0) and planned.evaluations == 12
+
+
 @pytest.mark.parametrize("graph, part", [
     (custom(scheduler=node("KarrasScheduler", steps=7, sigma_max=0.03, sigma_min=14.6, rho=7.0)), "sigma_min = 14.6 must be below"),
     (custom(scheduler=node("KarrasScheduler", steps=7, sigma_max=14.6, sigma_min=0.03, rho=0.0)), "KarrasScheduler makes no schedule"),

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from PIL import Image
@@ -36,8 +37,9 @@ def test_a_workflow_saved_and_loaded_again_is_the_same(ui, name: str) -> None:
     ui.load(first)
     ui.reads("model evaluations: ")
     assert drifting(ui, ui.saved()) == drifting(ui, first)
+    version = re.search('^version = "(.+)"$', (environment.ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)[1]
     ours = [node for node in first["nodes"] if node["type"].startswith("Lambda")]
-    assert all((node["properties"]["cnr_id"], node["properties"]["ver"]) == ("lambda-solvers", "0.1.0") for node in ours)
+    assert all((node["properties"]["cnr_id"], node["properties"]["ver"]) == ("lambda-solvers", version) for node in ours)
     values = {node["id"]: node.get("widgets_values") for node in first["nodes"]}
     assert all(values[node["id"]] == node.get("widgets_values") or not values[node["id"]] and not node.get("widgets_values")
                for node in example(name)["nodes"])
