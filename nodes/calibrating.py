@@ -13,6 +13,8 @@ from .calibration import Kind, Run
 from .kinds import AMED_KIND, STATISTICS_KIND, AmedKind, StatisticsKind
 
 CATEGORY = "Lambda Solvers/calibration"
+PICTURES = {STATISTICS_KIND: "The curves l, s, b and gamma over lambda",
+            AMED_KIND: "r, c and a of every step, and the error after it, untrained and trained"}
 SOCKETS = {STATISTICS_KIND: io.Custom("LAMBDA_STATISTICS"), AMED_KIND: io.Custom("LAMBDA_AMED")}
 
 
@@ -30,6 +32,11 @@ def _model(what: str) -> list[io.Input]:
                        tooltip="Guidance: what is measured serves guidance within about 10 % of it"),
         io.Latent.Input("latent_image", tooltip="Only its shape is used"),
     ]
+
+
+def _outputs(kind: Kind, word: str, uses: str) -> list[io.Output]:
+    return [SOCKETS[kind].Output(display_name=word.upper(), tooltip=f"For {uses}"),
+            io.Image.Output(display_name="picture", tooltip=PICTURES[kind])]
 
 
 def _partial(run: Run, kind: Kind, about: dict[str, Any], *settings: object) -> Any:
@@ -56,13 +63,13 @@ class EstimateStatistics(io.ComfyNode):
                 advanced(io.Combo.Input("pool", options=["all", "channel"], default="all", tooltip=(
                     "all: one number at each lambda; channel: one for every latent channel"))),
             ],
-            outputs=[SOCKETS[STATISTICS_KIND].Output(display_name="STATISTICS"), io.Image.Output(display_name="picture")],
+            outputs=_outputs(STATISTICS_KIND, "Statistics", f"the DPM-Solver-v3 node, Save or Apply {STATISTICS_KIND.title}"),
         )
 
     @classmethod
     def execute(cls, model, positive, negative, cfg, latent_image, seed, intervals, samples, pool) -> io.NodeOutput:
         def measure(run: Run) -> Any:
-            about = calibration.description(STATISTICS_KIND, run)
+            about = calibration.described(STATISTICS_KIND, run)
             return STATISTICS_KIND.measure(run, about, _partial(run, STATISTICS_KIND, about, seed, intervals, samples, pool),
                                            seed=seed, intervals=intervals, samples=samples, pool=pool)
 
@@ -98,14 +105,14 @@ class TrainAmed(io.ComfyNode):
                 advanced(io.Int.Input("teacher", default=TEACHER, min=2, max=64, tooltip=(
                     "Steps of the teacher in every interval: what AMED learns to land on"))),
             ],
-            outputs=[SOCKETS[AMED_KIND].Output(display_name="AMED"), io.Image.Output(display_name="picture")],
+            outputs=_outputs(AMED_KIND, "Amed", "the AMED node, Save or Apply AMED"),
         )
 
     @classmethod
     def execute(cls, model, positive, negative, cfg, latent_image, sigmas, base, form, afs, seed, samples, teacher) -> io.NodeOutput:
         def measure(run: Run) -> Any:
             run = Run(run.model, run.x, run.sigmas, run.extra_args, {"base": base, "first_step": "afs" if afs else "evaluate"})
-            about = calibration.description(AMED_KIND, run)
+            about = calibration.described(AMED_KIND, run)
             return AMED_KIND.measure(run, about, _partial(run, AMED_KIND, about, form, seed, samples, teacher), seed=seed,
                                      samples=samples, form=form, teacher=teacher)
 
@@ -154,7 +161,7 @@ def _kept(kind: StatisticsKind | AmedKind, word: str, serves: str, draw: Any) ->
                 category=CATEGORY,
                 description=f"Reads {kind.title} from models/solver_calibrations.",
                 inputs=[io.Combo.Input("name", options=store.names(), tooltip="A file of models/solver_calibrations")],
-                outputs=[socket.Output(display_name=word.upper()), io.Image.Output(display_name="picture")],
+                outputs=_outputs(kind, word, f"the {serves.split()[0]} node or Apply {kind.title}"),
             )
 
         @classmethod
@@ -176,7 +183,7 @@ def _kept(kind: StatisticsKind | AmedKind, word: str, serves: str, draw: Any) ->
                 description=f"Attaches {kind.title} to a model, for {serves} in the plain KSampler.",
                 inputs=[io.Model.Input("model", tooltip=f"The model {kind.title} was measured on"),
                         socket.Input(name, tooltip=f"From {kind.makes} or Load {kind.title}")],
-                outputs=[io.Model.Output(display_name="MODEL")],
+                outputs=[io.Model.Output(display_name="MODEL", tooltip=f"The same model, with {kind.title} attached")],
             )
 
         @classmethod

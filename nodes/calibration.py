@@ -22,9 +22,11 @@ from comfy_execution.utils import get_executing_context
 from server import PromptServer
 from torch import Tensor
 
-from . import identity, store
+from ..samplers.schedule import Level, find_path, levels
+from . import identity, runs, settings, store
+from .host import path_of
+from .settings import RULES
 
-RULES = ("auto", "every prompt", "saved only", "never")
 VARIABLE = "LAMBDA_SOLVERS_CALIBRATION"
 
 
@@ -46,6 +48,14 @@ class Run:
     def patcher(self) -> Any:
         return self.guider.model_patcher
 
+    @property
+    def path(self) -> str:
+        return path_of(self.patcher.get_model_object("model_sampling"))
+
+    @property
+    def levels(self) -> list[Level]:
+        return levels(self.sigmas.tolist(), find_path(self.path))
+
     def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
         """The model function that is being sampled, without its inpainting mask."""
         return self.guider(x, sigma, model_options=self.extra_args.get("model_options", {}), seed=self.extra_args.get("seed"))
@@ -63,16 +73,20 @@ class Kind(Protocol):
 
     def name(self, about: Mapping[str, Any]) -> str: """What a file's name says of it, beside model and guidance."""
     def about(self, run: Run) -> dict[str, Any]: """What its description says of a run, beside model, guidance and prompt."""
-    def serves(self, found: Any, run: Run) -> bool: """Whether one of the right model and guidance serves this run."""
+    def serves(self, found: Any, options: Mapping[str, Any], path: str, schedule: list[Level]) -> bool:
+        """Whether one of the right model and guidance serves a run with these options of the solver."""
+    def cost(self, options: Mapping[str, Any], path: str, schedule: list[Level]) -> int: """Evaluations to measure one."""
     def measure(self, run: Run, about: dict[str, Any], partial: Any) -> Any: """A new one."""
     def ready(self, found: Any, run: Run) -> AbstractContextManager[Any]: """It, as the solver needs it while it runs."""
 
 
 def rule() -> str:
-    """What a sampler in a list does without a calibration: the environment variable, or auto."""
-    value = os.environ.get(VARIABLE, RULES[0])
+    """What a sampler in a list does without a calibration: the environment variable, else ComfyUI's settings, else auto."""
+    value, where = os.environ.get(VARIABLE), f"the environment variable {VARIABLE}"
+    if value is None:
+        value, where = settings.read(settings.CALIBRATION) or RULES[0], f"the setting {settings.CALIBRATION}"
     if value not in RULES:
-        raise ValueError(f"the environment variable {VARIABLE} is {value!r}: choose one of {', '.join(RULES)}")
+        raise ValueError(f"{where} is {value!r}: choose one of {', '.join(RULES)}")
     return value
 
 
@@ -85,13 +99,15 @@ def calibration_for(kind: Kind, run: Run, given: Any, how: str) -> Any:
     """
     found = given or run.patcher.get_attachment(kind.attachment)
     if found is not None:
-        _warn_if_foreign(kind, found, run)
+        for fault in faults(found.about, description(run.guider)):
+            say(f"warning: the {kind.noun} may not fit: {fault}. Measure anew with {kind.makes}", logging.WARNING)
         return found
     if how == "never":
         raise ValueError(f"this sampler needs {kind.noun}, and measuring is switched off: add the node Load {kind.title} or "
                          f"{kind.makes} and connect it to the sampler node, or put Apply {kind.title} behind the model")
-    about = description(kind, run)
-    saved = store.find(kind.type, about, exactly=how == "every prompt", serves=lambda found: kind.serves(found, run))
+    about = described(kind, run)
+    saved = store.find(kind.type, about, exactly=how == "every prompt",
+                       serves=lambda found: kind.serves(found, run.options, run.path, run.levels))
     if saved:
         name, found = saved
         say(f"{kind.noun}: {name}")
@@ -111,12 +127,17 @@ def calibration_for(kind: Kind, run: Run, given: Any, how: str) -> Any:
     return result
 
 
-def description(kind: Kind, run: Run) -> dict[str, Any]:
+def description(guider: Any) -> dict[str, Any]:
     """What a file says of the model, guidance and prompt it was measured on."""
-    fingerprint = identity.fingerprint(run.patcher)
-    return {"model": identity.title(run.patcher, fingerprint), "fingerprint": fingerprint,
-            "patches": identity.patches(run.patcher), "guidance": float(run.guider.cfg),
-            "conditions": identity.conditions(run.guider), **kind.about(run)}
+    patcher = guider.model_patcher
+    fingerprint = identity.fingerprint(patcher)
+    return {"model": identity.title(patcher, fingerprint), "fingerprint": fingerprint,
+            "patches": identity.patches(patcher), "guidance": float(guider.cfg), "conditions": identity.conditions(guider)}
+
+
+def described(kind: Kind, run: Run) -> dict[str, Any]:
+    """The description of a run, with what the kind adds."""
+    return {**description(run.guider), **kind.about(run)}
 
 
 def file_name(kind: Kind, about: Mapping[str, Any]) -> str:
@@ -147,23 +168,21 @@ def say(text: str, level: int = logging.INFO) -> None:
     if PromptServer.instance is not None and context is not None:
         PromptServer.instance.send_progress_text(text, context.node_id)
     if ": evaluation " not in text:
+        runs.note(text, level)
         logging.log(level, "Lambda Solvers: %s", text)
 
 
-def _warn_if_foreign(kind: Kind, found: Any, run: Run) -> None:
-    about = found.about
-    faults = []
-    fingerprint, guidance = identity.fingerprint(run.patcher), float(run.guider.cfg)
-    if about.get("fingerprint", "") != fingerprint:
-        faults.append(f"measured on {about.get('model', 'an unnamed model')}, and this is "
-                      f"{identity.title(run.patcher, fingerprint)}")
-    elif about.get("patches", []) != identity.patches(run.patcher):
-        faults.append(f"measured with the patches {about.get('patches') or 'none'}, and this model has "
-                      f"{identity.patches(run.patcher) or 'none'}")
-    if not store.near(float(about.get("guidance", math.nan)), guidance):
-        faults.append(f"measured for guidance {about.get('guidance', 'unknown')}, and this is {guidance:g}")
-    for fault in faults:
-        say(f"warning: the {kind.noun} may not fit: {fault}. Measure anew with {kind.makes}", logging.WARNING)
+def faults(about: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Why a calibration made for `about` may not serve `wanted`, both as `description` has them; the prompt apart."""
+    found = []
+    if about.get("fingerprint", "") != wanted["fingerprint"]:
+        found.append(f"measured on {about.get('model', 'an unnamed model')}, and this is {wanted['model']}")
+    elif about.get("patches", []) != wanted["patches"]:
+        found.append(f"measured with the patches {about.get('patches') or 'none'}, and this model has "
+                     f"{wanted['patches'] or 'none'}")
+    if not store.near(float(about.get("guidance", math.nan)), wanted["guidance"]):
+        found.append(f"measured for guidance {about.get('guidance', 'unknown')}, and this is {wanted['guidance']:g}")
+    return found
 
 
 class Measuring(comfy.samplers.Sampler):

@@ -34,7 +34,7 @@ def _wrapper(word: str, title: str, first_step: str, description: str) -> type[i
             return io.Schema(
                 node_id=f"Lambda{word}", display_name=title, category="Lambda Solvers", description=description,
                 inputs=[io.Sampler.Input("sampler", tooltip="A sampler of this pack")],
-                outputs=[io.Sampler.Output(display_name="SAMPLER")])
+                outputs=[io.Sampler.Output(display_name="SAMPLER", tooltip="For SamplerCustom or SamplerCustomAdvanced")])
 
         @classmethod
         def execute(cls, sampler: Any) -> io.NodeOutput:

@@ -53,5 +53,4 @@ def sampler_function(sampler: Sampler) -> Callable[..., Tensor]:
                                   float(model_sampling.sigma_max), mean)
         return fn(model, x.float(), sigmas, extra_args=extra_args, callback=callback, disable=disable).to(x.dtype)
 
-    sample.lambda_solvers = sampler
     return sample

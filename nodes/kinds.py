@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ..samplers import Amed, Statistics, estimate_statistics, fit_amed
 from ..samplers.calibrate import INTERVALS
-from ..samplers.schedule import find_path, levels
-from . import identity, store
+from ..samplers.schedule import Level, find_path
+from ..samplers.train import training_cost
+from . import identity
 from .calibration import Progress, Run, say
 from .host import noise_scale, path_of
 from .middle_block import MiddleBlock
@@ -33,8 +34,11 @@ class StatisticsKind:
     def about(self, run: Run) -> dict[str, Any]:
         return {}
 
-    def serves(self, found: Statistics, run: Run) -> bool:
+    def serves(self, found: Statistics, options: Mapping[str, Any], path: str, schedule: list[Level]) -> bool:
         return True
+
+    def cost(self, options: Mapping[str, Any], path: str, schedule: list[Level]) -> int:
+        return 2 * (INTERVALS + 1)
 
     def measure(self, run: Run, about: dict[str, Any], partial: Any, *, seed: int = 0, intervals: int = INTERVALS,
                 samples: int = 0, pool: str = "all") -> Statistics:
@@ -42,7 +46,7 @@ class StatisticsKind:
         noise = pure_noise(run, samples or trajectories(run.x.shape), seed)
         try:
             result = estimate_statistics(
-                run.denoise, noise, table(sampling), intervals=intervals, pool=pool, path=path_of(sampling), seed=seed,
+                run.denoise, noise, table(sampling), intervals=intervals, pool=pool, path=run.path, seed=seed,
                 about=about, precision=precision_of(run.patcher), progress=Progress("measuring the model's statistics"),
                 partial=partial)
         except BaseException:
@@ -72,15 +76,14 @@ class AmedKind:
         return f"{about['base'] if about['base'] == 'amed' else 'amed_' + about['base']}{first}-{len(sigmas) - 1}steps-{digits}"
 
     def about(self, run: Run) -> dict[str, Any]:
-        first_step = run.options.get("first_step", "evaluate")
-        return {"base": run.options["base"], "sigmas": run.sigmas.tolist(),
-                "first_step": "evaluate" if first_step == "mean" else first_step}
+        return {"base": run.options["base"], "sigmas": run.sigmas.tolist(), "first_step": _first_step(run.options)}
 
-    def serves(self, found: Amed, run: Run) -> bool:
-        wanted = self.about(run)
-        path = path_of(run.patcher.get_model_object("model_sampling"))
-        same = found.about.get("path") == path and (found.base, found.first_step) == (wanted["base"], wanted["first_step"])
-        return same and found.fits(levels(wanted["sigmas"], find_path(path)))
+    def serves(self, found: Amed, options: Mapping[str, Any], path: str, schedule: list[Level]) -> bool:
+        wanted = path, options["base"], _first_step(options)
+        return (found.about.get("path"), found.base, found.first_step) == wanted and found.fits(schedule)
+
+    def cost(self, options: Mapping[str, Any], path: str, schedule: list[Level]) -> int:
+        return training_cost(schedule, find_path(path))
 
     def measure(self, run: Run, about: dict[str, Any], partial: Any, *, seed: int = 0, samples: int = 0, form: str = "table",
                 **how: Any) -> Amed:
@@ -95,7 +98,7 @@ class AmedKind:
             try:
                 result = fit_amed(
                     run.denoise, noise, run.sigmas, base=about["base"], first_step=about["first_step"], form=form,
-                    held_out=held_out, path=path_of(sampling), features=block.features if block.exists else None, seed=seed,
+                    held_out=held_out, path=run.path, features=block.features if block.exists else None, seed=seed,
                     about=about, progress=Progress("training AMED"), partial=partial, **how)
             except BaseException:
                 say("the training was interrupted; the next run goes on from there")
@@ -114,6 +117,11 @@ class AmedKind:
                 raise ValueError(f"this AMED was trained with a predictor on the middle block of {found.about.get('model')}, and "
                                  "this model has none: train a table for it")
             yield replace(found, features=block.features)
+
+
+def _first_step(options: Mapping[str, Any]) -> str:
+    """What AMED is trained with: a mean stands in for an evaluation."""
+    return "afs" if options.get("first_step") == "afs" else "evaluate"
 
 
 STATISTICS_KIND, AMED_KIND = KINDS = (StatisticsKind(), AmedKind())

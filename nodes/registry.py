@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..samplers import FAMILIES, SAMPLERS
 from ..samplers.families import Option, Sampler
-from . import calibration
+from . import calibration, runs
 from .calibrating import SOCKETS, advanced
 from .calibration import Kind, Run
 from .host import sampler_function
@@ -47,7 +47,7 @@ def _node(family: Sampler) -> type[io.ComfyNode]:
                 category=CATEGORY,
                 description=f"{family.help}\n\n{family.citation}",
                 inputs=[*(_input(name, option) for name, option in family.options.items()), *_more(family)],
-                outputs=[io.Sampler.Output(display_name="SAMPLER")],
+                outputs=[io.Sampler.Output(display_name="SAMPLER", tooltip="For SamplerCustom or SamplerCustomAdvanced")],
             )
 
         @classmethod
@@ -68,7 +68,7 @@ def _calibrated(sampler: Sampler, how: str | None = None) -> Callable[..., Tenso
     """The sampler's function for KSAMPLER; one that needs a calibration finds or measures it first."""
     function, kind = sampler_function(sampler), kind_of(sampler)
     if kind is None:
-        return function
+        return _observed(sampler, function, None)
 
     def sample(model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
         given = options.pop(kind.option, None)
@@ -78,6 +78,12 @@ def _calibrated(sampler: Sampler, how: str | None = None) -> Callable[..., Tenso
         with kind.ready(found, run) as ready:
             return function(model, x, sigmas, extra_args, callback, disable, **{kind.option: ready}, **options)
 
+    return _observed(sampler, sample, calibration.description)
+
+
+def _observed(sampler: Sampler, function: Callable[..., Tensor], describe: Callable | None) -> Callable[..., Tensor]:
+    """The function, remembering its runs, and known as ours."""
+    sample = runs.observed(function, describe)
     sample.lambda_solvers = sampler
     return sample
 

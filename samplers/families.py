@@ -87,8 +87,10 @@ class Sampler:
         return {**self.fixed, **free}
 
     def solver(self, **options: Any) -> Solver:
-        """The solver of these options, but for first_step, which is the denoiser's."""
-        settings = self.settings(options)
+        return self.solver_of(self.settings(options))
+
+    def solver_of(self, settings: Mapping[str, Any]) -> Solver:
+        """The solver of all settings but first_step, which is the denoiser's."""
         return self.build(**{name: settings[name] for name in settings if name != "first_step"})
 
     def first_step(self, settings: Mapping[str, Any]) -> str:

@@ -88,10 +88,7 @@ def fit_amed(model: Callable[..., Tensor], x: Tensor, sigmas: Sequence[float] | 
         raise ValueError(f"sigmas = {[level.sigma for level in schedule]} has no interval between two positive levels inside "
                          "the path, and AMED learns nothing of others: use more steps")
     fine, marks = _refined(schedule, teacher, gaussian)
-    slopes = len({"r", "a"} & {*learn})
-    total = len(fine) - 1 + len(trainable) * (2 + iterations * (slopes + 1)) + len(schedule) - 1 - len(trainable)
-    if form == "predictor":
-        total += rounds * (len(schedule) - 1 + len(trainable) * (1 + slopes)) + len(schedule) - 1 + len(trainable)
+    total = training_cost(schedule, gaussian, form, teacher, learn, iterations, rounds)
     done, loss = 0, math.nan
 
     def denoise(x_now: Tensor, sigma: float | np.ndarray) -> Tensor:
@@ -113,7 +110,7 @@ def fit_amed(model: Callable[..., Tensor], x: Tensor, sigmas: Sequence[float] | 
     training = slice(0, len(x) - held_out)
     student.start(x)
     if first:
-        done = len(fine) - 1 + sum(2 + iterations * (slopes + 1) for i in trainable if i < first)
+        done = training_cost(schedule[:first + 1], gaussian, "table", teacher, learn, iterations)
         student.resume(kept, first)
     losses = {name: kept[f"losses.{name}"].tolist() if first else [] for name in ("untrained", "trained")}
     try:
@@ -146,6 +143,18 @@ def fit_amed(model: Callable[..., Tensor], x: Tensor, sigmas: Sequence[float] | 
         "sigmas": [level.sigma for level in schedule], "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
     state.remove()
     return result
+
+
+def training_cost(schedule: Sequence[Level], path: Path, form: str = "table", teacher: int = TEACHER,
+                  learn: Sequence[str] = LEARNED, iterations: int = ITERATIONS, rounds: int = ROUNDS) -> int:
+    """The most model evaluations that `fit_amed` makes."""
+    intervals = len(schedule) - 1 - (not finite(schedule[-1]))
+    trained = sum(finite(*ends) for ends in pairwise(schedule))
+    slopes = len({"r", "a"} & {*learn})
+    total = len(_refined(schedule, teacher, path)[0]) - 1 + intervals + trained * (1 + iterations * (slopes + 1))
+    if form == "predictor":
+        total += rounds * (intervals + trained * (1 + slopes)) + intervals + trained
+    return total
 
 
 class Student:

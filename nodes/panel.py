@@ -1,0 +1,200 @@
+"""What the interface shows on a sampler: evaluations, the schedule in lambda, warnings, and how its calibration stands."""
+from __future__ import annotations
+
+from typing import Any, Callable, Mapping, NamedTuple
+
+from ..samplers import CalibrationError
+from . import calibration, plan, runs, store
+from .calibration import Kind
+from .kinds import KINDS
+from .plan import Graph, Job, Linked, Plan
+
+WORDS = {
+    "evaluations": "model evaluations: {count}",
+    "evaluations_by_path": "model evaluations: {count}, {flow} on a flow model",
+    "evaluations_run": "model evaluations: {count} (last run)",
+    "evaluations_free": "model evaluations: as many as the tolerance asks (known after a run)",
+    "evaluations_per_step": "model evaluations a step: {count}. Connect it to SamplerCustom to see its schedule",
+    "evaluations_per_step_free": "as many model evaluations as the tolerance asks. Connect it to SamplerCustom to see its schedule",
+    "linked": "set by a link: {name} (model evaluations known after a run)",
+    "nothing_to_do": "model evaluations: 0, the schedule is empty",
+    "scale": "lambda {low} to {high}, sigma {first} to {last}",
+    "scale_guessed": "lambda {low} to {high} on Stable Diffusion's noise levels (the model's own after a run)",
+    "order_not_reached": "warning: order {order} is never reached in {steps} steps; {fewest} are the fewest",
+    "first_step_not_skipped": "warning: the first step can be skipped at full noise only, and this run starts at sigma {sigma}",
+    "unusable": "warning: {fault}",
+    "fits": "the calibration fits this model and guidance",
+    "saved": "calibration saved for this model and guidance: {name}",
+    "unsure": "not run on this model yet: a saved calibration that fits is used, else about {count} evaluations measure one",
+    "to_be_measured": "no calibration of this model and guidance: about {count} evaluations measure it in the first run",
+    "every_prompt": "each new prompt is measured once, in about {count} evaluations",
+    "only_saved": "only a saved calibration of this model and guidance is used; without one the run stops",
+    "none_saved": "warning: no calibration of this model and guidance is saved, so the run will stop",
+    "none_given": "warning: no calibration is connected and measuring is switched off, so the run will stop",
+    "given": "calibration by a link; whether it fits is known after a run",
+    "given_file": "calibration {name}; whether it fits is known after a run",
+    "misfit": "warning: {name} was made for something else: {fault}",
+}
+"""The texts, in English; other languages are in locales/*/main.json."""
+
+
+KIND_OF: Mapping[type, Kind] = {kind.type: kind for kind in KINDS}
+
+ORDER = ("count", "warn", "good", "note")
+Line = dict[str, str]
+Say = Callable[..., str]
+"""say(key of WORDS, **values) -> the text in the reader's language."""
+
+
+def answer(graph: Graph, node_id: str, rule: str, say: Say) -> dict[str, Any]:
+    """The lines for one node (kind: count, note, good or warn; text), and the curve if there is one.
+
+    `runs` is the node that samples, on which a failing run reports its error. No lines for a sampler that is not ours.
+    """
+    result: dict[str, Any] = {"lines": [], "curve": None, "runs": node_id}
+
+    def line(kind: str, key: str, **values: Any) -> None:
+        result["lines"].append({"kind": kind, "text": say(key, **values)})
+
+    try:
+        job = plan.job(graph, node_id)
+        if job is None:
+            return result
+        result["runs"] = job.runs or node_id
+        if not job.runs:
+            if job.linked:
+                raise Linked(job.linked[0])
+            each = _each(job)
+            line("count", "evaluations_per_step" if each else "evaluations_per_step_free", count=each)
+            return result
+    except Linked as fault:
+        line("count", "linked", name=fault)
+        return result
+    except ValueError as fault:
+        line("warn", "unusable", fault=fault)
+        return result
+    run, model = runs.last(graph, job.runs), runs.model(graph, job.runs)
+    shown: Plan | None = None
+    try:
+        if run:
+            shown = plan.plan(job._replace(options=run.options), run.sigmas, run.sampling)
+            line("count", "evaluations_run", count=run.evaluations)
+        elif job.linked:
+            raise Linked(", ".join(job.linked))
+        elif model:
+            shown = _planned(graph, job, model.sampling)
+            _count(line, shown)
+        else:
+            shown = _guessed(graph, job, line)
+        _schedule(line, shown, say, guessed=not run and not model)
+        result["curve"] = plan.curve(shown)
+        for key, warning in plan.WARNINGS.items():
+            values = warning(shown)
+            if values is not None:
+                line("warn", key, **values)
+    except Linked as fault:
+        line("count", "linked", name=fault)
+    except ValueError as fault:
+        line("warn", "unusable", fault=fault)
+    for name, option in job.sampler.options.items():
+        if option.kind in KIND_OF:
+            if run:
+                _said(result["lines"].append, line, run)
+            elif shown:
+                _status(line, graph, job, name, model, rule, shown)
+    result["lines"].sort(key=lambda entry: ORDER.index(entry["kind"]))
+    return result
+
+
+def _said(add: Callable[[Line], None], line: Callable[..., None], run: runs.Run) -> None:
+    """How the calibration stood in a run: its warnings, and the last of the other lines it said."""
+    for text, warns in run.said:
+        if warns:
+            add({"kind": "warn", "text": text})
+    told = [text for text, warns in run.said if not warns]
+    if told:
+        add({"kind": "good", "text": told[-1]})
+    elif not run.said:
+        line("good", "fits")
+
+
+def _each(job: Job) -> int | None:
+    """Evaluations on an interval of finite length."""
+    sigmas = [float(sigma) for sigma in range(13, 0, -1)]
+    total = plan.plan(job, sigmas, plan.usual("ve")).evaluations
+    return None if total is None else total // 12
+
+
+def _planned(graph: Graph, job: Job, sampling: object) -> Plan:
+    return plan.plan(job, plan.schedule(graph, job.runs, sampling), sampling)
+
+
+def _guessed(graph: Graph, job: Job, line: Callable[..., None]) -> Plan:
+    """The plan for Stable Diffusion's levels, and a line that says what would be different on a flow model."""
+    first = _planned(graph, job, plan.usual("ve"))
+    try:
+        flow = _planned(graph, job, plan.usual("flow")).evaluations
+    except ValueError:  # sigmas written for the other path
+        flow = first.evaluations
+    if flow == first.evaluations:
+        _count(line, first)
+    else:
+        line("count", "evaluations_by_path", count=first.evaluations, flow=flow)
+    return first
+
+
+def _count(line: Callable[..., None], shown: Plan) -> None:
+    if not shown.levels:
+        line("count", "nothing_to_do")
+    elif shown.evaluations is None:
+        line("count", "evaluations_free")
+    else:
+        line("count", "evaluations", count=shown.evaluations)
+
+
+def _schedule(line: Callable[..., None], shown: Plan, say: Say, guessed: bool) -> None:
+    lams = [level.lam for level in shown.levels if abs(level.lam) != float("inf")]
+    if lams:
+        line("note", "scale_guessed" if guessed else "scale", low=f"{lams[0]:.2f}", high=f"{lams[-1]:.2f}",
+             first=f"{shown.levels[0].sigma:.4g}", last=f"{shown.levels[-1].sigma:.4g}")
+
+
+def _status(line: Callable[..., None], graph: Graph, job: Job, name: str, model: runs.Model | None, rule: str,
+            shown: Plan) -> None:
+    """How the calibration stands before a run."""
+    kind = KIND_OF[job.sampler.options[name].kind]
+    planned = shown.settings, shown.path, shown.levels
+    cost = kind.cost(*planned) if shown.levels else 0
+    scale = plan.guidance(graph, job.runs)
+    about = model.about if model and scale is not None else None
+    giver = plan.given(graph, job.node, job.runs, name)
+    if giver is not None:
+        return _given(line, kind.type, giver, about and {**about, "guidance": scale})
+    rule = graph[job.node]["inputs"].get("calibration", rule)
+    if rule == "never":
+        return line("warn", "none_given")
+    if rule == "every prompt":
+        return line("note", "every_prompt", count=cost)
+    if about is None:
+        return line("note", "only_saved" if rule == "saved only" else "unsure", count=cost)
+    found = store.find(kind.type, {**about, "guidance": scale}, False, lambda found: kind.serves(found, *planned))
+    if found:
+        return line("good", "saved", name=found[0])
+    line("warn" if rule == "saved only" else "note", "none_saved" if rule == "saved only" else "to_be_measured", count=cost)
+
+
+def _given(line: Callable[..., None], kind: type, giver: Mapping[str, Any], about: Mapping[str, Any] | None) -> None:
+    """The same for a calibration that comes over a link."""
+    file = giver["inputs"].get("name") if giver["class_type"].startswith("LambdaLoad") else None
+    if not isinstance(file, str):
+        return line("note", "given")
+    try:
+        made_for = kind.load(store.existing(file)).about
+    except (ValueError, CalibrationError) as fault:
+        return line("warn", "unusable", fault=fault)
+    if about is None:
+        return line("note", "given_file", name=file)
+    faults = calibration.faults(made_for, about)
+    if faults:
+        return line("warn", "misfit", name=file, fault="; ".join(faults))
+    line("good", "fits")

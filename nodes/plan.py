@@ -1,0 +1,304 @@
+"""What a sampler of ours will do in a workflow, told from the workflow alone: nothing is loaded and nothing is run.
+
+A workflow is in ComfyUI's API form, node id -> {"class_type", "inputs"}, where an input is a value, or [node id, slot] for a
+link. The interface sends the nodes around one of ours; the prompt that is running is a workflow of the same form.
+"""
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any, Callable, Mapping, NamedTuple, Sequence
+
+import comfy.model_sampling
+import comfy.samplers
+import numpy as np
+from comfy_api.latest import io
+from comfy_extras import nodes_align_your_steps, nodes_custom_sampler
+from torch import Tensor
+
+from ..samplers import FAMILIES, SAMPLERS
+from ..samplers.families import Sampler
+from ..samplers.first_step import FULL
+from ..samplers.schedule import Level, find_path, levels
+from ..samplers.solver import Adaptive, Step
+from .host import path_of
+from .names import NAMES
+
+Graph = Mapping[str, Mapping[str, Any]]
+NODE_IDS = {"LambdaSampler" + name.capitalize(): name for name in FAMILIES}
+HOSTS = ("KSampler", "KSamplerAdvanced", "KSamplerSelect")  # ComfyUI's nodes that may name a sampler of ours
+MOST = 1000  # intervals of a schedule that is still planned: the answer comes while somebody is typing
+UNTOLD = ["?", 0]  # the link of an input whose other end the interface cannot tell
+
+
+class Linked(Exception):
+    """An input whose value comes over a link, so that it is known in a run only; its name."""
+
+
+class Job(NamedTuple):
+    """A sampler as a workflow sets it, the names of options that a link sets, and the node that runs it ("" if none does)."""
+
+    sampler: Sampler
+    options: dict[str, Any]
+    linked: list[str]
+    node: str
+    runs: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run before it is made. `steps` is None for adaptive solvers."""
+
+    sampler: Sampler
+    settings: dict[str, Any]
+    path: str
+    levels: list[Level]
+    steps: list[Step] | None
+    sigma_max: float  # where the model's noise begins
+
+    @property
+    def evaluations(self) -> int | None:
+        if self.steps is None:
+            return None
+        return sum(len(step.evaluations) for step in self.steps) - (bool(self.steps) and self.skips_first)
+
+    @property
+    def skips_first(self) -> bool:
+        """Whether the first evaluation is not the model's."""
+        return self.sampler.first_step(self.settings) != "evaluate"
+
+    @property
+    def starts_from_noise(self) -> bool:
+        """False for img2img (denoise < 1) and for the second part of a run."""
+        return bool(self.levels) and self.levels[0].sigma >= FULL * self.sigma_max
+
+
+def job(graph: Graph, node_id: str) -> Job | None:
+    """The sampler of ours that a node is or names; None if it names another's. Linked if the name comes over a link."""
+    node, options, linked = graph[node_id], {}, []
+    if node["class_type"] in NODE_IDS:
+        sampler = FAMILIES[NODE_IDS[node["class_type"]]]
+        written = {name: node["inputs"][name] for name, option in sampler.options.items()
+                   if option.stand_in is None and name in node["inputs"]}
+        linked = [name for name, content in written.items() if isinstance(content, list)]
+        options = {name: content for name, content in written.items() if name not in linked}
+    else:
+        name = value(node, "sampler_name")
+        if name not in NAMES:
+            return None
+        sampler = SAMPLERS[NAMES[name]]
+    sampler.settings({**sampler.stand_ins, **options})
+    return Job(sampler, options, linked, node_id, node_id if "model" in node["inputs"] else consumer(graph, node_id))
+
+
+def consumer(graph: Graph, node_id: str) -> str:
+    """The first node whose input `sampler` is this one's output."""
+    users = [other for other, node in graph.items() if source(node, "sampler")[:1] == [node_id]]
+    return min(users, key=lambda name: (len(name), name), default="")
+
+
+def plan(job: Job, sigmas: Sequence[float], sampling: object) -> Plan:
+    """The run of a job over these sigmas. ValueError if the model's path or the sigmas are unusable."""
+    path = path_of(sampling)
+    options = {**job.sampler.stand_ins, **job.options}
+    settings = job.sampler.settings(options)
+    solver = job.sampler.solver_of(settings)
+    run = levels(sigmas, find_path(path)) if len(sigmas) else []
+    steps = None if isinstance(solver, Adaptive) else solver.steps(run, find_path(path)) if run else []
+    return Plan(job.sampler, settings, path, run, steps, float(sampling.sigma_max))
+
+
+@functools.cache
+def usual(path: str) -> object:
+    """The noise levels of Stable Diffusion, or of a flow model without a shift: what is drawn until the model is known."""
+    host = comfy.model_sampling
+    bases = {"ve": (host.ModelSamplingDiscrete, host.EPS), "flow": (host.ModelSamplingDiscreteFlow, host.CONST)}[path]
+    return type("ModelSampling", bases, {})()
+
+
+def schedule(graph: Graph, runs: str, sampling: object) -> list[float]:
+    """The sigmas that a sampling node will hand to its sampler, if the model has this sampling class."""
+    node = graph[runs]
+    if "sigmas" in node["inputs"]:
+        return _sigmas(graph, *_link(graph, node, "sigmas"), sampling).tolist()
+    steps, scheduler = _steps(node), value(node, "scheduler", str)
+    if scheduler not in comfy.samplers.KSampler.SCHEDULERS:
+        raise ValueError(f"scheduler = {scheduler!r} is not in ComfyUI's list")
+    denoise = value(node, "denoise", float) if "denoise" in node["inputs"] else 1.0
+    if denoise * MOST < steps and denoise > 0:
+        raise ValueError(f"{steps} steps at denoise {denoise:g} are too many to draw")
+    sigmas = comfy.samplers.KSampler(_Model(sampling), steps, "cpu", value(node, "sampler_name", str), scheduler, denoise).sigmas
+    if "end_at_step" in node["inputs"]:  # as in comfy.samplers.KSampler.sample
+        start, last = value(node, "start_at_step", int), value(node, "end_at_step", int)
+        if last < len(sigmas) - 1:
+            sigmas = sigmas[:last + 1]
+            if value(node, "return_with_leftover_noise", str) == "disable":
+                sigmas[-1] = 0
+        sigmas = sigmas[start:] if start < len(sigmas) - 1 else sigmas[:0]
+    return sigmas.tolist()
+
+
+def guidance(graph: Graph, runs: str) -> float | None:
+    """The guidance scale of a sampling node, if it is written there or on its guider."""
+    node = graph[runs]
+    if "guider" in node["inputs"]:
+        guider = source(node, "guider")
+        if not guider or guider[0] not in graph:
+            return None
+        node = graph[guider[0]]
+    scale = node["inputs"].get("cfg", 1.0)  # BasicGuider has none
+    return float(scale) if isinstance(scale, (int, float)) else None
+
+
+def model_chain(graph: Graph, runs: str) -> list[tuple[str, dict[str, Any]]] | None:
+    """The nodes a model comes through, up to its loader, with what is written on them; None if not all are known."""
+    chain, node = [], graph[runs]
+    while True:
+        step = "model" if "model" in node["inputs"] else "guider" if "guider" in node["inputs"] else None
+        if step is None:
+            return chain or None
+        link = source(node, step)
+        if not link or link[0] not in graph or len(chain) > len(graph):
+            return None
+        node = graph[link[0]]
+        if step == "model":
+            chain.append((node["class_type"], {name: content for name, content in node["inputs"].items()
+                                               if not isinstance(content, list)}))
+
+
+def given(graph: Graph, node_id: str, runs: str, name: str) -> Mapping[str, Any] | None:
+    """The node that hands the calibration `name` to a sampler, by a link or attached to its model; None if there is none."""
+    places = [graph[node_id]] + [node for node in _models(graph, runs) if node["class_type"].startswith("LambdaApply")]
+    for node in places:
+        link = source(node, name)
+        if link:
+            return graph.get(link[0], {"class_type": "", "inputs": {}})
+    return None
+
+
+def value(node: Mapping[str, Any], name: str, kind: type | None = None) -> Any:
+    """What is written on a node. Linked if the input is linked, ValueError if it is missing or of another kind."""
+    content = node["inputs"].get(name)
+    if isinstance(content, list):
+        raise Linked(name)
+    wanted = (int, float) if kind is float else kind
+    if content is None or wanted and (not isinstance(content, wanted) or isinstance(content, bool) is not (kind is bool)):
+        raise ValueError(f"{name} = {content!r} on {node['class_type']} cannot be used")
+    return content
+
+
+def source(node: Mapping[str, Any], name: str) -> list:
+    """[node id, slot] of a linked input, else []."""
+    content = node["inputs"].get(name)
+    return content if isinstance(content, list) else []
+
+
+class _Model:
+    """As much of a MODEL as a schedule needs."""
+
+    def __init__(self, sampling: object) -> None:
+        self.get_model_object = {"model_sampling": sampling}.__getitem__
+
+
+def _models(graph: Graph, runs: str) -> list[Mapping[str, Any]]:
+    """The nodes that a sampling node's model comes through."""
+    found, node = [], graph.get(runs)
+    while node and len(found) <= len(graph):
+        link = source(node, "model") or source(node, "guider")
+        node = graph.get(link[0]) if link else None
+        found += [node] if node else []
+    return found
+
+
+def _link(graph: Graph, node: Mapping[str, Any], name: str) -> tuple[str, int]:
+    link = source(node, name)
+    if not link:
+        raise ValueError(f"{name} of {node['class_type']} is not connected")
+    return link[0], link[1]
+
+
+def _steps(node: Mapping[str, Any]) -> int:
+    steps = value(node, "steps", int)
+    if not 1 <= steps <= MOST:
+        raise ValueError(f"{steps} steps are too many to draw" if steps > 0 else f"steps = {steps}: choose at least 1")
+    return steps
+
+
+def _sigmas(graph: Graph, node_id: str, slot: int, sampling: object, depth: int = 0) -> Tensor:
+    """The sigmas of one of ComfyUI's own scheduler nodes: they are functions of what is written on them."""
+    node = graph.get(node_id, {"class_type": ""})
+    name = node["class_type"]
+    found = getattr(nodes_custom_sampler, name, None) or getattr(nodes_align_your_steps, name, None)
+    if not (isinstance(found, type) and issubclass(found, io.ComfyNode)) or depth > 20:
+        raise Linked("sigmas")
+    schema = found.GET_SCHEMA()
+    if slot >= len(schema.outputs) or any(output.get_io_type() != "SIGMAS" for output in schema.outputs):
+        raise Linked("sigmas")
+    inputs: dict[str, Any] = {}
+    for entry in schema.inputs:
+        kind = entry.get_io_type()
+        if kind == "MODEL":
+            inputs[entry.id] = _Model(sampling)
+        elif kind == "SIGMAS":
+            inputs[entry.id] = _sigmas(graph, *_link(graph, node, entry.id), sampling, depth + 1).clone()
+        elif entry.id == "steps":
+            inputs[entry.id] = _steps(node)
+        else:
+            inputs[entry.id] = value(node, entry.id, {"INT": int, "FLOAT": float, "BOOLEAN": bool}.get(kind, str))
+    low, high = inputs.get("sigma_min"), inputs.get("sigma_max")
+    if low is not None and high is not None and low >= high:
+        raise ValueError(f"sigma_min = {low:g} must be below sigma_max = {high:g}")
+    if 0.0 < inputs.get("denoise", 1.0) * MOST < inputs.get("steps", 0):
+        raise ValueError(f"{inputs['steps']} steps at denoise {inputs['denoise']:g} are too many to draw")
+    try:
+        sigmas = found.execute(**inputs).result[slot]
+    except (ArithmeticError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as fault:  # another's code, any value
+        raise ValueError(f"{name} makes no schedule of these values: {fault}") from fault
+    if len(sigmas) > MOST + 1:
+        raise ValueError(f"{len(sigmas) - 1} steps are too many to draw")
+    return sigmas
+
+
+def curve(plan: Plan) -> dict[str, Any]:
+    """lam over the schedule, and the evaluations on it, in a unit square whose y points down (as a screen's does)."""
+    finite = [(i, level.lam) for i, level in enumerate(plan.levels) if math.isfinite(level.lam)]
+    if not finite:
+        return {"line": [], "points": []}
+    places, lams = np.array(finite).T
+    low, high, width = lams[0], max(lams[-1], lams[0] + 1e-9), max(len(plan.levels) - 1, 1)
+
+    def at(lam: float) -> list[float]:
+        if not math.isfinite(lam):
+            return [0.0, 1.0]  # sigma = 1 of a flow
+        return [round(float(np.interp(lam, lams, places)) / width, 4), round(float(1 - (lam - low) / (high - low)), 4)]
+
+    return {"line": [at(lam) for lam in lams],
+            "points": [at(evaluation.at.lam) for step in plan.steps or [] for evaluation in step.evaluations]}
+
+
+def highest_order(steps: Sequence[Step]) -> int:
+    """The most evaluations that one update of a run combines."""
+    return max((max(len(step.evaluations), 1 - min((k for update in step.updates for k, _ in update.terms), default=0))
+                for step in steps), default=0)
+
+
+def _order_not_reached(plan: Plan) -> dict[str, Any] | None:
+    order = plan.settings.get("order")
+    if order is None or not plan.steps or highest_order(plan.steps) >= order:
+        return None
+    path, solver = find_path("ve"), plan.sampler.solver_of(plan.settings)
+    fewest = next((n for n in range(1, 50) if highest_order(solver.steps(levels(range(n, -1, -1), path), path)) >= order), None)
+    return {"order": order, "steps": len(plan.levels) - 1, "fewest": fewest}
+
+
+def _first_step_not_skipped(plan: Plan) -> dict[str, Any] | None:
+    refused = plan.skips_first and plan.levels and not plan.starts_from_noise
+    return {"sigma": f"{plan.levels[0].sigma:.4g}"} if refused else None
+
+
+WARNINGS: Mapping[str, Callable[[Plan], dict[str, Any] | None]] = {
+    "order_not_reached": _order_not_reached,
+    "first_step_not_skipped": _first_step_not_skipped,
+}
+"""What to say before a run: the key of its text (panel.WORDS) -> the values in it, or None where there is nothing to say."""

@@ -1,0 +1,37 @@
+"""The pack's page of ComfyUI's settings, as Python reads it."""
+from __future__ import annotations
+
+from typing import Any
+
+from server import PromptServer
+
+RULES = ("auto", "every prompt", "saved only", "never")
+CALIBRATION = "LambdaSolvers.Calibration"
+PLOT = "LambdaSolvers.Plot"
+PAGE: list[dict[str, Any]] = [
+    {"id": CALIBRATION, "category": ["Lambda Solvers", "Sampling", "Calibration"], "type": "combo", "options": list(RULES),
+     "defaultValue": RULES[0], "name": "Samplers that measure the model",
+     "tooltip": "What a sampler of KSampler's list does that needs a calibration and was given none. auto: take a saved one of this "
+                "model and guidance, or measure and save one; every prompt: measure each new prompt; saved only: never measure; "
+                "never: stop. The environment variable LAMBDA_SOLVERS_CALIBRATION goes before"},
+    {"id": PLOT, "category": ["Lambda Solvers", "Display", "Plot"], "type": "boolean", "defaultValue": True,
+     "name": "Draw the schedule on sampler nodes",
+     "tooltip": "The line is lambda, half the log of the signal-to-noise ratio, over the steps; the dots are model evaluations"},
+]
+"""As the interface's registerExtension takes them."""
+
+
+class _DefaultUser:
+    """As much of a request as ComfyUI's settings need: during a run nobody knows who queued it."""
+
+    headers: dict[str, str] = {}
+
+
+def read(name: str) -> Any:
+    """A setting of the default user, None if it was never set. With --multi-user there is no default user: always None."""
+    if not hasattr(PromptServer, "instance"):
+        return None  # the pack is used without a server
+    users = PromptServer.instance.user_manager
+    if "default" not in users.users:
+        return None
+    return users.settings.get_settings(_DefaultUser()).get(name)

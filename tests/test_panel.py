@@ -1,0 +1,330 @@
+"""What the interface is told of a sampler: from a workflow alone, after a run, and what the route refuses."""
+from __future__ import annotations
+
+import asyncio
+import importlib
+import json
+import types
+
+import pytest
+import torch
+
+from comfy_host import Model, pack, sampling_of
+from problems import smooth_statistics
+from samplers import FAMILIES, SAMPLERS, nfe
+
+NAMES = {"lambda_2m": "dpmpp_2m", "lambda_3m": "dpmpp_3m", "lambda_2m_sde": "dpmpp_2m_sde", "lambda_3m_sde": "dpmpp_3m_sde",
+         "dpm_solver_v3": "dpm_solver_v3"}
+PROMPT = "prompt"
+
+
+def module(name: str) -> types.ModuleType:
+    return importlib.import_module(f"{pack().__name__}.nodes.{name}")
+
+
+@pytest.fixture(autouse=True)
+def nothing_run():
+    runs = module("runs")
+    runs._runs.clear()
+    runs._models.clear()
+    yield
+    runs._runs.clear()
+    runs._models.clear()
+
+
+def node(class_type: str, **inputs) -> dict:
+    return {"class_type": class_type, "inputs": inputs}
+
+
+def ksampler(**changes) -> dict:
+    inputs = dict(model=["1", 0], seed=3, steps=12, cfg=5.0, sampler_name="lambda_2m", scheduler="karras", denoise=1.0)
+    return {"1": node("CheckpointLoaderSimple", ckpt_name="a.safetensors"), "5": node("KSampler", **{**inputs, **changes})}
+
+
+def custom(family: str = "multistep", scheduler: dict | None = None, **options) -> dict:
+    settings = {name: option.default for name, option in FAMILIES[family].options.items() if option.stand_in is None}
+    return {"1": node("CheckpointLoaderSimple", ckpt_name="a.safetensors"),
+            "5": node("LambdaSampler" + family.capitalize(), **{**settings, **options}),
+            "6": scheduler or node("BasicScheduler", model=["1", 0], scheduler="karras", steps=10, denoise=1.0),
+            "7": node("CFGGuider", model=["1", 0], cfg=3.0),
+            "9": node("SamplerCustomAdvanced", guider=["7", 0], sampler=["5", 0], sigmas=["6", 0])}
+
+
+def ask(graph: dict, name: str = "5", rule: str = "auto", locale: str = "en") -> dict:
+    say = lambda key, **values: module("web").text(locale, key, **values)  # noqa: E731
+    answer = module("panel").answer(graph, name, rule, say)
+    json.dumps(answer)
+    return answer
+
+
+def lines(graph: dict, **options) -> list[str]:
+    return [f"{line['kind']}: {line['text']}" for line in ask(graph, **options)["lines"]]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_listed_name_costs_what_the_catalogue_says(name: str) -> None:
+    assert lines(ksampler(sampler_name=name))[0] == f"count: model evaluations: {nfe(NAMES[name], 12)}"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_node_costs_what_the_catalogue_says(family: str) -> None:
+    said = lines(custom(family))[0]
+    settings = FAMILIES[family].settings({**FAMILIES[family].stand_ins})
+    name = next(name for name, s in SAMPLERS.items() if s.family == FAMILIES[family].title and s.fixed.items() <= settings.items())
+    planned = nfe(name, 10)
+    assert said.startswith(f"count: model evaluations: {planned}" if planned else "count: model evaluations: as many as")
+
+
+def test_singlestep_says_what_is_different_on_a_flow_model() -> None:
+    """The first interval of a flow, from sigma = 1, is of infinite length and takes one evaluation."""
+    assert lines(custom("singlestep", order=3))[0] == "count: model evaluations: 28, 26 on a flow model"
+
+
+def test_the_curve_rises_and_every_evaluation_is_on_it() -> None:
+    curve = ask(custom("singlestep", order=2))["curve"]
+    x, y = zip(*curve["line"])
+    assert x[0] == 0.0 and y[0] == 1.0 and y[-1] == 0.0 and list(x) == sorted(x) and list(y) == sorted(y, reverse=True)
+    assert len(curve["points"]) == nfe("dpmpp_2s", 10)
+    for px, py in curve["points"]:
+        i = max(k for k in range(len(x) - 1) if x[k] <= px)
+        assert py == pytest.approx(y[i] + (px - x[i]) / (x[i + 1] - x[i]) * (y[i + 1] - y[i]), abs=1e-3)
+
+
+@pytest.mark.parametrize("name, scheduler", [("KarrasScheduler", dict(steps=7, sigma_max=14.6, sigma_min=0.03, rho=7.0)),
+                                             ("ExponentialScheduler", dict(steps=7, sigma_max=14.6, sigma_min=0.03)),
+                                             ("AlignYourStepsScheduler", dict(model_type="SD1", steps=7, denoise=1.0)),
+                                             ("BetaSamplingScheduler", dict(model=["1", 0], steps=7, alpha=0.6, beta=0.6))])
+def test_schedulers_of_comfyui_are_asked_themselves(name: str, scheduler: dict) -> None:
+    assert lines(custom(scheduler=node(name, **scheduler)))[0] == "count: model evaluations: 7"
+
+
+def test_a_split_schedule_counts_its_part_only() -> None:
+    graph = custom()
+    graph["8"] = node("SplitSigmas", sigmas=["6", 0], step=4)
+    for slot, steps in ((0, 4), (1, 6)):
+        graph["9"]["inputs"]["sigmas"] = ["8", slot]
+        assert lines(graph)[0] == f"count: model evaluations: {steps}"
+
+
+def test_ksampler_advanced_counts_its_part_only() -> None:
+    graph = ksampler(start_at_step=3, end_at_step=9, return_with_leftover_noise="enable")
+    del graph["5"]["inputs"]["denoise"]
+    assert lines(graph)[0] == "count: model evaluations: 6"
+    graph["5"]["inputs"].update(start_at_step=12, end_at_step=10000)
+    assert lines(graph)[0] == "count: model evaluations: 0, the schedule is empty"
+
+
+def test_what_a_link_sets_is_known_after_a_run() -> None:
+    assert lines(ksampler(steps=["2", 0])) == ["count: set by a link: steps (model evaluations known after a run)"]
+    assert lines(custom(order=["2", 0])) == ["count: set by a link: order (model evaluations known after a run)"]
+    assert "set by a link: sigmas" in lines(custom(scheduler=node("AnothersScheduler", steps=5)))[0]
+
+
+def test_a_sampler_by_itself_says_what_a_step_costs() -> None:
+    graph = {"5": custom("singlestep", order=3)["5"]}
+    assert lines(graph) == ["count: model evaluations a step: 3. Connect it to SamplerCustom to see its schedule"]
+
+
+def test_another_s_sampler_has_nothing_to_say() -> None:
+    assert ask(ksampler(sampler_name="euler")) == {"lines": [], "curve": None, "runs": "5"}
+
+
+def test_too_few_steps_for_the_order_are_named_with_the_fewest_that_do() -> None:
+    def warned(steps: int) -> list[str]:
+        graph = custom(order=3)
+        graph["6"]["inputs"]["steps"] = steps
+        return [line for line in lines(graph) if line.startswith("warn")]
+
+    fewest = int(warned(2)[0].split("; ")[1].split()[0])
+    assert warned(2) == [f"warn: warning: order 3 is never reached in 2 steps; {fewest} are the fewest"]
+    assert warned(fewest - 1) and not warned(fewest)
+
+
+@pytest.mark.parametrize("denoise", [1.0, 0.7, 0.3])
+def test_a_plan_knows_whether_it_starts_from_noise(denoise: float) -> None:
+    plan, graph = module("plan"), ksampler(denoise=denoise)
+    sampling = plan.usual("ve")
+    planned = plan.plan(plan.job(graph, "5"), plan.schedule(graph, "5", sampling), sampling)
+    assert planned.starts_from_noise == (denoise == 1.0) and planned.evaluations == 12
+
+
+@pytest.mark.parametrize("graph, part", [
+    (custom(scheduler=node("KarrasScheduler", steps=7, sigma_max=0.03, sigma_min=14.6, rho=7.0)), "sigma_min = 14.6 must be below"),
+    (custom(scheduler=node("KarrasScheduler", steps=7, sigma_max=14.6, sigma_min=0.03, rho=0.0)), "KarrasScheduler makes no schedule"),
+    (custom(scheduler=node("FlipSigmas", sigmas=["10", 0])) | {"10": custom()["6"]}, "sigmas must strictly decrease"),
+    (ksampler(steps=9999), "9999 steps are too many to draw"),
+    (ksampler(steps=900, denoise=0.001), "too many to draw"),
+    (ksampler(scheduler="nothing"), "'nothing' is not in ComfyUI's list"),
+    (ksampler(denoise="much"), "denoise = 'much' on KSampler cannot be used"),
+    (custom(order=9), "order = 9 is out of range"),
+])
+def test_what_cannot_run_is_warned_of_before(graph: dict, part: str) -> None:
+    assert any(line.startswith("warn") and part in line for line in lines(graph)), lines(graph)
+
+
+def test_it_speaks_chinese_and_english_for_everybody_else() -> None:
+    assert "12" in lines(ksampler(), locale="zh")[0] and not lines(ksampler(), locale="zh")[0].isascii()
+    assert lines(ksampler(), locale="fr") == lines(ksampler())
+
+
+class Patcher:
+    model = types.SimpleNamespace()
+
+    def __init__(self, sampling) -> None:
+        self.get_model_object = {"model_sampling": sampling}.__getitem__
+
+
+def run(graph: dict, name: str, steps: int, monkeypatch, describe=None, said: str = "",
+        family: str = "multistep", **options) -> list:
+    """One run of a sampler of ours as the server does it; what was sent to the interface."""
+    runs, sent = module("runs"), []
+    from comfy_execution.utils import CurrentNodeContext
+    from server import PromptServer
+    server = types.SimpleNamespace(client_id="me", send_sync=lambda *event: sent.append(event), send_progress_text=lambda *a: None,
+                                   prompt_queue=types.SimpleNamespace(currently_running={0: (0, PROMPT, graph)}))
+    monkeypatch.setattr(PromptServer, "instance", server, raising=False)
+    sampling = sampling_of("ModelSamplingDiscrete", "EPS")
+    type(sampling).__mro__[1].__init__(sampling)
+    model = Model(lambda x, sigma: x / 2, sampling)
+    function = module("host").sampler_function(module("plan").FAMILIES[family])  # the pack's own copy of the catalogue
+
+    def sample(*args, **kwargs):
+        if said:
+            module("calibration").say(said)
+        return function(*args, **kwargs)
+
+    with CurrentNodeContext(PROMPT, name):
+        sigmas = torch.cat([torch.linspace(10, 1, steps), torch.zeros(1)])
+        runs.observed(sample, describe)(model, torch.randn(1, 4, 8, 8), sigmas, **options)
+    return sent
+
+
+def test_after_a_run_its_own_numbers_are_shown_as_long_as_the_workflow_is_the_same(monkeypatch) -> None:
+    graph = ksampler(steps=["2", 0])
+    assert run(graph, "5", 9, monkeypatch) == [("lambda_solvers.run", {"node": "5"}, "me")]
+    shown = ksampler(steps=["2", 0], seed=99)
+    assert lines(shown)[0] == "count: model evaluations: 9 (last run)" and len(ask(shown)["curve"]["points"]) == 9
+    assert "sigma 10 to 0" in lines(shown)[-1]
+    assert "known after a run" in lines(ksampler(steps=["2", 0], scheduler="simple"))[0]
+
+
+def test_a_linked_option_is_shown_as_it_was_in_the_last_run(monkeypatch) -> None:
+    graph = custom("singlestep", order=["2", 0])
+    assert lines(graph)[0] == "count: set by a link: order (model evaluations known after a run)"
+    run(graph, "9", 5, monkeypatch, family="singlestep", order=3, prediction="data", rule="midpoint")
+    assert lines(graph)[0] == "count: model evaluations: 13 (last run)" and len(ask(graph)["curve"]["points"]) == 13
+
+
+def test_an_adaptive_run_is_counted(monkeypatch) -> None:
+    graph = custom("adaptive")
+    assert lines(graph)[0] == "count: model evaluations: as many as the tolerance asks (known after a run)"
+    run(graph, "9", 5, monkeypatch, family="adaptive")
+    assert int(lines(graph)[0].split(": ")[2].split()[0]) > 5
+
+
+def test_a_model_that_has_run_is_known_for_other_schedules(monkeypatch) -> None:
+    run(ksampler(), "5", 12, monkeypatch)
+    assert "the model's own after a run" not in lines(ksampler(steps=8))[-1]
+    other = ksampler(steps=8)
+    other["1"]["inputs"]["ckpt_name"] = "b.safetensors"
+    assert "the model's own after a run" in lines(other)[-1]
+
+
+ABOUT = {"model": "M-1", "fingerprint": "1", "patches": [], "guidance": 3.0, "conditions": "c"}
+
+
+@pytest.fixture
+def saved(tmp_path, monkeypatch):
+    """A folder of calibrations, and statistics of model 1 at guidance 3 in it."""
+    import folder_paths
+    store = module("store")
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, store.FOLDER, ([str(tmp_path)], {store.ENDING}))
+    folder_paths.filename_list_cache.pop(store.FOLDER, None)
+    statistics = module("panel").Statistics
+    made = smooth_statistics()
+    statistics(made.lam, **made.curves(), about=ABOUT).save(tmp_path / "one.safetensors")
+    yield
+    folder_paths.filename_list_cache.pop(store.FOLDER, None)
+
+
+def test_before_a_run_the_status_says_what_is_known_and_what_not(monkeypatch, saved) -> None:
+    unsure = "note: not run on this model yet: a saved calibration that fits is used, else about 50 evaluations measure one"
+    refused = "warn: warning: no calibration is connected and measuring is switched off, so the run will stop"
+    listed = ksampler(sampler_name="dpm_solver_v3")
+    assert unsure in lines(custom("v3", calibration="auto")) and unsure in lines(listed)
+    assert refused in lines(custom("v3", calibration="never")) and refused in lines(listed, rule="never")
+    assert "note: each new prompt is measured once, in about 50 evaluations" in lines(listed, rule="every prompt")
+
+    run(ksampler(), "5", 12, monkeypatch, describe=lambda guider: ABOUT)
+    assert "good: calibration saved for this model and guidance: one.safetensors" in lines(custom("v3", calibration="auto"))
+    far = custom("v3", calibration="auto")
+    far["7"]["inputs"]["cfg"] = 8.0
+    assert "note: no calibration of this model and guidance: about 50 evaluations measure it in the first run" in lines(far)
+    far["5"]["inputs"]["calibration"] = "saved only"
+    assert any(line.startswith("warn") and "is saved, so the run will stop" in line for line in lines(far))
+
+
+def test_a_connected_file_is_compared_with_the_model(monkeypatch, saved) -> None:
+    graph = custom("v3", calibration="auto", statistics=["12", 0]) | {"12": node("LambdaLoadStatistics", name="one.safetensors")}
+    assert "note: calibration one.safetensors; whether it fits is known after a run" in lines(graph)
+    run(ksampler(), "5", 12, monkeypatch, describe=lambda guider: ABOUT)
+    assert "good: the calibration fits this model and guidance" in lines(graph)
+    graph["7"]["inputs"]["cfg"] = 8.0
+    assert any("made for something else: they are for guidance 3.0, and this is 8" in line for line in lines(graph))
+    graph["12"]["inputs"]["name"] = "none.safetensors"
+    assert any(line.startswith("warn") and "there is no calibration 'none.safetensors'" in line for line in lines(graph))
+
+
+def test_what_was_said_in_a_run_is_the_status_after_it(monkeypatch, saved) -> None:
+    graph = ksampler(sampler_name="dpm_solver_v3")
+    run(graph, "5", 12, monkeypatch, describe=lambda guider: ABOUT, said="statistics: one.safetensors")
+    assert "good: statistics: one.safetensors" in lines(graph)
+
+
+def test_the_variable_goes_before_the_setting_and_the_setting_before_auto(monkeypatch, tmp_path) -> None:
+    """Through ComfyUI's own settings, of its default user."""
+    import folder_paths
+    from app.user_manager import UserManager
+    from server import PromptServer
+    calibration = module("calibration")
+    monkeypatch.delenv(calibration.VARIABLE, raising=False)
+    monkeypatch.setattr(folder_paths, "user_directory", str(tmp_path))
+    users = UserManager()
+    monkeypatch.setattr(PromptServer, "instance", types.SimpleNamespace(user_manager=users), raising=False)
+    assert calibration.rule() == "auto"
+    request = types.SimpleNamespace(headers={})
+    users.settings.save_settings(request, {"LambdaSolvers.Calibration": "saved only"})
+    assert calibration.rule() == "saved only"
+    monkeypatch.setenv(calibration.VARIABLE, "never")
+    assert calibration.rule() == "never"
+    monkeypatch.delenv(calibration.VARIABLE)
+    users.settings.save_settings(request, {"LambdaSolvers.Calibration": "often"})
+    with pytest.raises(ValueError, match="LambdaSolvers.Calibration is 'often': choose one of auto"):
+        calibration.rule()
+    users.users = {"somebody": "somebody"}  # --multi-user
+    assert calibration.rule() == "auto"
+
+
+@pytest.mark.parametrize("body, part", [
+    ([], "must be a JSON object"),
+    ({"node": "5"}, "graph must be"),
+    ({"node": "5", "graph": {}}, "graph must be"),
+    ({"node": "5", "graph": {"5": {"inputs": {}}}}, "must have a class_type"),
+    ({"node": "5", "graph": {"5": node("KSampler", sampler_name=None)}}, "must be a value or [node id, slot]"),
+    ({"node": "5", "graph": {"5": node("KSampler", sampler_name=["1"])}}, "must be a value or [node id, slot]"),
+    ({"node": "6", "graph": ksampler()}, "must be one of the graph's ids"),
+    ({"node": "1", "graph": ksampler()}, "which has no sampler of Lambda Solvers"),
+    ({"node": "5", "graph": ksampler(), "locale": 3}, "locale = 3"),
+])
+def test_a_malformed_request_is_refused_with_the_reason(body, part: str) -> None:
+    class Request:
+        async def json(self):
+            return body
+
+    answer = asyncio.run(module("web").show(Request()))
+    assert answer.status == 400 and part in json.loads(answer.body)["error"]
+
+
+def test_the_version_is_the_packages(monkeypatch) -> None:
+    about = module("web").about()
+    assert about["ver"].count(".") == 2 and about["names"] == list(NAMES) and len(about["nodes"]) == len(FAMILIES)

@@ -1,0 +1,270 @@
+// What Lambda Solvers shows on nodes: a panel with the model evaluations, the schedule in lambda, warnings, and how the
+// sampler's calibration stands. Every number and every line comes from Python (nodes/panel.py); here is how the nodes
+// around a sampler are read, and where the answer is put.
+import { app } from "../../../scripts/app.js"
+import { api } from "../../../scripts/api.js"
+
+const pack = await (await api.fetchApi("/lambda_solvers/pack")).json()
+const NAME = "lambda_solvers_panel"
+const COLOURS = { count: "inherit", note: "var(--descrip-text, #999)", good: "#5c8", warn: "#fa5" }
+// Links of these types say nothing of a schedule, so what is behind them is left alone.
+const BESIDE = new Set(["CONDITIONING", "LATENT", "IMAGE", "MASK", "VAE", "CLIP", "NOISE", "CONTROL_NET"])
+const [MUTED, BYPASSED, SUBGRAPH_INPUT] = [2, 4, -10]
+const [TALL, LOW] = [170, 78] // the height of a panel with a curve, and without
+const panels = new WeakMap() // node -> its panel
+let plots = true // the setting
+
+// --- reading the graph ---
+
+// Every node with the id it has in a run ("7", or "4:1" inside subgraph node 4) and the subgraph node it is in.
+function places() {
+  const found = new Map()
+  const enter = (graph, prefix, host) => {
+    for (const node of graph?.nodes ?? []) {
+      if (found.has(node)) continue // a subgraph used twice: its first use stands for all
+      found.set(node, { id: prefix + node.id, host })
+      if (node.subgraph) enter(node.subgraph, `${prefix}${node.id}:`, node)
+    }
+  }
+  enter(app.graph, "", null)
+  return found
+}
+
+// What an input's link comes from: {node, slot}, {value} where it is a value after all, or null if that is not to be told.
+function origin(node, slot, where, depth = 0) {
+  const link = inputLink(node, slot)
+  return link && depth < 50 ? from(link, node.graph, where, depth, where.get(node)?.host) : null
+}
+
+// getInputLink of a subgraph node is about what is inside of it.
+function inputLink(node, slot) {
+  if (!node.subgraph) return node.getInputLink(slot)
+  return [...node.graph.links.values()].find(
+    (link) => String(link.target_id) === String(node.id) && Number(link.target_slot) === slot)
+}
+
+function from(link, graph, where, depth, host) {
+  if (Number(link.origin_id) === SUBGRAPH_INPUT) {
+    const slot = host?.inputs[link.origin_slot]
+    if (!slot) return null
+    if (host.isInputConnected(link.origin_slot)) return origin(host, link.origin_slot, where, depth + 1)
+    const widget = host.widgets?.find((w) => w.name === (slot.widget?.name ?? slot.name))
+    return widget ? { value: widget.value } : null
+  }
+  const node = graph.getNodeById(link.origin_id)
+  if (!node || node.mode === MUTED) return null
+  if (node.type === "PrimitiveNode") return { value: node.widgets?.[0]?.value }
+  if (node.type === "Reroute") return origin(node, 0, where, depth + 1)
+  if (node.mode === BYPASSED) {
+    const through = node.inputs.findIndex((input) => input.type === node.outputs[link.origin_slot].type)
+    return through < 0 ? null : origin(node, through, where, depth + 1)
+  }
+  if (node.subgraph) {
+    const inner = node.subgraph.outputNode.slots[link.origin_slot]?.getLinks()[0]
+    return inner ? from(inner, node.subgraph, where, depth + 1, node) : null
+  }
+  return node.isVirtualNode ? null : { node, slot: link.origin_slot }
+}
+
+// The nodes that say what the sampler on `start` will do, in ComfyUI's API form.
+function around(start) {
+  const where = places()
+  const graph = {}
+  const users = [...where.keys()].filter((node) => node.mode !== MUTED && node.mode !== BYPASSED && node.inputs?.some(
+    (input, slot) => input.name === "sampler" && node.isInputConnected(slot) && origin(node, slot, where)?.node === start))
+  const todo = [start, ...users]
+  while (todo.length) {
+    const node = todo.pop()
+    const { id } = where.get(node)
+    if (graph[id]) continue
+    const inputs = {}
+    for (const [slot, input] of (node.inputs ?? []).entries()) {
+      if (!node.isInputConnected(slot)) continue
+      const comes = origin(node, slot, where)
+      if (comes && "value" in comes) inputs[input.name] = comes.value
+      else inputs[input.name] = comes ? [where.get(comes.node).id, Number(comes.slot)] : ["?", 0]
+      if (comes?.node && !BESIDE.has(input.type)) todo.push(comes.node)
+    }
+    for (const { name, value, options } of node.widgets ?? [])
+      if (!(name in inputs) && options?.serialize !== false && ["string", "number", "boolean"].includes(typeof value))
+        inputs[name] = value
+    graph[id] = { class_type: node.comfyClass, inputs }
+  }
+  return { node: where.get(start).id, graph }
+}
+
+// --- the panel ---
+
+function element(height) {
+  const el = document.createElement("div")
+  el.className = "lambda-solvers-panel"
+  // The height in CSS too: Nodes 2.0 of frontend 1.32 asks nobody else. Clicks and the wheel go to the canvas below.
+  el.style.cssText = `display:flex;flex-direction:column;box-sizing:border-box;width:100%;height:100%;min-height:${height}px;` +
+    "pointer-events:none;overflow:hidden;border-radius:6px;padding:4px 6px;gap:3px;font:11px/14px sans-serif;" +
+    "color:var(--fg-color, #ddd);background:#0003"
+  // One unit square stretched over the place there is; strokes keep their width.
+  el.innerHTML = `<svg viewBox="0 0 1 1" preserveAspectRatio="none" overflow="visible" fill="none" stroke-linecap="round"
+      style="display:none;width:calc(100% - 8px);margin:4px;flex:1 1 70px;min-height:0">
+    <path class="line" stroke="#4af" stroke-width="1.5" vector-effect="non-scaling-stroke"/>
+    <path class="points" stroke="#fb4" stroke-width="5" vector-effect="non-scaling-stroke"/></svg><div class="lines"></div>`
+  return el
+}
+
+function open(node, plot) {
+  const height = plot ? TALL : LOW
+  const el = element(height)
+  const widget = node.addDOMWidget(NAME, "LAMBDA_SOLVERS_PANEL", el, {
+    serialize: false, hideOnZoom: false, getValue: () => "", setValue: () => {},
+    getMinHeight: () => widget.hidden ? 0 : height, getMaxHeight: () => widget.hidden ? 0 : 2 * height,
+  })
+  widget.hidden = false
+  widget.serialize = false // neither in the saved workflow (it is the last widget) nor in the prompt
+  const panel = { node, el, widget, plot, answer: { lines: [], curve: null }, error: null, runs: null, asked: null }
+  panels.set(node, panel)
+  node.setSize([node.size[0], Math.max(node.size[1], node.computeSize()[1])])
+  return panel
+}
+
+// A panel is put away, not removed: Nodes 2.0 of frontend 1.32 shows only the widgets that a node was loaded with.
+function show(panel, visible) {
+  const { node, el, widget } = panel
+  if (widget.hidden !== visible) return
+  const height = el.offsetHeight
+  widget.hidden = !visible
+  el.style.display = visible ? "flex" : "none"
+  node.setSize([node.size[0], Math.max(node.computeSize()[1], visible ? node.size[1] : node.size[1] - height)])
+}
+
+function paint(panel) {
+  const { lines, curve } = panel.answer
+  const shown = panel.error ? [{ kind: "warn", text: panel.error }, ...lines] : lines
+  panel.el.querySelector(".lines").replaceChildren(...shown.map(({ kind, text }) => {
+    const line = document.createElement("div")
+    line.className = kind
+    line.style.color = COLOURS[kind]
+    line.textContent = text
+    return line
+  }))
+  const visible = panel.plot && plots && curve?.line.length > 1
+  panel.el.querySelector("svg").style.display = visible ? "" : "none"
+  if (!visible) return
+  panel.el.querySelector(".line").setAttribute("d", "M" + curve.line.map((at) => at.join(" ")).join("L"))
+  panel.el.querySelector(".points").setAttribute("d", curve.points.map((at) => `M${at.join(" ")}h0`).join(""))
+}
+
+// Ask Python again if anything that it is told has changed.
+function refresh(panel) {
+  if (!panel || panel.widget.hidden || !samples(panel.node) || !places().has(panel.node)) return
+  const body = JSON.stringify({ ...around(panel.node), locale: app.extensionManager.setting.get("Comfy.Locale") ?? "en" })
+  if (panel.asked === body) return
+  panel.asked = body
+  clearTimeout(panel.timer)
+  panel.timer = setTimeout(async () => {
+    const response = await api.fetchApi("/lambda_solvers/panel", { method: "POST", body })
+    const answer = await response.json()
+    if (panel.asked !== body) return
+    panel.answer = response.ok ? answer : { lines: [{ kind: "warn", text: answer.error }], curve: null }
+    panel.runs = panel.answer.runs
+    paint(panel)
+  }, 60)
+}
+
+// --- which nodes have one ---
+
+const ours = (node) => node.constructor.nodeData?.python_module === pack.module
+const sampler = (node) => pack.nodes.includes(node.comfyClass)
+const host = (node) => pack.hosts.includes(node.comfyClass) // ComfyUI's own, which may name a sampler of ours
+const samples = (node) =>
+  sampler(node) || host(node) && pack.names.includes(node.widgets.find((widget) => widget.name === "sampler_name").value)
+
+function look(node) {
+  const panel = panels.get(node) ?? (samples(node) ? open(node, sampler(node)) : null)
+  if (!panel) return
+  show(panel, samples(node) || panel.error !== null)
+  refresh(panel)
+}
+
+function* all() {
+  for (const node of places().keys()) if (panels.has(node)) yield panels.get(node)
+}
+
+function repaint(value) {
+  plots = value
+  if (app.graph) for (const panel of all()) paint(panel)
+}
+
+function askAgain() {
+  if (!app.graph) return
+  for (const panel of all()) {
+    panel.asked = null
+    refresh(panel)
+  }
+}
+
+// Nodes 2.0 makes nodes anew on undo, under the same ids, and keeps the old ones' elements on screen: put ours there.
+function adopt(node) {
+  const el = panels.get(node)?.el
+  if (!el || el.isConnected || node.graph !== app.canvas?.graph) return
+  const old = document.querySelector(`[data-node-id="${CSS.escape(String(node.id))}"] .lambda-solvers-panel`)
+  if (old) old.replaceWith(el)
+}
+
+function chain(object, key, then) {
+  const before = object[key]
+  object[key] = function (...args) {
+    const result = before?.apply(this, args)
+    then(...args)
+    return result
+  }
+}
+
+app.registerExtension({
+  name: "lambda_solvers",
+  settings: pack.settings.map((setting) => ({
+    ...setting, onChange: setting.id === pack.plot ? repaint : () => setTimeout(askAgain, 500), // once it is stored
+  })),
+
+  nodeCreated(node) {
+    if (ours(node)) chain(node, "onSerialize", (saved) => {
+      saved.properties = { ...saved.properties, cnr_id: pack.cnr_id, ver: pack.ver }
+    })
+    if (!sampler(node) && !host(node)) return
+    look(node)
+    for (const widget of node.widgets) chain(widget, "callback", () => look(node))
+    chain(node, "onConnectionsChange", () => queueMicrotask(() => look(node)))
+    chain(node, "onConfigure", () => { // loading, undo, paste
+      look(node)
+      for (const wait of [0, 50, 400]) setTimeout(() => adopt(node), wait)
+    })
+  },
+
+  setup() {
+    const again = () => { for (const panel of all()) refresh(panel) }
+    api.addEventListener("graphChanged", again)
+    let soon // the graph is said to have changed long after some edits of neighbours
+    for (const event of ["change", "keyup", "pointerup"]) window.addEventListener(event, () => {
+      clearTimeout(soon)
+      soon = setTimeout(again, 100)
+    }, true)
+    api.addEventListener("lambda_solvers.run", askAgain)
+    api.addEventListener("execution_start", () => {
+      for (const panel of all()) {
+        if (!panel.error) continue
+        panel.error = null
+        paint(panel)
+        show(panel, samples(panel.node))
+      }
+    })
+    // Newer interfaces hide an error's text: it is shown on the node, or on the sampler of the node that samples.
+    api.addEventListener("execution_error", ({ detail }) => {
+      for (const [node, { id }] of places()) {
+        if (id !== String(detail.node_id) && panels.get(node)?.runs !== String(detail.node_id)) continue
+        const panel = panels.get(node) ?? (ours(node) ? open(node, false) : null)
+        if (!panel) continue
+        panel.error = detail.exception_message.trim()
+        paint(panel)
+        show(panel, true)
+      }
+    })
+  },
+})
