@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..samplers import Amed, Statistics, estimate_statistics, fit_amed
 from ..samplers.calibrate import INTERVALS
-from ..samplers.schedule import Level, find_path
+from ..samplers.schedule import Level
 from ..samplers.train import training_cost
 from . import identity
 from .calibration import Progress, Run, say
@@ -83,7 +83,7 @@ class AmedKind:
         return (found.about.get("path"), found.base, found.first_step) == wanted and found.fits(schedule)
 
     def cost(self, options: Mapping[str, Any], path: str, schedule: list[Level]) -> int:
-        return training_cost(schedule, find_path(path))
+        return training_cost(schedule, first_step=_first_step(options))
 
     def measure(self, run: Run, about: dict[str, Any], partial: Any, *, seed: int = 0, samples: int = 0, form: str = "table",
                 **how: Any) -> Amed:

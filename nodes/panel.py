@@ -121,8 +121,8 @@ def _said(add: Callable[[Line], None], line: Callable[..., None], run: runs.Run)
 def _each(job: Job) -> int | None:
     """Evaluations on an interval of finite length."""
     sigmas = [float(sigma) for sigma in range(13, 0, -1)]
-    total = plan.plan(job, sigmas, plan.usual("ve")).evaluations
-    return None if total is None else total // 12
+    steps = plan.plan(job, sigmas, plan.usual("ve")).steps
+    return None if steps is None else sum(len(step.evaluations) for step in steps) // 12
 
 
 def _planned(graph: Graph, job: Job, sampling: object) -> Plan:

@@ -274,7 +274,7 @@ def curve(plan: Plan) -> dict[str, Any]:
         return [round(float(np.interp(lam, lams, places)) / width, 4), round(float(1 - (lam - low) / (high - low)), 4)]
 
     return {"line": [at(lam) for lam in lams],
-            "points": [at(evaluation.at.lam) for step in plan.steps or [] for evaluation in step.evaluations]}
+            "points": [at(evaluation.at.lam) for step in plan.steps or [] for evaluation in step.evaluations][plan.skips_first:]}
 
 
 def highest_order(steps: Sequence[Step]) -> int:

@@ -93,7 +93,6 @@ def estimate_statistics(model: Callable[..., Tensor], x: Tensor, sigmas: Sequenc
         kept["x"] = x
     steps = Multistep(DataPrediction(), 2, midpoint, "off").steps(grid, gaussian)
     signs = _Signs(x, seed)
-    following = first
     try:
         for i, level in enumerate(grid[first:], first):
             denoised = denoise(kept["x"], level)
@@ -111,10 +110,9 @@ def estimate_statistics(model: Callable[..., Tensor], x: Tensor, sigmas: Sequenc
                 values = {0: denoised, **({-1: kept["denoised"]} if i else {})}
                 kept |= {"x": combine(kept["x"], steps[i].updates[0], values), "denoised": denoised}
                 kept.pop(f"f.{i - 2}", None)
-                following = i + 1
-                state.write(kept, following)
+                state.write(kept, i + 1)
     except BaseException:  # cancelled: what was measured is kept
-        state.write(kept, following, at_once=True)
+        state.write(kept, state.following, at_once=True)
         raise
     curves = {name: np.stack([kept[f"{name}.{i}"].cpu().double().numpy() for i in range(len(grid))])
               for name in ("l", "s", "b", "gamma")}

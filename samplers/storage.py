@@ -81,6 +81,7 @@ class Partial:
         self.path, self.format = Path(path) if path else None, kind
         self.key = json.dumps(key, sort_keys=True)
         self.seconds, self.device, self.written = seconds, device, time.monotonic()
+        self.following = 0
 
     def read(self) -> tuple[dict[str, Tensor], int]:
         """What was kept, and the first part that is not; nothing if there is no file of the same calibration."""
@@ -90,10 +91,12 @@ class Partial:
             except CalibrationError:
                 return {}, 0  # damaged, or of another version: measured again, and overwritten
             if about.get("key") == self.key:
-                return {name: torch.from_numpy(value).to(self.device) for name, value in tensors.items()}, about["next"]
+                self.following = about["next"]
+                return {name: torch.from_numpy(value).to(self.device) for name, value in tensors.items()}, self.following
         return {}, 0
 
     def write(self, kept: Mapping[str, Tensor], following: int, at_once: bool = False) -> None:
+        self.following = following
         if self.path and (at_once or time.monotonic() - self.written >= self.seconds):
             about = json.dumps({"key": self.key, "next": following})
             write_whole(self.path, save({name: np.asarray(value.cpu().numpy(), order="C") for name, value in kept.items()},

@@ -1,23 +1,23 @@
 """Train AMED by forward evaluations of the model itself: no data set, and no gradients through the model.
 
-A step's landing x_t depends on three numbers of the image, u = (u_r, u_c, u_a). One more evaluation each gives its
-derivatives in u_r and u_a, none that in u_c, and with the residual R = (x_t - teacher) / alpha_t they make a quadratic
-model of the squared error,
+Where a run ends depends on three numbers of each step and image, u = (u_r, u_c, u_a). One perturbed run gives the derivative
+in each of them; that in u_c of the last step is free. With the residual R = (x - teacher) / alpha they make a quadratic model
+of the squared error,
 
-    |R(u + d)|^2 = e + 2 g d + d G d,          e = R R,   g = J R,   G = J J^T,   J = dR/du  [3, elements]
+    |R(u + d)|^2 = e + 2 g d + d G d,          e = R R,   g = J R,   G = J J^T,   J = dR/du  [numbers, elements]
 
 which is all that training needs: damped Gauss-Newton for one u a step (the table), and gradient steps on the small network
-that predicts u from the image (the predictor), whose chain rule ends at g + G d. Steps are trained in order, each from where
-the trained steps before it lead, towards the states of a teacher: the same trajectories in finer steps.
+that predicts u from the image (the predictor), whose chain rule ends at g + G d. First every step learns by itself to land
+where the teacher does, from where the steps before it lead; then all learn together to end where the teacher ends, which
+lets one make good what another cannot. The teacher is the same trajectory in finer steps.
 """
 from __future__ import annotations
 
 import math
 import time
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path as File
-from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
+from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
 import numpy as np
 import torch
@@ -36,35 +36,41 @@ from .tensors import per_image
 
 PARTIAL = "lambda-solvers partial amed 1"
 LEARNED = ("r", "c", "a")
-TEACHER = 8        # its steps in every interval
-ITERATIONS = 3     # of Gauss-Newton
-ROUNDS, EPOCHS = 4, 300  # for the predictor: how often the steps are linearised, and steps of Adam on each
+TEACHER = 5        # its steps in every interval
+BUDGET = 15        # evaluations of the table's training, in those of one run: as many rounds together as fit
+ALONE = 2          # iterations of every step by itself
+MOST_TOGETHER = 3
+GUESS = {"amed": 0.3}  # r to begin with, where it is not 1/2: AMED's own rule always went below, to 0.13-0.46
+ROUNDS, EPOCHS = 4, 300  # for the predictor: how often the run is linearised, and steps of Adam on each
 DIFFERENCES = (0.15, 0.05, 0.1)
 """In u. ComfyUI rounds sigma to one of 1000 timesteps: smaller differences in r and a would measure the rounding."""
 
 
 class Quadratic(NamedTuple):
-    """The mean squared error of every image around u [B, 3]: value e [B], slope g [B, 3], curvature G [B, 3, 3]. float64."""
+    """The mean squared error of every image around u: value e [B], slope g [B, 3 n], curvature G [B, 3 n, 3 n]. float64."""
 
-    u: np.ndarray
     e: np.ndarray
     g: np.ndarray
     G: np.ndarray  # noqa: N815  (the letter of the equation)
 
 
-class Seen(NamedTuple):
-    """What one interval showed the predictor, and how the error depends on what it says."""
+class Place(NamedTuple):
+    """Where a run stands at the start of an interval, what it remembers, and the evaluations it made from there."""
 
-    features: Tensor | None
-    ends: tuple[float, float]
-    table: np.ndarray
-    quadratic: Quadratic
+    interval: int
+    x: Tensor
+    past: list[Tensor]
+    values: dict[int, Tensor]
+
+
+Choose = Callable[[int], np.ndarray]
+"""choose(i) -> u [1 or B, 3] of interval i, asked after the evaluation that opens it."""
 
 
 def fit_amed(model: Callable[..., Tensor], x: Tensor, sigmas: Sequence[float] | Tensor, *, base: str = "amed",
              form: str = "table", first_step: str = "evaluate", teacher: int = TEACHER, learn: Sequence[str] = LEARNED,
              held_out: int = 0, path: str = "ve", extra_args: Mapping[str, Any] | None = None,
-             features: Callable[[], Tensor | None] | None = None, iterations: int = ITERATIONS, rounds: int = ROUNDS,
+             features: Callable[[], Tensor | None] | None = None, budget: float = BUDGET, rounds: int = ROUNDS,
              progress: Callable[[int, int, float], None] | None = None, seed: int = 0,
              about: Mapping[str, Any] | None = None, partial: File | str | None = None, partial_seconds: float = 2.0) -> Amed:
     """(r, c, a) for every step of one schedule, learned from the noises x; forward evaluations of `model` alone.
@@ -73,22 +79,23 @@ def fit_amed(model: Callable[..., Tensor], x: Tensor, sigmas: Sequence[float] | 
     `held_out` images only test what the others teach. base: AMED's own rule or a solver it is a plugin of. form: "table",
     one (r, c, a) a step; "predictor", a small network on top that looks at features() -> [K, C, H, W], the model's middle
     block in its last call. first_step: "afs" leaves out the first evaluation. teacher: its steps in every interval.
-    learn: which of r, c, a; the others stay 1/2, 1, 1.
+    learn: which of r, c, a; the others stay 1/2, 1, 1. budget: evaluations of a table's training, in those of one run.
 
-    On its training states no step is worse than the untrained one. progress(done, total, loss) is called after every
-    evaluation and may raise to cancel; `partial` names a file that keeps the steps that are done. `about` of the result
-    has the rms error after every interval, untrained and trained, and those of the images held out.
+    The result ends no further from the teacher than the untrained solver, on the images it was trained on.
+    progress(done, total, loss) is called after every evaluation and may raise to cancel; `partial` names a file that keeps
+    the steps that are done. `about` of the result has the rms error at every level, untrained and trained, of the images
+    that taught and of those held out.
     """
     gaussian = find_path(path)
     schedule = levels(torch.as_tensor(sigmas).tolist(), gaussian)
     _check(base, form, first_step, teacher, learn, held_out, len(x), features)
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    trainable = [i for i, ends in enumerate(pairwise(schedule)) if finite(*ends)]
+    steps = len(schedule) - 1
+    trainable = _trainable(schedule)
     if not trainable:
         raise ValueError(f"sigmas = {[level.sigma for level in schedule]} has no interval between two positive levels inside "
                          "the path, and AMED learns nothing of others: use more steps")
-    fine, marks = _refined(schedule, teacher, gaussian)
-    total = training_cost(schedule, gaussian, form, teacher, learn, iterations, rounds)
+    together, total = _effort(schedule, form, first_step, teacher, learn, budget, rounds)
     done, loss = 0, math.nan
 
     def denoise(x_now: Tensor, sigma: float | np.ndarray) -> Tensor:
@@ -102,202 +109,239 @@ def fit_amed(model: Callable[..., Tensor], x: Tensor, sigmas: Sequence[float] | 
     key = {"lam": [level.lam for level in schedule], "shape": list(x.shape), "path": path, "base": base, "seed": seed,
            "first_step": first_step, "teacher": teacher, "learn": list(learn), "held_out": held_out, "about": dict(about or {})}
     state = Partial(partial, PARTIAL, key, partial_seconds, x.device)
-    kept, first = state.read()
-    if not first:
-        kept = {f"target.{j}": value for j, value in _teacher(denoise, x, fine, marks, gaussian).items()}
+    kept, finished = state.read()
+    if not kept:
+        kept = {f"target.{j}": value for j, value in _teacher(denoise, x, schedule, teacher, gaussian).items()}
+        state.write(kept, 0, at_once=True)
     targets = {int(name[7:]): value for name, value in kept.items() if name.startswith("target.")}
-    student = Student(denoise, Insertion(Amed.untrained(first_step=first_step), BASES[base]), schedule, gaussian, targets, learn)
+    solver = Insertion(Amed.untrained(first_step=first_step), BASES[base])
+    student = Student(denoise, solver, schedule, gaussian, targets, learn)
     training = slice(0, len(x) - held_out)
-    student.start(x)
-    if first:
-        done = training_cost(schedule[:first + 1], gaussian, "table", teacher, learn, iterations)
-        student.resume(kept, first)
-    losses = {name: kept[f"losses.{name}"].tolist() if first else [] for name in ("untrained", "trained")}
+    guess = unbounded(np.array([[GUESS.get(base, 0.5) if "r" in learn else 0.5, 1.0, 1.0]]))
+    us = list(kept["u"].cpu().numpy()) if "u" in kept else [guess if i in trainable else 0 * guess for i in range(steps)]
     try:
-        for i in range(first, len(schedule) - 1 - (not finite(schedule[-1]))):
-            if i in trainable:
-                u, before, after = _gauss_newton(student, i, training, iterations)
-                losses["untrained"].append(before.tolist())
-                losses["trained"].append(after.tolist())
-                loss = math.sqrt(after[training].mean())
+        first = student.run(student.start(x), lambda i: np.zeros((1, 3)), steps)
+        untrained = student.errors(first)
+        places = [first[0]._replace(values={0: first[0].values[0]})]
+        for i in range(steps):
+            if finished <= i and i in trainable:
+                ahead, (us[i],) = _gauss_newton(student, places[-1], [us[i]], training, ALONE, first[:2] if i == 0 and not guess.any() else None)
+                loss = student.rms(ahead[-1], training)
+                kept["u"] = torch.from_numpy(np.stack(us))
+                state.write(kept, i + 1)
             else:
-                u = np.zeros((1, 3))
-                student.land(i, u)
-            student.take()
-            kept |= student.kept() | {f"losses.{name}": torch.tensor(value) for name, value in losses.items()}
-            state.write(kept, i + 1)
+                ahead = student.run(places[-1], us.__getitem__, i + 1)
+            places[-1:] = ahead
+        for done_together in range(max(0, finished - steps), together):
+            places, us = _gauss_newton(student, places[0], us, training, 1, places)
+            loss = student.rms(places[-1], training)
+            kept["u"] = torch.from_numpy(np.stack(us))
+            state.write(kept, steps + 1 + done_together)
     except BaseException:  # cancelled: the steps that are done are kept
-        state.write(kept, student.done, at_once=True)
+        state.write(kept, state.following, at_once=True)
         raise
-    table = np.concatenate([bounded(np.concatenate(student.u)), np.tile(Inner(), (len(schedule) - 1 - len(student.u), 1))])
+    losses = {"untrained": untrained, "trained": student.errors(places)}
+    if losses["trained"][-1][training].mean() > losses["untrained"][-1][training].mean():
+        us, losses["trained"] = [np.zeros((1, 3)) for _ in range(steps)], untrained
+    table = bounded(np.concatenate(us))
     network = None
     if form == "predictor":
-        network, trained = _fit_predictor(student, x, table, features, training, rounds, seed)
-        losses["table"], losses["trained"] = losses["trained"], trained
-    shown = {name: {part: [math.sqrt(np.mean(row[where])) for row in np.asarray(rows)]
-                    for part, where in (("training", training), ("held out", slice(len(x) - held_out, len(x))))
+        losses["table"] = losses["trained"]
+        network, losses["trained"] = _fit_predictor(student, x, np.concatenate(us), features, training, rounds, seed)
+    shown = {name: {part: [math.sqrt(row[where].mean()) for row in rows]
+                    for part, where in (("training", training), ("held out", slice(training.stop, len(x))))
                     if part == "training" or held_out} for name, rows in losses.items()}
     result = Amed(np.array([level.lam for level in schedule]), table, base, first_step, network, about={
-        **(about or {}), "path": path, "form": form, "learn": list(learn), "teacher": teacher, "samples": len(x),
+        **(about or {}), "path": path, "form": form, "learn": list(learn), "teacher": teacher, "samples": len(x) - held_out,
         "held_out": held_out, "shape": list(x.shape[1:]), "seed": seed, "evaluations": done, "losses": shown,
         "sigmas": [level.sigma for level in schedule], "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
     state.remove()
     return result
 
 
-def training_cost(schedule: Sequence[Level], path: Path, form: str = "table", teacher: int = TEACHER,
-                  learn: Sequence[str] = LEARNED, iterations: int = ITERATIONS, rounds: int = ROUNDS) -> int:
+def training_cost(schedule: Sequence[Level], form: str = "table", first_step: str = "evaluate", teacher: int = TEACHER,
+                  learn: Sequence[str] = LEARNED, budget: float = BUDGET, rounds: int = ROUNDS) -> int:
     """The most model evaluations that `fit_amed` makes."""
-    intervals = len(schedule) - 1 - (not finite(schedule[-1]))
-    trained = sum(finite(*ends) for ends in pairwise(schedule))
-    slopes = len({"r", "a"} & {*learn})
-    total = len(_refined(schedule, teacher, path)[0]) - 1 + intervals + trained * (1 + iterations * (slopes + 1))
+    return _effort(schedule, form, first_step, teacher, learn, budget, rounds)[1]
+
+
+def _effort(schedule: Sequence[Level], form: str, first_step: str, teacher: int, learn: Sequence[str], budget: float,
+            rounds: int) -> tuple[int, int]:
+    """How many rounds all steps learn together, and the evaluations of it all."""
+    steps, trainable = len(schedule) - 1, _trainable(schedule)
+    skipped = first_step != "evaluate"
+    cost = [1 + (i in trainable) for i in range(steps)]
+    run = sum(cost) - skipped
+    slopes, asked = len({"r", "a"} & {*learn}), len(learn)
+    linearised = sum(asked * sum(cost[i + 1:]) + slopes for i in trainable)
+    fixed = teacher * steps + run + sum(cost[1:]) + 1 + len(trainable) * ALONE * (slopes + 1)
+    each = linearised + run - (not skipped)
+    together = max(0, min(MOST_TOGETHER, int((budget * run - fixed) // each))) if steps > 1 else 0
+    total = fixed + together * each
     if form == "predictor":
-        total += rounds * (intervals + trained * (1 + slopes)) + intervals + trained
-    return total
+        total += rounds * (run + linearised) + run
+    return together, total
+
+
+def _trainable(schedule: Sequence[Level]) -> list[int]:
+    return [i for i, ends in enumerate(pairwise(schedule)) if finite(*ends)]
 
 
 class Student:
-    """A run that is trained step by step: where it is, what it remembers, and where any u would lead from here."""
+    """Runs of the solver that is trained, from any place in the schedule and with any u."""
 
     def __init__(self, denoise: Denoiser, solver: Insertion, schedule: Sequence[Level], path: Path,
                  targets: Mapping[int, Tensor], learn: Sequence[str] = LEARNED,
                  differences: Sequence[float] = DIFFERENCES) -> None:
-        self.model, self.solver, self.schedule, self.path, self.targets = denoise, solver, schedule, path, targets
-        self.learn, self.differences = learn, differences
+        self.denoise, self.solver, self.schedule, self.path, self.targets = denoise, solver, schedule, path, targets
+        self.learn, self.differences, self.trainable = learn, differences, set(_trainable(schedule))
 
-    def start(self, x: Tensor) -> None:
-        self.x, self.past, self.u, self.denoise = x, [], [], self.model
-        if self.solver.trained.first_step == "afs":
-            self.denoise = answered(self.model, afs(self.schedule[0]))
-        self.here: dict[int, Tensor] = {}
+    def start(self, x: Tensor) -> Place:
+        return Place(0, x, [], {})
 
-    @property
-    def done(self) -> int:
-        return len(self.u)
+    def run(self, place: Place, choose: Choose, end: int, known: Mapping[int, Tensor] | None = None,
+            before: Sequence[np.ndarray] | None = None) -> list[Place]:
+        """The places from one on to the start of interval `end`; known evaluations of the first interval are not made again.
 
-    def look(self, i: int) -> None:
-        """Make the evaluation that opens interval i."""
-        first = self.solver.step_of_each(self.schedule, self.path, i, [[Inner()]] * (i + 1), self.x.ndim).evaluations[0]
-        self.here = {0: evaluate(self.denoise, self.x, first)}
+        before: the u of the intervals before the place, which a plugin of a multistep solver looks back on.
+        """
+        places = [place._replace(values=dict(place.values if known is None else known))]
+        rows = list(self.before if before is None else before)[:place.interval]
+        for i in range(place.interval, end):
+            x, past, values = places[-1].x, places[-1].past, places[-1].values
+            if 0 not in values:
+                values[0] = self.open(i, x)
+            rows.append(np.asarray(choose(i)))
+            inner = [[Inner(*map(float, row)) for row in bounded(part)] for part in rows]
+            step = on_device(self.solver.step_of_each(self.schedule, self.path, i, inner, x.ndim), x)
+            used = {**{-k: m for k, m in enumerate(past, 1)}, **values}
+            own = range(len(step.evaluations))
+            landed = advance(self.denoise, x, step, used, {*used, *own})
+            values.update({k: used[k] for k in own})
+            places.append(Place(i + 1, landed, [*(values[k] for k in reversed(own)), *past][:4], {}))
+        self.before = rows
+        return places
 
-    def land(self, i: int, u: np.ndarray, known: Mapping[int, Tensor] | None = None) -> Tensor:
-        """x at the end of interval i with u [1 or B, 3], which `take` will go on from."""
-        rows = [[Inner(*map(float, row)) for row in bounded(part)] for part in (*self.u, u)]
-        step = on_device(self.solver.step_of_each(self.schedule, self.path, i, rows, self.x.ndim), self.x)
-        values = {**{-k: m for k, m in enumerate(self.past, 1)}, **(self.here if known is None else known)}
-        own = range(len(step.evaluations))
-        landed = advance(self.denoise, self.x, step, values, {*values, *own})
-        self.here = {0: values[0]}
-        self.landed = landed, [values[k] for k in reversed(own)], u, {k: values[k] for k in own}
-        return landed
+    before: Sequence[np.ndarray] = ()
 
-    def take(self) -> None:
-        """Go on from where `land` led last."""
-        self.x, latest, u, _ = self.landed
-        self.past = [*latest, *self.past][:4]
-        self.u.append(u)
-        self.here = {}
+    def open(self, i: int, x: Tensor) -> Tensor:
+        """The value kept of the evaluation that opens an interval; the analytic one if the first is left out."""
+        first = self.solver.step_of_each(self.schedule, self.path, i, [[Inner()]] * (i + 1), x.ndim).evaluations[0]
+        denoise = self.denoise
+        if i == 0 and self.solver.trained.first_step == "afs":
+            denoise = answered(denoise, afs(self.schedule[0]))
+        return evaluate(denoise, x, first)
 
-    def error(self, i: int, landed: Tensor) -> Tensor:
+    def error(self, place: Place) -> Tensor:
         """The residual in y, [B, elements]."""
-        return ((landed - self.targets[i + 1]) / self.schedule[i + 1].alpha).flatten(1)
+        return ((place.x - self.targets[place.interval]) / self.schedule[place.interval].alpha).flatten(1)
 
-    def quadratic(self, i: int, u: np.ndarray) -> Quadratic:
-        """The error around the u that `land` was last called with, by one evaluation for each of r and a that is learned."""
-        there = self.landed
-        base = self.error(i, there[0])
+    def squared(self, place: Place) -> np.ndarray:
+        """The mean squared error of every image."""
+        return self.error(place).square().mean(1).double().cpu().numpy()
+
+    def errors(self, places: Sequence[Place]) -> list[np.ndarray]:
+        """`squared` at every level after the first."""
+        return [self.squared(place) for place in places[1:]]
+
+    def rms(self, place: Place, images: slice) -> float:
+        return math.sqrt(self.squared(place)[images].mean())
+
+    def quadratic(self, places: Sequence[Place], us: Sequence[np.ndarray]) -> Quadratic:
+        """The error at the last place around the u that led there, from a perturbed run for each number that is learned."""
+        end, start, before = places[-1].interval, places[0].interval, list(self.before)
+        base = self.error(places[-1])
         slopes = []
-        for which, (name, difference) in enumerate(zip(LEARNED, self.differences)):
-            if name not in self.learn:
-                slopes.append(torch.zeros_like(base))
-                continue
-            moved = self.land(i, u + difference * np.eye(3)[which], there[3] if name == "c" else None)
-            slopes.append((self.error(i, moved) - base) / difference)
-        self.landed = there
-        jacobian = torch.stack(slopes, 1)
+        for j, place in enumerate(places[:-1]):
+            for which, (name, difference) in enumerate(zip(LEARNED, self.differences)):
+                if name not in self.learn or place.interval not in self.trainable:
+                    slopes.append(torch.zeros_like(base).cpu())
+                    continue
+                moved = us[j] + difference * np.eye(3)[which]
+                known = place.values if name == "c" else {0: place.values[0]}
+                ahead = self.run(place, lambda i: moved if i == place.interval else us[i - start], end, known, before)
+                slopes.append(((self.error(ahead[-1]) - base) / difference).cpu())
+        self.before = before
+        jacobian, base = torch.stack(slopes, 1), base.cpu()
         n = base.shape[1]
         parts = (base.square().mean(1), torch.einsum("bkn,bn->bk", jacobian, base) / n,
                  torch.einsum("bkn,bln->bkl", jacobian, jacobian) / n)
-        return Quadratic(np.broadcast_to(u, (len(base), 3)), *(part.double().cpu().numpy() for part in parts))
-
-    def kept(self) -> dict[str, Tensor]:
-        """What `resume` needs."""
-        return {"x": self.x, "u": torch.from_numpy(np.concatenate(self.u)), **{f"past.{k}": m for k, m in enumerate(self.past)}}
-
-    def resume(self, kept: Mapping[str, Tensor], first: int) -> None:
-        self.x, self.u = kept["x"], list(kept["u"].cpu().numpy()[:, None])
-        self.past = [kept[f"past.{k}"] for k in range(4) if f"past.{k}" in kept]
-        assert self.done == first
-        if first:
-            self.denoise = self.model
+        return Quadratic(*(part.double().numpy() for part in parts))
 
 
-def _gauss_newton(student: Student, i: int, training: slice, iterations: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One u for all images; it, and the mean squared error of every image before and after. Ends landed on it."""
-    u = np.zeros((1, 3))
-    error = _squared(student, i, student.land(i, u))
-    before, best, damping, quadratic = error, student.landed, 0.1, None
+def _gauss_newton(student: Student, place: Place, us: Sequence[np.ndarray], training: slice, iterations: int,
+                  known: Sequence[Place] | None = None) -> tuple[list[Place], list[np.ndarray]]:
+    """The u [1, 3] of some intervals on, for all images, that lower the error where they end; the places they lead to.
+
+    known: the places that these u lead to, if they were run already.
+    """
+    start, us = place.interval, list(us)
+    end, before = start + len(us), list(student.before)[:start]
+    places = list(known) if known else student.run(place, lambda i: us[i - start], end, before=before)
+    damping, quadratic = 0.03, None
     for _ in range(iterations):
-        quadratic = quadratic or student.quadratic(i, u)
+        student.before = [*before, *us]
+        quadratic = quadratic or student.quadratic(places, us)
         g, G = quadratic.g[training].mean(0), quadratic.G[training].mean(0)  # noqa: N806
         d = -np.linalg.solve(G + np.diag(damping * np.diag(G) + 1e-12), g)
-        trial = u + np.clip(d, -1.0, 1.0)
-        trial_error = _squared(student, i, student.land(i, trial))
-        if trial_error[training].mean() < error[training].mean():
-            u, error, best, damping, quadratic = trial, trial_error, student.landed, damping / 5, None
+        moved = [u + part for u, part in zip(us, np.clip(d, -1.0, 1.0).reshape(-1, 1, 3))]
+        ahead = student.run(place, lambda i: moved[i - start], end, {0: places[0].values[0]}, before)
+        if student.squared(ahead[-1])[training].mean() < student.squared(places[-1])[training].mean():
+            us, places, damping, quadratic = moved, ahead, damping / 5, None
         else:
             damping *= 10
-            student.landed = best
-    student.landed = best
-    return u, before, error
+    student.before = [*before, *us]
+    return places, us
 
 
-def _squared(student: Student, i: int, landed: Tensor) -> np.ndarray:
-    return student.error(i, landed).square().mean(1).double().cpu().numpy()
+class Seen(NamedTuple):
+    """What a run showed the predictor: at every trainable interval (i, the middle block, lam at both ends, the table's u), u as
+    it was predicted [B, 3 n], and how the error at the end depends on it."""
+
+    looks: list[tuple[int, Tensor | None, tuple[float, float], np.ndarray]]
+    u: np.ndarray
+    quadratic: Quadratic
 
 
 def _fit_predictor(student: Student, x: Tensor, table: np.ndarray, features: Callable[[], Tensor | None], training: slice,
-                   rounds: int, seed: int) -> tuple[Predictor, list[list[float]]]:
+                   rounds: int, seed: int) -> tuple[Predictor, list[np.ndarray]]:
     """The predictor with the least error on the images held out (or, without any, on all), and its errors."""
-    network = Predictor.new(seed)
-    rows, best = unbounded(table), None
+    network, best = Predictor.new(seed), None
     for round_ in range(rounds + 1):
-        seen, errors = _student_run(student, x, rows, network, features, slopes=round_ < rounds)
-        judged = errors[:, training.stop:] if training.stop < len(x) else errors
-        score = float(np.log(judged.mean(1)).mean())
+        places, seen = watched(student, x, table, network, features, linearise=round_ < rounds)
+        end = student.squared(places[-1])
+        score = end[training.stop:].mean() if training.stop < len(x) else end.mean()
         if best is None or score < best[0]:
-            best = score, network, errors.tolist()
-        if round_ < rounds:
+            best = score, network, student.errors(places)
+        if seen:
             network = descend(network, seen, training, EPOCHS)
     return best[1:]
 
 
-def _student_run(student: Student, x: Tensor, rows: np.ndarray, network: Predictor, features: Callable[[], Tensor | None],
-                 slopes: bool) -> tuple[list[Seen], np.ndarray]:
-    """One run with the predictor's u: what every trainable interval showed, and the errors [interval, image]."""
-    seen, errors = [], []
-    student.start(x)
-    for i, ends in enumerate(pairwise(student.schedule)):
-        if i + 1 not in student.targets:
-            break
-        if not finite(*ends):
-            student.land(i, np.zeros((1, 3)))
-        else:
-            student.look(i)
-            what = None if i == 0 and student.solver.trained.first_step != "evaluate" else features().detach().clone()
-            lams = ends[0].lam, ends[1].lam
-            with torch.no_grad():
-                u = network(what, len(x), *lams, rows[i]).double().cpu().numpy()
-            errors.append(_squared(student, i, student.land(i, u)))
-            if slopes:
-                seen.append(Seen(what, lams, rows[i], student.quadratic(i, u)))
-        student.take()
-    return seen, np.array(errors)
+def watched(student: Student, x: Tensor, table: np.ndarray, network: Predictor, features: Callable[[], Tensor | None],
+            linearise: bool = True) -> tuple[list[Place], Seen | None]:
+    """A run with the predictor's u [steps, 3 of the table], and what it showed."""
+    looks, us = [], []
+
+    def choose(i: int) -> np.ndarray:
+        if i not in student.trainable:
+            us.append(np.zeros((len(x), 3)))
+            return us[-1]
+        skipped = i == 0 and student.solver.trained.first_step != "evaluate"
+        seen = None if skipped else features().detach().clone()
+        lams = student.schedule[i].lam, student.schedule[i + 1].lam
+        looks.append((i, seen, lams, table[i]))
+        with torch.no_grad():
+            us.append(network(seen, len(x), *lams, table[i]).double().cpu().numpy())
+        return us[-1]
+
+    places = student.run(student.start(x), choose, len(student.schedule) - 1, before=[])
+    if not linearise:
+        return places, None
+    return places, Seen(looks, np.concatenate(us, 1), student.quadratic(places, us))
 
 
-def descend(network: Predictor, seen: Sequence[Seen], training: slice, epochs: int, rate: float = 2e-3,
-            damping: float = 0.1) -> Predictor:
+def descend(network: Predictor, seen: Seen, training: slice, epochs: int, rate: float = 2e-3, damping: float = 0.1) -> Predictor:
     """Steps of Adam on the quadratic errors, damped by their distance from where they were made."""
     with torch.inference_mode(False), torch.enable_grad():
         weights = {name: value.clone().requires_grad_() for name, value in network.weights.items()}
@@ -310,20 +354,22 @@ def descend(network: Predictor, seen: Sequence[Seen], training: slice, epochs: i
     return Predictor({name: value.detach() for name, value in weights.items()})
 
 
-def predictor_loss(network: Predictor, seen: Sequence[Seen], training: slice, damping: float = 0.0) -> Tensor:
-    """The mean over intervals and images of (e + 2 g d + d (G + damping diag G) d) / mean e, d = u(network) - u."""
-    total = network.weights["heads.bias"].new_zeros(())
-    for features, (lam_s, lam_t), table, quadratic in seen:
-        u, e, g, G = (torch.from_numpy(part[training].copy()).to(total) for part in quadratic)  # noqa: N806
-        d = network(None if features is None else features.clone(), len(quadratic.e), lam_s, lam_t, table)[training] - u
-        G = G + damping * torch.diag_embed(G.diagonal(dim1=1, dim2=2))  # noqa: N806
-        value = e + 2.0 * (g * d).sum(1) + torch.einsum("bk,bkl,bl->b", d, G, d)
-        total = total + value.mean() / e.mean()
-    return total / len(seen)
+def predictor_loss(network: Predictor, seen: Seen, training: slice, damping: float = 0.0) -> Tensor:
+    """The mean over the images of (e + 2 g d + d (G + damping diag G) d) / mean e, d = u(network) - u."""
+    like = network.weights["heads.bias"]
+    e, g, G = (torch.from_numpy(part[training].copy()).to(like) for part in seen.quadratic)  # noqa: N806
+    u = torch.from_numpy(seen.u.copy()).to(like)
+    parts = {i: network(None if features is None else features.clone(), len(u), *lams, row) - u[:, 3 * i:3 * i + 3]
+             for i, features, lams, row in seen.looks}
+    d = torch.cat([parts.get(i, u.new_zeros(len(u), 3)) for i in range(u.shape[1] // 3)], 1)[training]
+    G = G + damping * torch.diag_embed(G.diagonal(dim1=1, dim2=2))  # noqa: N806
+    value = e + 2.0 * (g * d).sum(1) + torch.einsum("bk,bkl,bl->b", d, G, d)
+    return value.mean() / e.mean()
 
 
-def _teacher(denoise: Denoiser, x: Tensor, fine: Sequence[Level], marks: Mapping[int, int], path: Path) -> dict[int, Tensor]:
-    """The teacher's x at level j of the schedule, for j >= 1 up to the last of finite lam."""
+def _teacher(denoise: Denoiser, x: Tensor, schedule: Sequence[Level], steps: int, path: Path) -> dict[int, Tensor]:
+    """The teacher's x at every level of the schedule after the first."""
+    fine, marks = _refined(schedule, steps, path)
     states = {}
 
     def observe(i: int, sigma: float, x_now: Tensor, denoised: Tensor) -> None:
@@ -331,24 +377,23 @@ def _teacher(denoise: Denoiser, x: Tensor, fine: Sequence[Level], marks: Mapping
             states[marks[i]] = x_now
 
     end = sample(denoise, x, Multistep(DataPrediction(), 2, midpoint, "off").steps(fine, path), observe=observe)
-    states[marks[len(fine) - 1]] = end
+    states[len(schedule) - 1] = end
     return {j: value for j, value in states.items() if j}
 
 
-def _refined(schedule: Sequence[Level], teacher: int, path: Path) -> tuple[list[Level], dict[int, int]]:
-    """The teacher's levels to the last of finite lam, and at which of them level j of the schedule stands."""
+def _refined(schedule: Sequence[Level], steps: int, path: Path) -> tuple[list[Level], dict[int, int]]:
+    """The teacher's levels, and which of them are the schedule's: place -> level."""
     fine, marks = [], {}
     for j, (s, t) in enumerate(pairwise(schedule)):
         marks[len(fine)] = j
         fine.append(s)
-        shares = [k / teacher for k in range(1, teacher)]
-        if finite(s, t):
-            fine += [path.at(s.lam + share * (t.lam - s.lam)) for share in shares]
-        elif finite(t):  # from all noise: equal steps in sigma
-            fine += [path.level(s.sigma + share * (t.sigma - s.sigma)) for share in shares]
-        else:
-            return fine, marks
-    marks[len(fine)] = len(schedule) - 1
+        for share in (k / steps for k in range(1, steps)):
+            if finite(s, t):
+                fine.append(path.at(s.lam + share * (t.lam - s.lam)))
+            elif finite(t):  # from all noise: equal steps in sigma
+                fine.append(path.level(s.sigma + share * (t.sigma - s.sigma)))
+            else:  # to none: equal ratios, down to one in a hundred
+                fine.append(path.at(s.lam + share * math.log(100.0)))
     return [*fine, schedule[-1]], marks
 
 

@@ -240,7 +240,7 @@ def saved(tmp_path, monkeypatch):
     store = module("store")
     monkeypatch.setitem(folder_paths.folder_names_and_paths, store.FOLDER, ([str(tmp_path)], {store.ENDING}))
     folder_paths.filename_list_cache.pop(store.FOLDER, None)
-    statistics = module("panel").Statistics
+    statistics = module("kinds").Statistics
     made = smooth_statistics()
     statistics(made.lam, **made.curves(), about=ABOUT).save(tmp_path / "one.safetensors")
     yield
