@@ -1,5 +1,8 @@
-"""Curves drawn with Pillow, which ComfyUI has, as an IMAGE."""
+"""Curves, plots and contact sheets drawn with Pillow, which ComfyUI has."""
 from __future__ import annotations
+
+import math
+from typing import NamedTuple, Sequence
 
 import numpy as np
 import torch
@@ -39,4 +42,184 @@ def curves(statistics: Statistics, width: int = 480, height: int = 300) -> Tenso
             draw.line(at(lam, channel), COLOURS[name], 2)
     for i, name in enumerate(lines):
         draw.text((left + 70 * i, 10), name, COLOURS[name], font)
+    return tensor(image)
+
+
+def tensor(image: Image.Image) -> Tensor:
+    """An IMAGE, [1, H, W, 3] in 0..1."""
     return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255.0)[None]
+
+
+def first(images: Tensor) -> Image.Image:
+    """The first picture of an IMAGE or of a video's frames, [..., H, W, 3]."""
+    pixels = images.reshape(-1, *images.shape[-3:])[0, ..., :3].float().cpu()
+    return Image.fromarray((pixels.clamp(0, 1) * 255).round().to(torch.uint8).numpy())
+
+
+# --- error against evaluations ----------------------------------------------------------------------------------------
+
+HUES = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (230, 159, 0), (120, 94, 60), (110, 80, 190),
+        (60, 60, 60), (150, 180, 40))
+"""Colours that are told apart with any colour vision: Okabe and Ito's, and three more."""
+INK, GREY, GRID, GOOD, DOUBT = (35, 35, 35), (110, 110, 110), (228, 228, 228), (20, 130, 70), (240, 240, 240)
+SHAPES = ("disc", "square", "triangle", "diamond", "cross")
+FINER = 2  # drawn larger and reduced, for smooth lines
+
+
+class Line(NamedTuple):
+    """One sampler on one scheduler: (evaluations, error) from left to right."""
+
+    sampler: str
+    scheduler: str
+    stochastic: bool
+    points: list[tuple[int, float]]
+
+
+def errors(lines: Sequence[Line], good: float, doubt: float, width: int = 1000, height: int = 600) -> Image.Image:
+    """Error against evaluations, both logarithmic. A colour is a sampler, a shape a scheduler, a hollow mark stochastic.
+
+    The green line is the error that is good enough; in the grey ground, below `doubt`, the reference itself is not known.
+    """
+    points = [point for line in lines for point in line.points if point[1] > 0]
+    if not points:
+        return notice("Nothing to plot: the table says why", width, height)
+    z = FINER
+    image = Image.new("RGB", (width * z, height * z), "white")
+    draw = ImageDraw.Draw(image)
+    small, large = ImageFont.load_default(14 * z), ImageFont.load_default(17 * z)
+    samplers, schedulers = (list(dict.fromkeys(column)) for column in zip(*((line.sampler, line.scheduler) for line in lines)))
+    legend = min(width * z // 2, int(max(draw.textlength(name, small) for name in (*samplers, *schedulers))) + 64 * z)
+    left, right, top, bottom = 74 * z, width * z - legend - 24 * z, 52 * z, (height - 58) * z
+    calls = sorted({n for n, _ in points})
+    x_low, x_high = math.log(calls[0]) - 0.08, math.log(calls[-1]) + 0.08
+    y_low, y_high = (math.log(value) for value in (min(min(e for _, e in points), good) / 1.25,
+                                                   max(max(e for _, e in points), good) * 1.25))
+
+    def at(n: float, error: float) -> tuple[float, float]:
+        return (left + (math.log(n) - x_low) / (x_high - x_low) * (right - left),
+                bottom - (math.log(error) - y_low) / (y_high - y_low) * (bottom - top))
+
+    if doubt > math.exp(y_low):
+        draw.rectangle([left, at(1, min(doubt, math.exp(y_high)))[1], right, bottom], DOUBT)
+        draw.text((right - 8 * z, bottom - 8 * z), "the reference is not known better than this", GREY, small, anchor="rs")
+    for value in (m * 10.0**k for k in range(-8, 4) for m in (1, 2, 5)):
+        if y_low <= math.log(value) <= y_high:
+            _, y = at(1, value)
+            draw.line([(left, y), (right, y)], GRID, z)
+            draw.text((left - 10 * z, y), f"{value:g}", GREY, small, anchor="rm")
+    taken = -math.inf
+    for n in calls:
+        x, _ = at(n, 1)
+        draw.line([(x, top), (x, bottom)], GRID, z)
+        if x - taken > 26 * z:
+            draw.text((x, bottom + 10 * z), f"{n}", GREY, small, anchor="mt")
+            taken = x
+    draw.rectangle([left, top, right, bottom], outline=GREY, width=z)
+    _, y = at(1, good)
+    draw.line([(left, y), (right, y)], GOOD, 2 * z)
+    draw.text((right - 8 * z, y - 5 * z), f"good enough: {good:g}", GOOD, small, anchor="rs")
+    draw.text((left, 14 * z), "Error at equal model evaluations", INK, large)
+    draw.text(((left + right) / 2, height * z - 12 * z), "model evaluations", INK, small, anchor="ms")
+    draw.text((left - 62 * z, top - 10 * z), "error", INK, small, anchor="ls")
+    for line in lines:
+        colour, shape = HUES[samplers.index(line.sampler) % len(HUES)], SHAPES[schedulers.index(line.scheduler) % len(SHAPES)]
+        places = [at(*point) for point in line.points if point[1] > 0]
+        draw.line(places, colour, (1 if line.stochastic else 2) * z, joint="curve")
+        for place in places:
+            _mark(draw, place, shape, colour, line.stochastic, 5 * z)
+    hollow = {line.sampler for line in lines if line.stochastic}
+    x, y = right + 24 * z, top + 8 * z
+    for k, name in enumerate(samplers):
+        colour = HUES[k % len(HUES)]
+        draw.line([(x, y), (x + 26 * z, y)], colour, (1 if name in hollow else 3) * z)
+        draw.text((x + 34 * z, y), name, INK, small, anchor="lm")
+        y += 22 * z
+    y += 14 * z
+    for k, name in enumerate(schedulers):
+        _mark(draw, (x + 13 * z, y), SHAPES[k % len(SHAPES)], GREY, False, 5 * z)
+        draw.text((x + 34 * z, y), name, INK, small, anchor="lm")
+        y += 22 * z
+    if hollow:
+        _mark(draw, (x + 13 * z, y + 14 * z), "disc", GREY, True, 5 * z)
+        draw.text((x + 34 * z, y + 14 * z), "stochastic", INK, small, anchor="lm")
+    return image.reduce(z)
+
+
+def _mark(draw: ImageDraw.ImageDraw, place: tuple[float, float], shape: str, colour: tuple, hollow: bool, r: float) -> None:
+    x, y = place
+    fill, edge = ("white" if hollow else colour), max(1, int(r / 3))
+    if shape == "disc":
+        draw.ellipse([x - r, y - r, x + r, y + r], fill, colour, edge)
+    elif shape == "square":
+        draw.rectangle([x - r, y - r, x + r, y + r], fill, colour, edge)
+    elif shape == "triangle":
+        draw.polygon([(x, y - 1.2 * r), (x + 1.2 * r, y + r), (x - 1.2 * r, y + r)], fill, colour, edge)
+    elif shape == "diamond":
+        draw.polygon([(x, y - 1.4 * r), (x + 1.4 * r, y), (x, y + 1.4 * r), (x - 1.4 * r, y)], fill, colour, edge)
+    else:
+        draw.line([(x - r, y - r), (x + r, y + r)], colour, edge + 1)
+        draw.line([(x - r, y + r), (x + r, y - r)], colour, edge + 1)
+
+
+# --- contact sheet ----------------------------------------------------------------------------------------------------
+
+class Tile(NamedTuple):
+    """A picture with lines below it; framed if it is good, doubly if it is the best."""
+
+    image: Image.Image | None
+    captions: Sequence[str]
+    frame: str | None = None
+
+
+def sheet(first_row: Sequence[Tile], words: str, heads: Sequence[tuple[str, str]],
+          rows: Sequence[tuple[str, Sequence[Tile | None]]], side: int = 168) -> Image.Image:
+    """References on top with words beside them, then a row of tiles with a label for each sampler; a head for every column."""
+    gap, text, edge, head = 12, 40, 16, 54
+    font, bold = ImageFont.load_default(15), ImageFont.load_default(18)
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    label = int(max(measure.textlength(name, bold) for name in [*(name for name, _ in rows), "converged"])) + 24
+    high = side + text + gap
+    beside = edge + label + len(first_row) * (side + gap) + 2 * gap
+    wide = max(edge + label + len(heads) * (side + gap), int(beside + max(measure.textlength(line, font) for line in words.splitlines())))
+    image = Image.new("RGB", (wide + edge, edge * 2 + head + high * (len(rows) + 1)), "white")
+    draw = ImageDraw.Draw(image)
+
+    def place(tile: Tile | None, column: int, y: int) -> None:
+        if tile is None:
+            return
+        x = edge + label + column * (side + gap)
+        if tile.image is None:
+            draw.rectangle([x, y, x + side - 1, y + side - 1], DOUBT)
+        else:
+            scale = side / max(tile.image.size)
+            size = tuple(max(1, round(length * scale)) for length in tile.image.size)
+            image.paste(tile.image.resize(size, Image.Resampling.LANCZOS), (x + (side - size[0]) // 2, y + (side - size[1]) // 2))
+        if tile.frame:
+            thick = 5 if tile.frame == "best" else 2
+            draw.rectangle([x - thick, y - thick, x + side - 1 + thick, y + side - 1 + thick], outline=GOOD, width=thick)
+        for k, caption in enumerate(tile.captions):
+            draw.text((x + side / 2, y + side + 6 + 16 * k), caption, GOOD if tile.frame else GREY, font, anchor="mt")
+
+    draw.text((edge, edge + side // 2), "converged", INK, bold, anchor="lm")
+    for column, tile in enumerate(first_row):
+        place(tile, column, edge)
+    draw.multiline_text((beside, edge + side // 2), words, GREY, font, anchor="lm", spacing=6)
+    y = edge + high
+    for column, (above, below) in enumerate(heads):
+        x = edge + label + column * (side + gap) + side / 2
+        draw.text((x, y + 4), above, INK, bold, anchor="mt")
+        draw.text((x, y + 26), below, GREY, font, anchor="mt")
+    draw.line([(edge, y), (image.width - edge, y)], GRID, 1)
+    y += head
+    for name, tiles in rows:
+        draw.text((edge, y + side // 2), name, INK, bold, anchor="lm")
+        for column, tile in enumerate(tiles):
+            place(tile, column, y)
+        y += high
+    return image
+
+
+def notice(text: str, width: int = 640, height: int = 160) -> Image.Image:
+    image = Image.new("RGB", (width, height), "white")
+    ImageDraw.Draw(image).text((width / 2, height / 2), text, GREY, ImageFont.load_default(18), anchor="mm")
+    return image
