@@ -100,8 +100,10 @@ def errors(lines: Sequence[Line], good: float, doubt: float, width: int = 1000, 
                 bottom - (math.log(error) - y_low) / (y_high - y_low) * (bottom - top))
 
     if doubt > math.exp(y_low):
-        draw.rectangle([left, at(1, min(doubt, math.exp(y_high)))[1], right, bottom], DOUBT)
-        draw.text((right - 8 * z, bottom - 8 * z), "the reference is not known better than this", GREY, small, anchor="rs")
+        ground = at(1, min(doubt, math.exp(y_high)))[1]
+        draw.rectangle([left, ground, right, bottom], DOUBT)
+        if bottom - ground > 24 * z:
+            draw.text((right - 8 * z, bottom - 8 * z), "the reference itself is not known better", GREY, small, anchor="rs")
     for value in (m * 10.0**k for k in range(-8, 4) for m in (1, 2, 5)):
         if y_low <= math.log(value) <= y_high:
             _, y = at(1, value)
