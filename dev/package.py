@@ -26,7 +26,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import environment  # noqa: E402
 
-TOOLS = ["uv", "comfyui-manager==4.3", "comfy-cli==1.23.0", "comfy-test==0.4.15", "ruff"]
+TOOLS = ["uv", "comfyui-manager==4.3", "comfy-cli==1.23.0", "comfy-test==0.4.15"]
 LEVELS = ["syntax", "javascript", "install", "registration", "validation", "warnings", "hazards"]
 NAME = "lambda-solvers"
 HOME = environment.HOME / "package"
@@ -35,7 +35,7 @@ THEIRS = ("user/", "temp/", "input/3d", "server.log", "custom_nodes/.disabled") 
 
 
 def main() -> None:
-    place = environment.enter()
+    place = environment.enter("test")
     tools(place)
     archive = packed()
     static(place, archive)
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def tools(place: environment.Environment) -> None:
-    if all((BIN / name).exists() for name in ("cm-cli", "comfy", "comfy-test", "ruff")):
+    if all((BIN / name).exists() for name in ("cm-cli", "comfy", "comfy-test")):
         return
     subprocess.run([place.python, "-m", "venv", HOME / "venv"], check=True)
     [packages] = (HOME / "venv" / "lib").glob("python*/site-packages")
@@ -61,7 +61,8 @@ def packed() -> Path:
             "print(config); zip_files(sys.argv[1])")
     subprocess.run([BIN / "python", "-c", code, archive], cwd=environment.ROOT, check=True)
     print(f"archive: {archive.stat().st_size} bytes", flush=True)
-    subprocess.run([BIN / "ruff", "check", "--no-cache", "--select", "S102,S307,E702", "."], cwd=environment.ROOT, check=True)
+    subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", "--select", "S102,S307,E702", "."],
+                   cwd=environment.ROOT, check=True)
     return archive
 
 

@@ -10,8 +10,8 @@ from comfy_api.latest import io, ui
 
 from . import picture
 from .calibration import say
-from .comparison import (MOST_EVALUATIONS, Bench, Cell, Reference, References, grids, measured, parse, parse_budgets, parse_schedulers,
-                         plan, solve, start_of)
+from .comparison import (MOST_EVALUATIONS, Bench, Cell, Reference, References, grids, measured, parse, parse_budgets,
+                         parse_schedulers, plan, solve, start_of)
 from .statistics import advanced
 
 SAMPLERS = "euler\ndpmpp_2m\nuni_pc_bh2\nlambda/dpm_2m\ndpm_solver_v3"
@@ -31,31 +31,37 @@ class CompareSamplers(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model with its LoRAs, as it will be sampled"),
                 io.Conditioning.Input("positive", tooltip="The prompt to compare on"),
                 io.Conditioning.Input("negative", tooltip="The negative prompt that will be used"),
-                io.Latent.Input("latent_image", tooltip="An empty latent of the size you use, or an image with denoise below 1. "
-                                                        "Of a batch, the error is over all images and the first is shown"),
-                io.Float.Input("cfg", default=5.0, min=0.0, max=100.0, step=0.1, round=False, tooltip="Guidance, as in KSampler"),
+                io.Latent.Input("latent_image", tooltip=(
+                    "An empty latent of the size you use, or an image with denoise below 1. Of a batch, the error is over all "
+                    "images and the first is shown")),
+                io.Float.Input("cfg", default=5.0, min=0.0, max=100.0, step=0.1, round=False,
+                               tooltip="Guidance, as in KSampler"),
                 io.Int.Input("seed", default=0, min=0, max=2**64 - 1, control_after_generate=True, tooltip=(
                     "Of the noise that every sampler starts from. Another seed needs another reference")),
                 io.String.Input("samplers", multiline=True, default=SAMPLERS, tooltip=(
-                    "One on each line: a name of KSampler's list, or lambda/ and a name of ours (lambda/dpm_2m), and options "
-                    "behind commas (lambda/dpmpp_2m, rule=taylor). Samplers with two evaluations a step get half the steps")),
-                io.String.Input("schedulers", default="karras, sgm_uniform", tooltip="KSampler's schedulers, between commas"),
+                    "One on each line: a name of KSampler's list, or lambda/ and a name of ours (lambda/dpm_2m), and "
+                    "options behind commas (lambda/dpmpp_2m, rule=taylor). Samplers with two evaluations a step get half "
+                    "the steps")),
+                io.String.Input("schedulers", default="karras, sgm_uniform",
+                                tooltip="KSampler's schedulers, between commas"),
                 io.String.Input("evaluations", default="5, 8, 10", tooltip=(
-                    f"Budgets of model evaluations an image, between commas, from 1 to {MOST_EVALUATIONS}: every sampler gets as "
-                    "many steps as fit")),
+                    f"Budgets of model evaluations an image, between commas, from 1 to {MOST_EVALUATIONS}: every sampler "
+                    "gets as many steps as fit")),
                 io.Float.Input("error", default=0.1, min=0.001, max=10.0, step=0.01, round=False, tooltip=(
                     "What is good enough: the rms distance to the converged image, as a share of that image's standard "
-                    "deviation. 0.1 is close to the eye, 0.3 is another picture in its details. `cheapest` is chosen by it")),
+                    "deviation. `cheapest` is chosen by it; look at `sheet` to find what suits you")),
                 io.Vae.Input("vae", optional=True, tooltip="Connect it to see the images side by side in `sheet`"),
                 advanced(io.Float.Input("denoise", default=1.0, min=0.01, max=1.0, step=0.01, round=False, tooltip=(
-                    "As in KSampler. Below 1, schedules start at sigmas of their own, and each start needs its own reference"))),
+                    "As in KSampler. Below 1, schedules start at sigmas of their own, and each start needs a reference"))),
                 advanced(io.Int.Input("reference_evaluations", default=100, min=40, max=MOST_EVALUATIONS, tooltip=(
                     "Evaluations of the converged image; a second one with half as many says how far it can be trusted. "
                     "Kept until the model, prompt, latent, guidance or seed changes"))),
             ],
             outputs=[
-                io.Image.Output("plot", display_name="plot", tooltip="Error against model evaluations, both axes logarithmic"),
-                io.Image.Output("sheet", display_name="sheet", tooltip="The images, with evaluations and error; needs a VAE"),
+                io.Image.Output("plot", display_name="plot",
+                                tooltip="Error against model evaluations, both axes logarithmic"),
+                io.Image.Output("sheet", display_name="sheet",
+                                tooltip="The images, with evaluations and error; needs a VAE"),
                 io.String.Output("table", display_name="table", tooltip="All figures, as markdown"),
                 io.String.Output("cheapest", display_name="cheapest", tooltip="The fewest evaluations within the error"),
             ],
@@ -133,8 +139,8 @@ def words_for(chosen: Cell | None, cells: list[Cell], error: float) -> str:
     if not ran(cells):
         return "nothing ran: the table says why"
     nearest = min(ran(cells), key=lambda cell: cell.error)
-    return (f"nothing is within {error:g}; the nearest is {words(nearest)}. Allow more evaluations or a larger error, or try "
-            "other samplers and schedulers")
+    return (f"nothing is within {error:g}; the nearest is {words(nearest)}. Allow more evaluations or a larger error, or "
+            "try other samplers and schedulers")
 
 
 def table(cells: list[Cell], known: dict[float, Reference], verdict: str) -> str:
@@ -144,10 +150,10 @@ def table(cells: list[Cell], known: dict[float, Reference], verdict: str) -> str
         counted = [f"{cell.outcome.evaluations}", f"{cell.steps}", f"{cell.error:.4f}"] if cell.outcome else [
             f"of {cell.budget}" if cell.budget else "", "", ""]
         lines.append("| " + " | ".join([cell.entry.label, cell.scheduler, *counted, remark(cell, known)]) + " |")
-    made = [f"Reference: {reference.evaluations} evaluations of DPM-Solver++(3M); one of DPM-Solver++(2M) with half as many is "
-            f"{reference.doubt:.4f} away, and differences below that mean nothing." for reference in known.values()]
-    return "\n".join([verdict, "", *lines, "", "Error: rms distance to the converged image of the same noise (the reference), as a "
-                      "share of that image's standard deviation.", *made])
+    made = [f"Reference: {reference.evaluations} evaluations of DPM-Solver++(3M); one of DPM-Solver++(2M) with half as many "
+            f"is {reference.doubt:.4f} away, and differences below that mean nothing." for reference in known.values()]
+    return "\n".join([verdict, "", *lines, "", "Error: rms distance to the converged image of the same noise (the reference), "
+                      "as a share of that image's standard deviation.", *made])
 
 
 def remark(cell: Cell, known: dict[float, Reference]) -> str:
@@ -168,7 +174,8 @@ def remark(cell: Cell, known: dict[float, Reference]) -> str:
 def plotted(cells: list[Cell], error: float, known: Iterable[Reference]):
     lines = {}
     for cell in ran(cells):
-        lines.setdefault((cell.entry.label, cell.scheduler, cell.stochastic), []).append((cell.outcome.evaluations, cell.error))
+        key = (cell.entry.label, cell.scheduler, cell.stochastic)
+        lines.setdefault(key, []).append((cell.outcome.evaluations, cell.error))
     doubt = max((reference.doubt for reference in known), default=0.0)
     return picture.errors([picture.Line(*key, sorted(points)) for key, points in lines.items()], error, doubt)
 

@@ -63,8 +63,8 @@ def _entry(line: str) -> Entry:
         return Entry(line, KSAMPLER(calibrated(ours), options),
                      KSAMPLER(sampler_function(ours), {**ours.stand_ins, **options}), name if name in listed else "euler")
     if name not in listed:
-        raise ValueError(f"samplers: unknown sampler {name!r}: write a name of KSampler's list ({', '.join(listed)}) or of ours "
-                         f"({', '.join(OURS + known for known in SAMPLERS)})")
+        raise ValueError(f"samplers: unknown sampler {name!r}: write a name of KSampler's list ({', '.join(listed)}) or of "
+                         f"ours ({', '.join(OURS + known for known in SAMPLERS)})")
     sampler = comfy.samplers.sampler_object(name)
     known = [key for key, parameter in inspect.signature(sampler.sampler_function).parameters.items()
              if isinstance(parameter.default, (int, float, str)) and key != "disable"]
@@ -92,8 +92,8 @@ def parse_schedulers(text: str) -> list[str]:
     known = comfy.samplers.SCHEDULER_NAMES
     wrong = [name for name in found if name not in known]
     if wrong or not found:
-        raise ValueError(f"schedulers = {text!r}: {f'unknown {wrong[0]!r}' if wrong else 'empty'}: write names between commas, "
-                         f"of {', '.join(known)}")
+        fault = f"unknown {wrong[0]!r}" if wrong else "empty"
+        raise ValueError(f"schedulers = {text!r}: {fault}: write names between commas, of {', '.join(known)}")
     return found
 
 
@@ -104,8 +104,9 @@ def parse_budgets(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",") if part.strip()]
     wrong = [part for part in parts if not (part.isascii() and part.isdigit() and 1 <= int(part) <= MOST_EVALUATIONS)]
     if wrong or not parts:
-        raise ValueError(f"evaluations = {text!r}: {f'{wrong[0]!r} is out of range' if wrong else 'empty'}: write whole numbers "
-                         f"from 1 to {MOST_EVALUATIONS} between commas, such as 5, 8, 10")
+        fault = f"{wrong[0]!r} is out of range" if wrong else "empty"
+        raise ValueError(f"evaluations = {text!r}: {fault}: write whole numbers from 1 to {MOST_EVALUATIONS} between commas, "
+                         "such as 5, 8, 10")
     return sorted(set(map(int, parts)))
 
 
@@ -146,7 +147,8 @@ class Outcome(NamedTuple):
 class Bench:
     """One model, prompt, guidance and noise, on which every sampler runs as KSampler would run it."""
 
-    def __init__(self, model: Any, positive: list, negative: list, cfg: float, latent: dict, seed: int, denoise: float) -> None:
+    def __init__(self, model: Any, positive: list, negative: list, cfg: float, latent: dict, seed: int,
+                 denoise: float) -> None:
         self.model, self.seed, self.denoise = model, seed, denoise
         self.latent = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
         self.noise = comfy.sample.prepare_noise(self.latent, seed, latent.get("batch_index"))

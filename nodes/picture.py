@@ -58,9 +58,9 @@ def first(images: Tensor) -> Image.Image:
 
 # --- error against evaluations ----------------------------------------------------------------------------------------
 
-HUES = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (230, 159, 0), (120, 94, 60), (110, 80, 190),
-        (60, 60, 60), (150, 180, 40))
-"""Colours that are told apart with any colour vision: Okabe and Ito's, and three more."""
+HUES = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (230, 159, 0), (120, 94, 60),
+        (110, 80, 190), (60, 60, 60), (150, 180, 40))
+"""Colours to tell lines apart: first six of Okabe and Ito's, for any colour vision, then four more."""
 INK, GREY, GRID, GOOD, DOUBT = (35, 35, 35), (110, 110, 110), (228, 228, 228), (20, 130, 70), (240, 240, 240)
 SHAPES = ("disc", "square", "triangle", "diamond", "cross")
 FINER = 2  # drawn larger and reduced, for smooth lines
@@ -87,7 +87,8 @@ def errors(lines: Sequence[Line], good: float, doubt: float, width: int = 1000, 
     image = Image.new("RGB", (width * z, height * z), "white")
     draw = ImageDraw.Draw(image)
     small, large = ImageFont.load_default(14 * z), ImageFont.load_default(17 * z)
-    samplers, schedulers = (list(dict.fromkeys(column)) for column in zip(*((line.sampler, line.scheduler) for line in lines)))
+    samplers = list(dict.fromkeys(line.sampler for line in lines))
+    schedulers = list(dict.fromkeys(line.scheduler for line in lines))
     legend = min(width * z // 2, int(max(draw.textlength(name, small) for name in (*samplers, *schedulers))) + 64 * z)
     left, right, top, bottom = 74 * z, width * z - legend - 24 * z, 52 * z, (height - 58) * z
     calls = sorted({n for n, _ in points})
@@ -124,7 +125,8 @@ def errors(lines: Sequence[Line], good: float, doubt: float, width: int = 1000, 
     draw.text(((left + right) / 2, height * z - 12 * z), "model evaluations", INK, small, anchor="ms")
     draw.text((left - 62 * z, top - 10 * z), "error", INK, small, anchor="ls")
     for line in lines:
-        colour, shape = HUES[samplers.index(line.sampler) % len(HUES)], SHAPES[schedulers.index(line.scheduler) % len(SHAPES)]
+        colour = HUES[samplers.index(line.sampler) % len(HUES)]
+        shape = SHAPES[schedulers.index(line.scheduler) % len(SHAPES)]
         places = [at(*point) for point in line.points if point[1] > 0]
         draw.line(places, colour, (1 if line.stochastic else 2) * z, joint="curve")
         for place in places:
@@ -175,14 +177,15 @@ class Tile(NamedTuple):
 
 def sheet(first_row: Sequence[Tile], words: str, heads: Sequence[tuple[str, str]],
           rows: Sequence[tuple[str, Sequence[Tile | None]]], side: int = 168) -> Image.Image:
-    """References on top with words beside them, then a row of tiles with a label for each sampler; a head for every column."""
+    """References on top with words beside them, then a labelled row of tiles for each sampler; a head for every column."""
     gap, text, edge, head = 12, 40, 16, 54
     font, bold = ImageFont.load_default(15), ImageFont.load_default(18)
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     label = int(max(measure.textlength(name, bold) for name in [*(name for name, _ in rows), "converged"])) + 24
     high = side + text + gap
     beside = edge + label + len(first_row) * (side + gap) + 2 * gap
-    wide = max(edge + label + len(heads) * (side + gap), int(beside + max(measure.textlength(line, font) for line in words.splitlines())))
+    wide = max(edge + label + len(heads) * (side + gap),
+               int(beside + max(measure.textlength(line, font) for line in words.splitlines())))
     image = Image.new("RGB", (wide + edge, edge * 2 + head + high * (len(rows) + 1)), "white")
     draw = ImageDraw.Draw(image)
 
@@ -195,7 +198,8 @@ def sheet(first_row: Sequence[Tile], words: str, heads: Sequence[tuple[str, str]
         else:
             scale = side / max(tile.image.size)
             size = tuple(max(1, round(length * scale)) for length in tile.image.size)
-            image.paste(tile.image.resize(size, Image.Resampling.LANCZOS), (x + (side - size[0]) // 2, y + (side - size[1]) // 2))
+            small = tile.image.resize(size, Image.Resampling.LANCZOS)
+            image.paste(small, (x + (side - size[0]) // 2, y + (side - size[1]) // 2))
         if tile.frame:
             thick = 5 if tile.frame == "best" else 2
             draw.rectangle([x - thick, y - thick, x + side - 1 + thick, y + side - 1 + thick], outline=GOOD, width=thick)

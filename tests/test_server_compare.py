@@ -40,7 +40,8 @@ def test_everything_is_counted_and_the_reference_is_made_once(server) -> None:  
     ran, rows, table, cheapest = run(graph, server)
     assert ran.status == "success", ran.error
     assert len(rows) == 10 and {row[0]: row[5] for row in rows}["lambda_2m_sde"] == "stochastic: goes to another image"
-    assert {(row[0], row[2], row[3]) for row in rows} >= {("euler", "4", "4"), ("heun", "3", "2"), ("heun", "7", "4"), ("lambda_2m", "8", "8")}
+    assert {(row[0], row[2], row[3]) for row in rows} >= {("euler", "4", "4"), ("heun", "3", "2"), ("heun", "7", "4"),
+                                                          ("lambda_2m", "8", "8")}
     spent = sum(int(row[2]) for row in rows)
     assert spent == 4 * (4 + 8) + 3 + 7
     made = int(re.search(r"Reference: (\d+) evaluations", table)[1])
@@ -65,7 +66,8 @@ def test_everything_is_counted_and_the_reference_is_made_once(server) -> None:  
 
 
 def test_a_fine_run_has_no_error_left(server) -> None:  # noqa: F811
-    _, rows, table, _ = run(comparison(Graph("panda"), samplers="lambda_2m", schedulers="exponential", evaluations="40", vae=None), server)
+    graph = comparison(Graph("panda"), samplers="lambda_2m", schedulers="exponential", evaluations="40", vae=None)
+    _, rows, _, _ = run(graph, server)
     assert float(rows[0][4]) < 0.02
 
 
@@ -81,8 +83,8 @@ def test_v3_is_calibrated_by_its_own_rule_and_its_measurement_is_not_counted(bas
 
 
 def test_cells_that_fail_say_why_and_the_others_run(server) -> None:  # noqa: F811
-    ran, rows, _, cheapest = run(comparison(Graph("panda"), samplers="lambda_2m\neuler", schedulers="kl_optimal, karras", evaluations="1, 4",
-                                            seed=5), server)
+    graph = comparison(Graph("panda"), samplers="lambda_2m\neuler", schedulers="kl_optimal, karras", evaluations="1, 4", seed=5)
+    ran, rows, _, cheapest = run(graph, server)
     assert ran.status == "success", ran.error
     failed = {(row[0], row[1], row[2]): row[5] for row in rows if not row[4]}
     assert "every sigma must be a finite number" in failed["lambda_2m", "kl_optimal", "of 1"]

@@ -10,7 +10,7 @@ from PIL import Image
 import workflows
 from test_server import base, server  # noqa: F401  (the fixtures)
 from test_tree import published
-from workflow import load
+from workflow import load, nodes_of
 
 EXAMPLES = sorted(workflows.FOLDER.glob("*.json"))
 EVERY_EXAMPLE = pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
@@ -85,13 +85,14 @@ def test_a_calibration_s_name_is_restored_from_an_image(server, base) -> None:  
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     prompt = workflows.tried(server, workflows.FOLDER / "calibrate_and_share.json", "panda")
-    [save] = [node for node in prompt.values() if node["class_type"] == "LambdaSaveStatistics"]
-    save["inputs"]["name"] = "shared/panda"
+    for node in nodes_of(prompt, "LambdaSaveStatistics"):
+        node["name"] = "shared/panda"
     assert server.run(prompt).status == "success"
     canvas = workflows.Canvas("restored", server.get("/object_info"))
-    got = workflows.start(canvas, "**restored**")
+    got = workflows.start(canvas)
     loaded = canvas.add("LambdaLoadStatistics", name="shared/panda.safetensors")
-    workflows.save(canvas, "Image", workflows.custom(canvas, got, canvas.add("LambdaSamplerV3", statistics=loaded[0]), 3.0, "karras", 4), got.vae)
+    sampler = canvas.add("LambdaSamplerV3", statistics=loaded[0])
+    workflows.save(canvas, "Image", workflows.custom(canvas, got, sampler, 3.0, "karras", 4), got.vae)
     path = base / "restored.json"
     path.write_text(json.dumps(canvas.saved()))
     workflows.EXAMPLES.setdefault("restored", None)
@@ -104,4 +105,4 @@ def test_a_calibration_s_name_is_restored_from_an_image(server, base) -> None:  
     with Image.open(server.file(shown)) as image:
         restored.write_text(image.info["workflow"])
     again = load(restored, server.get("/object_info"))
-    assert [node["inputs"]["name"] for node in again.values() if node["class_type"] == "LambdaLoadStatistics"] == ["shared/panda.safetensors"]
+    assert [node["name"] for node in nodes_of(again, "LambdaLoadStatistics")] == ["shared/panda.safetensors"]
