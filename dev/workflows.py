@@ -185,8 +185,8 @@ def ksampler(canvas: Canvas) -> None:
     latent = canvas.add("KSampler", model=got.model, positive=got.positive, negative=got.negative, latent_image=got.latent,
                         seed=1, steps=12, cfg=5.0, sampler_name="lambda_2m", scheduler="karras")
     canvas.add("LambdaSamplerMultistep", "lambda_2m as a node, with all its options")
-    canvas.note("The node above is not connected: it is what `lambda_2m` stands for, to be tried with SamplerCustom (see the "
-                "example *sampler_node*).")
+    canvas.note("The node above is not connected: it is what `lambda_2m` stands for, to be tried with SamplerCustom (see "
+                "the example *sampler_node*).")
     save(canvas, "3  Image", latent[0], got.vae)
 
 
