@@ -110,6 +110,8 @@ def fresh(place: environment.Environment) -> Path:
     comfyui = HOME / "ComfyUI"
     shutil.rmtree(comfyui, ignore_errors=True)
     shutil.copytree(place.comfyui, comfyui, ignore=shutil.ignore_patterns("__pycache__", ".git"))
+    for path in (comfyui / "comfy_extras").glob("nodes_audio*.py"):
+        path.unlink()  # they import torchaudio, which .dev/venv lacks, and comfy-test takes that for a fault of the pack
     environment.base_directory(comfyui)
     (comfyui / "custom_nodes" / NAME).unlink()
     return comfyui
