@@ -67,7 +67,11 @@ def packed() -> Path:
 
 
 def static(place: environment.Environment, archive: Path) -> None:
-    """comfy-test on the unpacked archive, attached to a server of ours."""
+    """comfy-test on the unpacked archive, attached to a server of ours.
+
+    The server's log is not shown to it: it would take core's audio nodes, which miss torchaudio here, for a fault of the
+    pack. That ours are there, `offered` sees.
+    """
     from comfyui_server import Server
 
     comfyui = fresh(place)
@@ -77,7 +81,8 @@ def static(place: environment.Environment, archive: Path) -> None:
     (pack / "comfy-test.toml").write_text(f"[test]\nlevels = {json.dumps(LEVELS)}\n")
     logs = HOME / "comfy-test"
     logs.mkdir(exist_ok=True)
-    with Server(place._replace(comfyui=comfyui), comfyui, log=logs / "server.log") as server:
+    with Server(place._replace(comfyui=comfyui), comfyui) as server:
+        offered(server, "unpacked", listed=True)
         subprocess.run([BIN / "comfy-test", "run", "--server-url", server.url], cwd=pack, check=True,
                        env={**os.environ, "HOME": str(logs), "TMPDIR": str(logs), "COMFY_TEST_LOGS_DIR": str(logs)})
 
@@ -97,9 +102,9 @@ def cycle(place: environment.Environment) -> None:
         if not (comfyui / "custom_nodes" / NAME / "a_new_file").exists():
             raise SystemExit("update: the new commit did not arrive")
         check(place, comfyui, "updated", listed=True)
-        for step, listed in (("disable", False), ("enable", True), ("uninstall", False)):
+        for step, done, listed in (("disable", "disabled", False), ("enable", "enabled", True), ("uninstall", "uninstalled", False)):
             manager(comfyui, step, NAME)
-            check(place, comfyui, step + "d", listed)
+            check(place, comfyui, done, listed)
     left = sorted(name for name in files(comfyui) - before if not name.startswith((*THEIRS, "models/solver_calibrations")))
     print(f"files left behind: {left or 'none'}")
     raise SystemExit(bool(left))
@@ -110,8 +115,6 @@ def fresh(place: environment.Environment) -> Path:
     comfyui = HOME / "ComfyUI"
     shutil.rmtree(comfyui, ignore_errors=True)
     shutil.copytree(place.comfyui, comfyui, ignore=shutil.ignore_patterns("__pycache__", ".git"))
-    for path in (comfyui / "comfy_extras").glob("nodes_audio*.py"):
-        path.unlink()  # they import torchaudio, which .dev/venv lacks, and comfy-test takes that for a fault of the pack
     environment.base_directory(comfyui)
     (comfyui / "custom_nodes" / NAME).unlink()
     return comfyui
@@ -156,15 +159,19 @@ def manager(comfyui: Path, *arguments: str) -> None:
 
 
 def check(place: environment.Environment, comfyui: Path, what: str, listed: bool) -> None:
-    """Our nodes and names are offered by a server that is started now, or none of them."""
     from comfyui_server import Server
 
     with Server(place._replace(comfyui=comfyui), comfyui) as server:
-        info = server.get("/object_info")
+        offered(server, what, listed)
+
+
+def offered(server, what: str, listed: bool) -> None:
+    """Our nodes and names are offered by a server that was just started, or none of them."""
+    info = server.get("/object_info")
     nodes = [name for name in info if name.startswith("Lambda")]
     names = [name for name in info["KSampler"]["input"]["required"]["sampler_name"][0] if name.startswith("lambda_")]
     if bool(nodes) != listed or bool(names) != listed:
-        raise SystemExit(f"{what}: {len(nodes)} nodes and {len(names)} names are offered; the log is {comfyui / 'server.log'}")
+        raise SystemExit(f"{what}: {len(nodes)} nodes and {len(names)} names are offered; the log is {server.log}")
     print(f"{what}: {len(nodes)} nodes, {len(names)} names", flush=True)
 
 
