@@ -102,7 +102,8 @@ def cycle(place: environment.Environment) -> None:
         if not (comfyui / "custom_nodes" / NAME / "a_new_file").exists():
             raise SystemExit("update: the new commit did not arrive")
         check(place, comfyui, "updated", listed=True)
-        for step, done, listed in (("disable", "disabled", False), ("enable", "enabled", True), ("uninstall", "uninstalled", False)):
+        for step, done, listed in (("disable", "disabled", False), ("enable", "enabled", True),
+                                   ("uninstall", "uninstalled", False)):
             manager(comfyui, step, NAME)
             check(place, comfyui, done, listed)
     left = sorted(name for name in files(comfyui) - before if not name.startswith((*THEIRS, "models/solver_calibrations")))

@@ -173,6 +173,7 @@ class Bench:
 
     def rehearse(self, sampler: KSAMPLER, sigmas: Tensor, seed: int = 0) -> Outcome:
         """A run on the denoiser x / 2, for the number of calls: it costs no evaluation and asks nothing of the sampler."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
         return self._run(self.stage, sampler, sigmas, seed, lambda: None)
 
     def run(self, sampler: KSAMPLER, sigmas: Tensor, called: Callable[[], None]) -> Outcome:
