@@ -78,9 +78,9 @@ class Server:
             self.process.kill()
             self.process.wait()
 
-    def run(self, prompt: Prompt, watch: Watcher | None = None) -> Run:
-        """Queue a workflow and wait until it has ended, whatever its end."""
-        return asyncio.run(self._run(prompt, watch))
+    def run(self, prompt: Prompt, watch: Watcher | None = None, saved: dict | None = None) -> Run:
+        """Queue a workflow and wait until it has ended, whatever its end. `saved` is its form for the user interface."""
+        return asyncio.run(self._run(prompt, watch, saved))
 
     def get(self, path: str) -> Any:
         """The JSON answer to GET path."""
@@ -98,11 +98,12 @@ class Server:
         async with aiohttp.ClientSession() as session, session.post(self.url + "/interrupt") as answer:
             answer.raise_for_status()
 
-    async def _run(self, prompt: Prompt, watch: Watcher | None) -> Run:
+    async def _run(self, prompt: Prompt, watch: Watcher | None, saved: dict | None) -> Run:
         client, run, start = uuid.uuid4().hex, Run(), time.perf_counter()
         async with aiohttp.ClientSession() as session, \
                 session.ws_connect(f"{self.url}/ws?clientId={client}", max_msg_size=0) as socket_:
-            async with session.post(self.url + "/prompt", json={"prompt": prompt, "client_id": client}) as answer:
+            asked = {"prompt": prompt, "client_id": client, "extra_data": {"extra_pnginfo": {"workflow": saved}} if saved else {}}
+            async with session.post(self.url + "/prompt", json=asked) as answer:
                 said = await answer.json()
                 if answer.status != 200:
                     raise PromptRefused(json.dumps(said, indent=1))

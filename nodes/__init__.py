@@ -6,12 +6,13 @@ from server import PromptServer
 
 from . import first_steps, store, web
 from .calibrating import NODES
+from .compare import CompareSamplers
 from .registry import register, sampler_nodes
 
 
 class LambdaSolvers(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [*sampler_nodes(), *first_steps.NODES, *NODES]
+        return [*sampler_nodes(), *first_steps.NODES, *NODES, CompareSamplers]
 
 
 store.register()

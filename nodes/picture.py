@@ -1,5 +1,8 @@
-"""Curves drawn with Pillow, which ComfyUI has, as an IMAGE."""
+"""Curves, plots and contact sheets drawn with Pillow, which ComfyUI has."""
 from __future__ import annotations
+
+import math
+from typing import NamedTuple, Sequence
 
 import numpy as np
 import torch
@@ -39,47 +42,236 @@ def curves(statistics: Statistics, width: int = 480, height: int = 300) -> Tenso
             draw.line(at(lam, channel), COLOURS[name], 2)
     for i, name in enumerate(lines):
         draw.text((left + 70 * i, 10), name, COLOURS[name], font)
+    return tensor(image)
+
+
+def tensor(image: Image.Image) -> Tensor:
+    """An IMAGE, [1, H, W, 3] in 0..1."""
     return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255.0)[None]
 
 
-def training(trained: Amed, width: int = 480, height: int = 300) -> Tensor:
-    """r, c, a of every step above, and the error after every step below, untrained and trained, [1, H, W, 3]."""
+def training(trained: Amed, width: int = 480, height: int = 320) -> Tensor:
+    """r, c, a of every step above, and the error at its end below, untrained and trained, [1, H, W, 3]."""
     image = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(image)
     font = ImageFont.load_default(15)
-    rows = trained.table[np.isfinite(trained.lam[:-1]) & np.isfinite(trained.lam[1:])]
+    steps = len(trained.table)
+    learned = np.isfinite(trained.lam[:-1]) & np.isfinite(trained.lam[1:])
     losses = trained.about.get("losses", {})
     which = "held out" if "held out" in losses.get("trained", {}) else "training"
-    errors = {name: np.array(losses[name][which]) for name in ("untrained", "table", "trained") if name in losses}
-    steps = np.arange(len(rows))
-    left, right = 56, width - 16
+    left, right = 60, width - 20
 
-    def panel(top: int, bottom: int, lines: dict[str, np.ndarray], colours: dict[str, tuple], log: bool) -> None:
-        values = np.concatenate([np.log10(line) if log else line for line in lines.values()])
-        low, high = float(values.min()), float(values.max())
-        pad = max(0.06 * (high - low), 0.02)
-        low, high = low - pad, high + pad
-        y = lambda v: bottom - ((np.log10(v) if log else v) - low) / (high - low) * (bottom - top)
-        x = lambda i: (left + right) / 2 if len(rows) == 1 else left + 12 + i / (len(rows) - 1) * (right - left - 24)
+    def panel(title: str, top: int, bottom: int, lines: dict[str, np.ndarray], colours: Sequence[tuple], log: bool) -> None:
+        """Values over the steps; NaN where there is none."""
+        scaled = {name: np.log10(np.maximum(line, 1e-12)) if log else line for name, line in lines.items()}
+        values = np.concatenate(list(scaled.values()))
+        low, high = np.nanmin(values), np.nanmax(values)
+        low, high = low - 0.1 * (high - low + 0.1), high + 0.1 * (high - low + 0.1)
+        x = left + 16 + np.arange(steps) / max(steps - 1, 1) * (right - left - 32)
         for value in np.linspace(low, high, 4):
-            at = bottom - (value - low) / (high - low) * (bottom - top)
-            draw.line([(left, at), (right, at)], (225, 225, 225))
-            draw.text((6, at - 8), f"{10**value if log else value:.2g}", (90, 90, 90), font)
-        for k, (name, line) in enumerate(lines.items()):
-            points = [(float(x(i)), float(y(v))) for i, v in enumerate(line)]
-            draw.line(points, colours[name], 2)
+            y = bottom - (value - low) / (high - low) * (bottom - top)
+            draw.line([(left, y), (right, y)], (225, 225, 225))
+            draw.text((6, y - 8), f"{10**value if log else value:.2g}", (90, 90, 90), font)
+        place = left
+        for (name, line), colour in zip(scaled.items(), colours):
+            points = [(px, bottom - (value - low) / (high - low) * (bottom - top)) for px, value in zip(x, line)
+                      if np.isfinite(value)]
+            draw.line(points, colour, 2)
             for px, py in points:
-                draw.ellipse((px - 3, py - 3, px + 3, py + 3), fill=colours[name])
-            draw.text((left + 8 + 92 * k, top - 18), name, colours[name], font)
+                draw.ellipse((px - 3, py - 3, px + 3, py + 3), fill=colour)
+            draw.text((place, top - 20), name, colour, font)
+            place += draw.textlength(name, font) + 16
+        draw.text((right, top - 20), title, (90, 90, 90), font, anchor="ra")
+        for px, step in zip(x, range(1, steps + 1)):
+            draw.text((px, bottom + 4), str(step), (90, 90, 90), font, anchor="ma")
 
-    blue, red, green, grey = (31, 119, 180), (214, 39, 40), (44, 160, 44), (130, 130, 130)
-    split = 0.5 if errors else 1.0
-    panel(24, int(height * split) - 14, {"r": rows[:, 0], "c": rows[:, 1], "a": rows[:, 2]},
-          {"r": blue, "c": red, "a": green}, False)
-    if errors:
-        draw.text((right - 120, int(height * split) - 6), f"error, {which}", (90, 90, 90), font)
-        panel(int(height * split) + 12, height - 26, errors, {"untrained": grey, "table": green, "trained": blue}, True)
-    for i in steps:
-        x = (left + right) / 2 if len(rows) == 1 else left + 12 + i / (len(rows) - 1) * (right - left - 24)
-        draw.text((x - 4, height - 20), str(i + 1), (90, 90, 90), font)
-    return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255.0)[None]
+    blue, red, green, grey = *(COLOURS[name] for name in ("l", "s", "b")), (130, 130, 130)
+    table = np.where(learned[:, None], trained.table, np.nan)
+    half = height // 2 if losses else height
+    panel("step", 28, half - 24, dict(zip("rca", table.T)), (blue, red, green), False)
+    if losses:
+        errors = {name: np.array(losses[name][which]) for name in ("untrained", "table", "trained") if name in losses}
+        colours = {"untrained": grey, "table": green, "trained": blue}
+        panel(f"error after the step, {which}", half + 28, height - 24, errors, [colours[name] for name in errors], True)
+    return tensor(image)
+
+
+def first(images: Tensor) -> Image.Image:
+    """The first picture of an IMAGE or of a video's frames, [..., H, W, 3]."""
+    pixels = images.reshape(-1, *images.shape[-3:])[0, ..., :3].float().cpu()
+    return Image.fromarray((pixels.clamp(0, 1) * 255).round().to(torch.uint8).numpy())
+
+
+# --- error against evaluations ----------------------------------------------------------------------------------------
+
+HUES = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (230, 159, 0), (120, 94, 60),
+        (110, 80, 190), (60, 60, 60), (150, 180, 40))
+"""Colours to tell lines apart: first six of Okabe and Ito's, for any colour vision, then four more."""
+INK, GREY, GRID, GOOD, DOUBT = (35, 35, 35), (110, 110, 110), (228, 228, 228), (20, 130, 70), (240, 240, 240)
+SHAPES = ("disc", "square", "triangle", "diamond", "cross")
+FINER = 2  # drawn larger and reduced, for smooth lines
+
+
+class Line(NamedTuple):
+    """One sampler on one scheduler: (evaluations, error) from left to right."""
+
+    sampler: str
+    scheduler: str
+    stochastic: bool
+    points: list[tuple[int, float]]
+
+
+def errors(lines: Sequence[Line], good: float, doubt: float, width: int = 1000, height: int = 600) -> Image.Image:
+    """Error against evaluations, both logarithmic. A colour is a sampler, a shape a scheduler, a hollow mark stochastic.
+
+    The green line is the error that is good enough; in the grey ground, below `doubt`, the reference itself is not known.
+    """
+    points = [point for line in lines for point in line.points if point[1] > 0]
+    if not points:
+        return notice("Nothing to plot: the table says why", width, height)
+    z = FINER
+    image = Image.new("RGB", (width * z, height * z), "white")
+    draw = ImageDraw.Draw(image)
+    small, large = ImageFont.load_default(14 * z), ImageFont.load_default(17 * z)
+    samplers = list(dict.fromkeys(line.sampler for line in lines))
+    schedulers = list(dict.fromkeys(line.scheduler for line in lines))
+    legend = min(width * z // 2, int(max(draw.textlength(name, small) for name in (*samplers, *schedulers))) + 64 * z)
+    left, right, top, bottom = 74 * z, width * z - legend - 24 * z, 52 * z, (height - 58) * z
+    calls = sorted({n for n, _ in points})
+    x_low, x_high = math.log(calls[0]) - 0.08, math.log(calls[-1]) + 0.08
+    y_low, y_high = (math.log(value) for value in (min(min(e for _, e in points), good) / 1.25,
+                                                   max(max(e for _, e in points), good) * 1.25))
+
+    def at(n: float, error: float) -> tuple[float, float]:
+        return (left + (math.log(n) - x_low) / (x_high - x_low) * (right - left),
+                bottom - (math.log(error) - y_low) / (y_high - y_low) * (bottom - top))
+
+    if doubt > math.exp(y_low):
+        ground = at(1, min(doubt, math.exp(y_high)))[1]
+        draw.rectangle([left, ground, right, bottom], DOUBT)
+        if bottom - ground > 24 * z:
+            draw.text((right - 8 * z, bottom - 8 * z), "the reference itself is not known better", GREY, small, anchor="rs")
+    for value in (m * 10.0**k for k in range(-8, 4) for m in (1, 2, 5)):
+        if y_low <= math.log(value) <= y_high:
+            _, y = at(1, value)
+            draw.line([(left, y), (right, y)], GRID, z)
+            draw.text((left - 10 * z, y), f"{value:g}", GREY, small, anchor="rm")
+    taken = -math.inf
+    for n in calls:
+        x, _ = at(n, 1)
+        draw.line([(x, top), (x, bottom)], GRID, z)
+        if x - taken > 26 * z:
+            draw.text((x, bottom + 10 * z), f"{n}", GREY, small, anchor="mt")
+            taken = x
+    draw.rectangle([left, top, right, bottom], outline=GREY, width=z)
+    _, y = at(1, good)
+    draw.line([(left, y), (right, y)], GOOD, 2 * z)
+    draw.text((right - 8 * z, y - 5 * z), f"good enough: {good:g}", GOOD, small, anchor="rs")
+    draw.text((left, 14 * z), "Error at equal model evaluations", INK, large)
+    draw.text(((left + right) / 2, height * z - 12 * z), "model evaluations", INK, small, anchor="ms")
+    draw.text((left - 62 * z, top - 10 * z), "error", INK, small, anchor="ls")
+    for line in lines:
+        colour = HUES[samplers.index(line.sampler) % len(HUES)]
+        shape = SHAPES[schedulers.index(line.scheduler) % len(SHAPES)]
+        places = [at(*point) for point in line.points if point[1] > 0]
+        draw.line(places, colour, (1 if line.stochastic else 2) * z, joint="curve")
+        for place in places:
+            _mark(draw, place, shape, colour, line.stochastic, 5 * z)
+    hollow = {line.sampler for line in lines if line.stochastic}
+    x, y = right + 24 * z, top + 8 * z
+    for k, name in enumerate(samplers):
+        colour = HUES[k % len(HUES)]
+        draw.line([(x, y), (x + 26 * z, y)], colour, (1 if name in hollow else 3) * z)
+        draw.text((x + 34 * z, y), name, INK, small, anchor="lm")
+        y += 22 * z
+    y += 14 * z
+    for k, name in enumerate(schedulers):
+        _mark(draw, (x + 13 * z, y), SHAPES[k % len(SHAPES)], GREY, False, 5 * z)
+        draw.text((x + 34 * z, y), name, INK, small, anchor="lm")
+        y += 22 * z
+    if hollow:
+        _mark(draw, (x + 13 * z, y + 14 * z), "disc", GREY, True, 5 * z)
+        draw.text((x + 34 * z, y + 14 * z), "stochastic", INK, small, anchor="lm")
+    return image.reduce(z)
+
+
+def _mark(draw: ImageDraw.ImageDraw, place: tuple[float, float], shape: str, colour: tuple, hollow: bool, r: float) -> None:
+    x, y = place
+    fill, edge = ("white" if hollow else colour), max(1, int(r / 3))
+    if shape == "disc":
+        draw.ellipse([x - r, y - r, x + r, y + r], fill, colour, edge)
+    elif shape == "square":
+        draw.rectangle([x - r, y - r, x + r, y + r], fill, colour, edge)
+    elif shape == "triangle":
+        draw.polygon([(x, y - 1.2 * r), (x + 1.2 * r, y + r), (x - 1.2 * r, y + r)], fill, colour, edge)
+    elif shape == "diamond":
+        draw.polygon([(x, y - 1.4 * r), (x + 1.4 * r, y), (x, y + 1.4 * r), (x - 1.4 * r, y)], fill, colour, edge)
+    else:
+        draw.line([(x - r, y - r), (x + r, y + r)], colour, edge + 1)
+        draw.line([(x - r, y + r), (x + r, y - r)], colour, edge + 1)
+
+
+# --- contact sheet ----------------------------------------------------------------------------------------------------
+
+class Tile(NamedTuple):
+    """A picture with lines below it; framed if it is good, doubly if it is the best."""
+
+    image: Image.Image | None
+    captions: Sequence[str]
+    frame: str | None = None
+
+
+def sheet(first_row: Sequence[Tile], words: str, heads: Sequence[tuple[str, str]],
+          rows: Sequence[tuple[str, Sequence[Tile | None]]], side: int = 168) -> Image.Image:
+    """References on top with words beside them, then a labelled row of tiles for each sampler; a head for every column."""
+    gap, text, edge, head = 12, 40, 16, 54
+    font, bold = ImageFont.load_default(15), ImageFont.load_default(18)
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    label = int(max(measure.textlength(name, bold) for name in [*(name for name, _ in rows), "converged"])) + 24
+    high = side + text + gap
+    beside = edge + label + len(first_row) * (side + gap) + 2 * gap
+    wide = max(edge + label + len(heads) * (side + gap),
+               int(beside + max(measure.textlength(line, font) for line in words.splitlines())))
+    image = Image.new("RGB", (wide + edge, edge * 2 + head + high * (len(rows) + 1)), "white")
+    draw = ImageDraw.Draw(image)
+
+    def place(tile: Tile | None, column: int, y: int) -> None:
+        if tile is None:
+            return
+        x = edge + label + column * (side + gap)
+        if tile.image is None:
+            draw.rectangle([x, y, x + side - 1, y + side - 1], DOUBT)
+        else:
+            scale = side / max(tile.image.size)
+            size = tuple(max(1, round(length * scale)) for length in tile.image.size)
+            small = tile.image.resize(size, Image.Resampling.LANCZOS)
+            image.paste(small, (x + (side - size[0]) // 2, y + (side - size[1]) // 2))
+        if tile.frame:
+            thick = 5 if tile.frame == "best" else 2
+            draw.rectangle([x - thick, y - thick, x + side - 1 + thick, y + side - 1 + thick], outline=GOOD, width=thick)
+        for k, caption in enumerate(tile.captions):
+            draw.text((x + side / 2, y + side + 6 + 16 * k), caption, GOOD if tile.frame else GREY, font, anchor="mt")
+
+    draw.text((edge, edge + side // 2), "converged", INK, bold, anchor="lm")
+    for column, tile in enumerate(first_row):
+        place(tile, column, edge)
+    draw.multiline_text((beside, edge + side // 2), words, GREY, font, anchor="lm", spacing=6)
+    y = edge + high
+    for column, (above, below) in enumerate(heads):
+        x = edge + label + column * (side + gap) + side / 2
+        draw.text((x, y + 4), above, INK, bold, anchor="mt")
+        draw.text((x, y + 26), below, GREY, font, anchor="mt")
+    draw.line([(edge, y), (image.width - edge, y)], GRID, 1)
+    y += head
+    for name, tiles in rows:
+        draw.text((edge, y + side // 2), name, INK, bold, anchor="lm")
+        for column, tile in enumerate(tiles):
+            place(tile, column, y)
+        y += high
+    return image
+
+
+def notice(text: str, width: int = 640, height: int = 160) -> Image.Image:
+    image = Image.new("RGB", (width, height), "white")
+    ImageDraw.Draw(image).text((width / 2, height / 2), text, GREY, ImageFont.load_default(18), anchor="mm")
+    return image

@@ -23,7 +23,7 @@ CATEGORY = "Lambda Solvers"
 def register() -> None:
     """Append our names to ComfyUI's sampler lists, in place, once. Nothing of ComfyUI's own is replaced."""
     for name, entry in NAMES.items():
-        setattr(comfy_sampling, f"sample_{name}", _calibrated(SAMPLERS[entry]))
+        setattr(comfy_sampling, f"sample_{name}", calibrated(SAMPLERS[entry]))
         # One list under three names, unless another pack has replaced one of them by a copy.
         for names in (comfy.samplers.KSampler.SAMPLERS, comfy.samplers.SAMPLER_NAMES, comfy.samplers.KSAMPLER_NAMES):
             if name not in names:
@@ -53,7 +53,7 @@ def _node(family: Sampler) -> type[io.ComfyNode]:
         @classmethod
         def execute(cls, calibration: str = "auto", **options) -> io.NodeOutput:
             family.settings({**family.stand_ins, **options})  # an inadmissible value is refused here, on its node
-            return io.NodeOutput(comfy.samplers.KSAMPLER(_calibrated(family, calibration), extra_options=options))
+            return io.NodeOutput(comfy.samplers.KSAMPLER(calibrated(family, calibration), extra_options=options))
 
     Node.__name__ = Node.__qualname__ = node_id
     return Node
@@ -64,7 +64,7 @@ def kind_of(sampler: Sampler) -> Kind | None:
     return next((kind for kind in KINDS if kind.option in sampler.options), None)
 
 
-def _calibrated(sampler: Sampler, how: str | None = None) -> Callable[..., Tensor]:
+def calibrated(sampler: Sampler, how: str | None = None) -> Callable[..., Tensor]:
     """The sampler's function for KSAMPLER; one that needs a calibration finds or measures it first."""
     function, kind = sampler_function(sampler), kind_of(sampler)
     if kind is None:
