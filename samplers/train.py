@@ -110,9 +110,16 @@ def fit_amed(model: Callable[..., Tensor], x: Tensor, sigmas: Sequence[float] | 
            "first_step": first_step, "teacher": teacher, "learn": list(learn), "held_out": held_out, "about": dict(about or {})}
     state = Partial(partial, PARTIAL, key, partial_seconds, x.device)
     kept, finished = state.read()
-    if not kept:
+
+    def keep(following: int, at_once: bool = False) -> None:
+        kept["done"] = torch.tensor(done)
+        state.write(kept, following, at_once)
+
+    if kept:
+        done = int(kept["done"])
+    else:
         kept = {f"target.{j}": value for j, value in _teacher(denoise, x, schedule, teacher, gaussian).items()}
-        state.write(kept, 0, at_once=True)
+        keep(0, at_once=True)
     targets = {int(name[7:]): value for name, value in kept.items() if name.startswith("target.")}
     solver = Insertion(Amed.untrained(first_step=first_step), BASES[base])
     student = Student(denoise, solver, schedule, gaussian, targets, learn)
@@ -128,7 +135,7 @@ def fit_amed(model: Callable[..., Tensor], x: Tensor, sigmas: Sequence[float] | 
                 ahead, (us[i],) = _gauss_newton(student, places[-1], [us[i]], training, ALONE, first[:2] if i == 0 and not guess.any() else None)
                 loss = student.rms(ahead[-1], training)
                 kept["u"] = torch.from_numpy(np.stack(us))
-                state.write(kept, i + 1)
+                keep(i + 1)
             else:
                 ahead = student.run(places[-1], us.__getitem__, i + 1)
             places[-1:] = ahead
@@ -136,9 +143,9 @@ def fit_amed(model: Callable[..., Tensor], x: Tensor, sigmas: Sequence[float] | 
             places, us = _gauss_newton(student, places[0], us, training, 1, places)
             loss = student.rms(places[-1], training)
             kept["u"] = torch.from_numpy(np.stack(us))
-            state.write(kept, steps + 1 + done_together)
+            keep(steps + 1 + done_together)
     except BaseException:  # cancelled: the steps that are done are kept
-        state.write(kept, state.following, at_once=True)
+        keep(state.following, at_once=True)
         raise
     losses = {"untrained": untrained, "trained": student.errors(places)}
     if losses["trained"][-1][training].mean() > losses["untrained"][-1][training].mean():
