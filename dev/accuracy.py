@@ -1,6 +1,7 @@
 """Error to the converged solution at equal model evaluations: every deterministic sampler, ours and ComfyUI's, in one run.
 
     python dev/benchmark.py accuracy            every scheduler, about 25 minutes on one CPU core
+    python dev/benchmark.py accuracy --few      two schedulers, two prompts, guidance 3 and 7, every budget from 3 to 10, and AMED
     python dev/benchmark.py accuracy --quick    three schedulers, two prompts, 5, 8 and 10 evaluations, about 3 minutes
 
 Writes accuracy.csv (a row a cell), accuracy.md (tables) and accuracy.png (error against evaluations) to --out.
@@ -68,6 +69,7 @@ class Size:
 
 FULL = Size(tuple(comfy.samplers.SCHEDULER_NAMES), ("red heart", "panda", "strawberry", "doughnut"), (5, 6, 8, 10, 15, 20),
             (5, 8), (3.0, 7.0, 1.0), 1, 32, True)
+FEW = Size(("karras", "sgm_uniform"), ("red heart", "panda"), tuple(range(3, 11)), (), (3.0, 7.0), 2, 16, True)
 QUICK = Size(MAIN, ("red heart", "panda"), (5, 8, 10), (), (3.0,), 1, 16, True)
 
 
@@ -162,7 +164,7 @@ def amed(form: str = "table", **how: Any) -> Callable[..., Mapping[str, Any]]:
     """AMED's training for one schedule, as the nodes do it."""
     def train(name: str, model: comfy_host.Model, x: Tensor, sigmas: Tensor, block: Any) -> Mapping[str, Any]:
         trained = samplers.fit_amed(model, x, sigmas, base=samplers.SAMPLERS[name].fixed["base"], form=form,
-                                    held_out=len(x) // 4, features=block and block.features, **how)
+                                    held_out=len(x) // 5, features=block and block.features, **how)
         return {"trained": trained if form == "table" else replace(trained, features=block.features)}
 
     return train
@@ -176,18 +178,16 @@ TRAINED = [  # name, what is different, options, training
     ("amed_dpmpp_2m", "untrained", {"trained": samplers.Amed.untrained()}, None),
     ("amed_dpmpp_2m", "predictor", {}, amed("predictor")),
     ("amed_ipndm", "", {}, amed()),
-    ("amed_dpm_2", "", {}, amed()),
-    ("amed_euler", "", {}, amed()),
-    ("amed_dpmpp_3m", "", {}, amed()),
     ("dpmpp_2m", "afs", {"first_step": "afs"}, None),
 ]
-"""AMED is trained for every schedule by itself, on noises that are not evaluated, of CALIBRATION_PROMPT, for all prompts."""
+"""AMED is trained for every schedule by itself, on noises that are not evaluated, of CALIBRATION_PROMPT, for all prompts; with
+--few only, since the training of twenty schedules takes longer than everything else."""
 
 CALIBRATED_NAMES = {name for name, *_ in CALIBRATED}
 TRAINED_NAMES = {name for name in samplers.SAMPLERS if "trained" in samplers.SAMPLERS[name].options}
 
 
-def entries(own_prompt: bool) -> list[Entry]:
+def entries(own_prompt: bool, trains: bool) -> list[Entry]:
     result = list(CORE)
     for name, sampler in samplers.SAMPLERS.items():
         if name not in CALIBRATED_NAMES | TRAINED_NAMES and "eta" not in sampler.options and sampler.evaluations_per_step is not None:
@@ -203,7 +203,7 @@ def entries(own_prompt: bool) -> list[Entry]:
         result.append(ours(name, about, calibrate, **options))
         if own_prompt and not about:
             result.append(ours(name, "own prompt", calibrate, own_prompt=True, **options))
-    for name, about, options, train in TRAINED:
+    for name, about, options, train in TRAINED if trains else ():
         result.append(ours(name, about, train=train, **options))
     return result
 
@@ -252,7 +252,7 @@ class Exact:
     reference_steps: int = 2000
     remembers: bool = False
     calibration_noises: int = 32
-    training_noises: int = 32
+    training_noises: int = 40
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -306,7 +306,7 @@ class Emoji:
     dtype = torch.float32
     remembers = True
     calibration_noises = 2  # the nodes' defaults for latents of this size
-    training_noises = 10
+    training_noises = 5
     calibration_prompt = CALIBRATION_PROMPT
 
     def __init__(self, prompts: tuple[str, ...], guidances: tuple[float, ...], noises: int) -> None:
@@ -520,7 +520,7 @@ def trained(problem: Problem, size: Size, solvers: Sequence[Entry], guidance: fl
         result: dict[str, Any] = {}
         for entry in wanted:
             made, spent = {}, []
-            for scheduler in MAIN:
+            for scheduler in filter(size.schedulers.__contains__, MAIN):
                 for n in filter(None, map(entry.steps, size.budgets)):
                     counted = Counted(model, remembers=False)
                     sigmas = schedule(scheduler, n, False, problem.dtype)
@@ -623,7 +623,7 @@ def ratios(rows: Sequence[dict[str, Any]], what: str = "rms") -> dict[str, list[
 
 def report(table: Table, size: Size, seconds: float) -> str:
     problems = unique([row["problem"] for row in table.rows])
-    parts = [f"# Error at equal evaluations\n\nWritten by `python dev/benchmark.py accuracy{' --quick' if size is QUICK else ''}`"
+    parts = [f"# Error at equal evaluations\n\nWritten by `python dev/benchmark.py accuracy{ {QUICK: ' --quick', FEW: ' --few'}.get(size, '') }`"
              f" in {seconds / 60:.0f} minutes; {len(table.rows)} cells in accuracy.csv. What is measured and how: "
              "`dev/accuracy.py`. `comfy/` is ComfyUI's sampler, `lambda/` ours. Errors are rms over pixels; values are in "
              "-1 to 1.", "## Summary", summary_table(table.rows, problems), agreement_table(table)]
@@ -765,7 +765,7 @@ def accuracy(size: Size, out: Path) -> None:
     torch.set_num_threads(1)
     out.mkdir(parents=True, exist_ok=True)
     table = Table(out / "accuracy.csv")
-    solvers = entries(size.own_prompt)
+    solvers = entries(size.own_prompt, size is FEW)
     print(f"{len(solvers)} samplers, {len(size.schedulers)} schedulers, evaluations {', '.join(map(str, size.budgets))}")
     with torch.inference_mode():
         for problem in (lambda: gaussians(size.exact_noises), lambda: digits(size.exact_noises),

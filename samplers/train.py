@@ -9,7 +9,7 @@ of the squared error,
 which is all that training needs: damped Gauss-Newton for one u a step (the table), and gradient steps on the small network
 that predicts u from the image (the predictor), whose chain rule ends at g + G d. First every step learns by itself to land
 where the teacher does, from where the steps before it lead; then all learn together to end where the teacher ends, which
-lets one make good what another cannot. The teacher is the same trajectory in finer steps.
+lets one make good what another cannot. The teacher is the same trajectory in finer steps. Over images the mean of log(|R|^2 + floor) is lowered.
 """
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ ALONE = 2          # iterations of every step by itself
 MOST_TOGETHER = 3
 GUESS = {"amed": 0.3}  # r to begin with, where it is not 1/2: AMED's own rule always went below, to 0.13-0.46
 ROUNDS, EPOCHS = 4, 300  # for the predictor: how often the run is linearised, and steps of Adam on each
+FLOOR = 0.3  # in mean squared errors
 DIFFERENCES = (0.15, 0.05, 0.1)
 """In u. ComfyUI rounds sigma to one of 1000 timesteps: smaller differences in r and a would measure the rounding."""
 
@@ -52,6 +53,15 @@ class Quadratic(NamedTuple):
     e: np.ndarray
     g: np.ndarray
     G: np.ndarray  # noqa: N815  (the letter of the equation)
+
+
+def typical(e: np.ndarray, floor: float) -> float:
+    """What training lowers: the mean of log(e + floor) over the images.
+
+    The plain mean is ruled by the few images that end in another place altogether. On exact digits, AMED on 2M: median error
+    0.92 and 0.87 of ComfyUI's dpmpp_2m (guidance 1 and 4) with this, 1.16 and 1.02 with the plain mean.
+    """
+    return float(np.log(e + floor).mean())
 
 
 class Place(NamedTuple):
@@ -81,7 +91,7 @@ def fit_amed(model: Callable[..., Tensor], x: Tensor, sigmas: Sequence[float] | 
     block in its last call. first_step: "afs" leaves out the first evaluation. teacher: its steps in every interval.
     learn: which of r, c, a; the others stay 1/2, 1, 1. budget: evaluations of a table's training, in those of one run.
 
-    The result ends no further from the teacher than the untrained solver, on the images it was trained on.
+    The result ends no further from the teacher than the untrained solver on its training images (in the mean of `typical`).
     progress(done, total, loss) is called after every evaluation and may raise to cancel; `partial` names a file that keeps
     the steps that are done. `about` of the result has the rms error at every level, untrained and trained, of the images
     that taught and of those held out.
@@ -148,7 +158,9 @@ def fit_amed(model: Callable[..., Tensor], x: Tensor, sigmas: Sequence[float] | 
         keep(state.following, at_once=True)
         raise
     losses = {"untrained": untrained, "trained": student.errors(places)}
-    if losses["trained"][-1][training].mean() > losses["untrained"][-1][training].mean():
+    ends = [losses[name][-1][training] for name in ("trained", "untrained")]
+    floor = FLOOR * ends[1].mean() + 1e-30
+    if typical(ends[0], floor) > typical(ends[1], floor):
         us, losses["trained"] = [np.zeros((1, 3)) for _ in range(steps)], untrained
     table = bounded(np.concatenate(us))
     network = None
@@ -285,15 +297,17 @@ def _gauss_newton(student: Student, place: Place, us: Sequence[np.ndarray], trai
     start, us = place.interval, list(us)
     end, before = start + len(us), list(student.before)[:start]
     places = list(known) if known else student.run(place, lambda i: us[i - start], end, before=before)
+    floor = FLOOR * student.squared(places[-1])[training].mean() + 1e-30
     damping, quadratic = 0.03, None
     for _ in range(iterations):
         student.before = [*before, *us]
         quadratic = quadratic or student.quadratic(places, us)
-        g, G = quadratic.g[training].mean(0), quadratic.G[training].mean(0)  # noqa: N806
+        weight = 1.0 / (quadratic.e[training] + floor)
+        g, G = (np.tensordot(weight, part[training], 1) for part in (quadratic.g, quadratic.G))  # noqa: N806
         d = -np.linalg.solve(G + np.diag(damping * np.diag(G) + 1e-12), g)
         moved = [u + part for u, part in zip(us, np.clip(d, -1.0, 1.0).reshape(-1, 1, 3))]
         ahead = student.run(place, lambda i: moved[i - start], end, {0: places[0].values[0]}, before)
-        if student.squared(ahead[-1])[training].mean() < student.squared(places[-1])[training].mean():
+        if typical(student.squared(ahead[-1])[training], floor) < typical(student.squared(places[-1])[training], floor):
             us, places, damping, quadratic = moved, ahead, damping / 5, None
         else:
             damping *= 10
@@ -317,7 +331,8 @@ def _fit_predictor(student: Student, x: Tensor, table: np.ndarray, features: Cal
     for round_ in range(rounds + 1):
         places, seen = watched(student, x, table, network, features, linearise=round_ < rounds)
         end = student.squared(places[-1])
-        score = end[training.stop:].mean() if training.stop < len(x) else end.mean()
+        floor = FLOOR * end.mean() + 1e-30 if best is None else floor
+        score = typical(end[training.stop:] if training.stop < len(x) else end, floor)
         if best is None or score < best[0]:
             best = score, network, student.errors(places)
         if seen:
@@ -362,7 +377,7 @@ def descend(network: Predictor, seen: Seen, training: slice, epochs: int, rate: 
 
 
 def predictor_loss(network: Predictor, seen: Seen, training: slice, damping: float = 0.0) -> Tensor:
-    """The mean over the images of (e + 2 g d + d (G + damping diag G) d) / mean e, d = u(network) - u."""
+    """The mean over the images of (e + 2 g d + d (G + damping diag G) d) / (e + floor), d = u(network) - u."""
     like = network.weights["heads.bias"]
     e, g, G = (torch.from_numpy(part[training].copy()).to(like) for part in seen.quadratic)  # noqa: N806
     u = torch.from_numpy(seen.u.copy()).to(like)
@@ -371,7 +386,7 @@ def predictor_loss(network: Predictor, seen: Seen, training: slice, damping: flo
     d = torch.cat([parts.get(i, u.new_zeros(len(u), 3)) for i in range(u.shape[1] // 3)], 1)[training]
     G = G + damping * torch.diag_embed(G.diagonal(dim1=1, dim2=2))  # noqa: N806
     value = e + 2.0 * (g * d).sum(1) + torch.einsum("bk,bkl,bl->b", d, G, d)
-    return value.mean() / e.mean()
+    return (value / (e + FLOOR * e.mean() + 1e-30)).mean()
 
 
 def _teacher(denoise: Denoiser, x: Tensor, schedule: Sequence[Level], steps: int, path: Path) -> dict[int, Tensor]:
