@@ -31,7 +31,7 @@ def answered(denoise: Callable[[Tensor, float], Tensor], answer: Callable[[Tenso
 
 
 def afs(start: Level, sigma_data: float = 1.0) -> Callable[[Tensor], Tensor]:
-    """The analytic answer at a level: the model of data N(0, sigma_data^2); 0 where x is all noise."""
+    """The analytic answer at a level: x is taken for noise, scaled to unit variance; 0 where x is all noise."""
     alpha, sigma = start.alpha, start.sigma
     gain = alpha * sigma_data**2 / (root := math.hypot(alpha * sigma_data, sigma)) / (root + sigma)
     return lambda x: x * gain

@@ -46,7 +46,7 @@ def sample(denoise: Denoiser, x: Tensor, steps: Sequence[Step], *, noise: Noise 
         past = [values[k] for k in latest if k in values]
         values.clear()
         if step.std:
-            x.add_(noise(step.s, step.t), alpha=step.std)
+            x.add_(noise(*(step.clock or (step.s, step.t))), alpha=step.std)
         first += step.intervals
     return x
 

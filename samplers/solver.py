@@ -16,7 +16,7 @@ from typing import Callable, Iterator, Literal, Mapping, NamedTuple, Sequence
 
 from .integrand import DataPrediction, Evaluation, Integrand, Stage, Update
 from .phi import Basis, Rule, midpoint, taylor, trapezoid, weights
-from .schedule import Level, Path
+from .schedule import Level, Path, VarianceExploding
 
 
 class Step(NamedTuple):
@@ -30,6 +30,7 @@ class Step(NamedTuple):
     updates: tuple[Update, ...]
     intervals: int = 1  # how many of the schedule's intervals it covers; its inner levels are then the schedule's own
     correction: Update | None = None
+    clock: tuple[Level, Level] | None = None  # the interval its noise is of, if not the step's own
     plan: Callable[[Tensor], Step] | None = None
 
     @property
@@ -172,6 +173,9 @@ class Singlestep:
         return step(self.integrand, (s, *inner, t), self.tableau.stages)
 
 
+CLOCK = 16.0  # noise is drawn over lam in -CLOCK .. CLOCK
+
+
 @dataclass(frozen=True)
 class Churned:
     """A singlestep method with Langevin-like churn: every step but the first begins at a higher, noised level.
@@ -190,14 +194,17 @@ class Churned:
     s_noise: float
 
     def steps(self, levels: Sequence[Level], path: Path) -> list[Step]:
-        gamma = min(self.s_churn / max(1, len(levels) - 1), math.sqrt(2.0) - 1.0)
+        n = len(levels) - 1
+        gamma = min(self.s_churn / max(1, n), math.sqrt(2.0) - 1.0)
+        ticks = [VarianceExploding().at(-CLOCK + 2.0 * CLOCK * k / max(1, n)) for k in range(n + 1)]  # a step may end above s
         result, s = [], levels[0]
-        for t in levels[1:]:
+        for clock, t in zip(pairwise(ticks), levels[1:]):
             step = self.method.steps([s, t], path)[0]
             s = t
             if gamma > 0.0 and finite(t) and self.s_tmin <= t.sigma / t.alpha <= self.s_tmax:
                 s = path.at(t.lam - math.log1p(gamma))
-                step = _raised(step, s, self.s_noise * math.sqrt(gamma * (2.0 + gamma)) * s.alpha * t.sigma / t.alpha)
+                std = self.s_noise * math.sqrt(gamma * (2.0 + gamma)) * s.alpha * t.sigma / t.alpha
+                step = _raised(step, s, std)._replace(clock=clock)
             result.append(step)
         return result
 

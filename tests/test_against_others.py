@@ -125,3 +125,32 @@ def test_their_noise_depends_on_the_range_of_the_schedule_and_ours_does_not() ->
         k_diffusion_sampler("dpmpp_sde")(lambda x, sigma, **extra: x * 0, x, torch.tensor(sigmas), disable=True,
                                          extra_args={"seed": 1}, callback=lambda info: states.append(info["x"]))
     assert torch.equal(states[1], states[4]) and not torch.equal(states[1], x)
+
+
+@pytest.mark.parametrize("order", [2, 3, 4])  # ComfyUI's fails at 1, which is euler
+@pytest.mark.parametrize("steps", [1, 3, 9])
+def test_ipndm_is_comfyui_s(steps: int, order: int) -> None:
+    model, x, sigmas = problem("ve", KARRAS[-steps - 1:])
+    theirs = comfy_sampling().sample_ipndm(model, x, sigmas, disable=True, max_order=order)
+    ours = k_diffusion_sampler("ipndm", order=order)(model, x, sigmas, disable=True)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+@BOTH
+def test_heun_is_theirs(functions) -> None:
+    model, x, sigmas = problem("ve", KARRAS)
+    theirs = functions().sample_heun(model, x, sigmas, disable=True)
+    torch.testing.assert_close(k_diffusion_sampler("heun")(model, x, sigmas, disable=True), theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_churn_keeps_the_distribution_of_normal_data(path: str) -> None:
+    """Of N(0.7, 0.4^2), over many draws; without churn the same run is the ODE's."""
+    from problems import Gaussian, sigmas_between, starting_noise
+    sigmas = sigmas_between(-3.0, 4.0, 40, path)
+    x = starting_noise((400, 4, 4), float(sigmas[0]), path)
+    runs = [k_diffusion_sampler("heun", path, s_churn=churn)(Gaussian(path), x, sigmas, extra_args={"seed": 1}, disable=True)
+            for churn in (0.0, 40.0)]
+    assert (runs[0] - runs[1]).std() > 0.2  # other images
+    for result in runs:
+        assert float(result.mean()) == pytest.approx(0.7, abs=0.03) and float(result.std()) == pytest.approx(0.4, abs=0.03)
