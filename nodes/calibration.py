@@ -37,12 +37,14 @@ def rule() -> str:
     return value
 
 
-def statistics_for(model: Any, x: Tensor, extra_args: dict, given: Statistics | None, how: str) -> Statistics:
+def statistics_for(model: Any, x: Tensor, extra_args: dict, given: Statistics | None, how: str,
+                   fitted: bool = False) -> Statistics:
     """The statistics to sample `model` with; `model` is what ComfyUI hands to a sampler function.
 
     In this order: those given to the node; those attached to the MODEL; a saved file of the same checkpoint, patches and
     guidance (for "every prompt", of the same prompt too); and, if `how` is auto or every prompt, new ones, measured on this
-    very model function and saved. Those of another prompt are used without b.
+    very model function and saved. Those of another prompt are used without b. `fitted` asks for statistics that serve the
+    fitted solver; saved ones that do not are measured again and replaced.
     """
     guider = model.inner_model
     patcher, guidance = guider.model_patcher, float(guider.cfg)
@@ -56,7 +58,7 @@ def statistics_for(model: Any, x: Tensor, extra_args: dict, given: Statistics | 
                          "Load Solver Statistics or Estimate Solver Statistics and connect it to the sampler node, or put "
                          "Apply Solver Statistics behind the model")
     about = description(guider)
-    saved = store.find(about, exactly=how == "every prompt")
+    saved = store.find(about, exactly=how == "every prompt", fitted=fitted)
     if saved:
         name, statistics = saved
         say(f"statistics: {name}")
@@ -66,9 +68,10 @@ def statistics_for(model: Any, x: Tensor, extra_args: dict, given: Statistics | 
                          "Estimate Solver Statistics and Save Solver Statistics once, or set calibration to auto")
     name = file_name(about)
     say(f"no saved statistics for {about['model']} at guidance {guidance:g}: measuring them once")
-    statistics = measure(model, x, extra_args, about, seed=0, partial=store.place("partial/" + name).with_suffix(".part"))
+    statistics = measure(model, x, extra_args, about, seed=0, fitted=fitted,
+                         partial=store.place("partial/" + name).with_suffix(".part"))
     try:
-        statistics.save(store.place(name))
+        statistics.save(store.place(name), overwrite=fitted)
     except FileExistsError:  # somebody measured the same model meanwhile
         logging.info("Lambda Solvers: %s was saved by another run", name)
     say(f"statistics measured and saved: {name}")
@@ -91,7 +94,7 @@ def file_name(about: dict[str, Any]) -> str:
 
 
 def measure(model: Any, x: Tensor, extra_args: dict, about: dict[str, Any], *, seed: int, intervals: int = INTERVALS,
-            samples: int = 0, pool: str = "all", partial: Any = None) -> Statistics:
+            samples: int = 0, pool: str = "all", partial: Any = None, fitted: bool = False) -> Statistics:
     """Statistics of the model function that is being sampled, without its inpainting mask."""
     guider = model.inner_model
     sampling = guider.model_patcher.get_model_object("model_sampling")
@@ -115,7 +118,8 @@ def measure(model: Any, x: Tensor, extra_args: dict, about: dict[str, Any], *, s
 
     try:
         result = estimate_statistics(denoise, noise, sigmas, intervals=intervals, pool=pool, path=path, seed=seed, about=about,
-                                     precision=precision_of(guider.model_patcher), progress=progress, partial=partial)
+                                     precision=precision_of(guider.model_patcher), progress=progress, partial=partial,
+                                     fitted=fitted)
     except BaseException:
         say("the measurement was interrupted; the next run goes on from there")
         raise

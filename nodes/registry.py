@@ -65,7 +65,8 @@ def _calibrated(sampler: Sampler, how: str | None = None) -> Callable[..., Tenso
         return function
 
     def sample(model, x, sigmas, extra_args=None, callback=None, disable=None, statistics=None, **options):
-        statistics = calibration.statistics_for(model, x, extra_args or {}, statistics, how or calibration.rule())
+        statistics = calibration.statistics_for(model, x, extra_args or {}, statistics, how or calibration.rule(),
+                                                 fitted=sampler.build is FAMILIES["fitted"].build)
         return function(model, x, sigmas, extra_args, callback, disable, statistics=statistics, **options)
 
     return sample

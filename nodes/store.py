@@ -72,11 +72,11 @@ def near(a: float, b: float) -> bool:
     return abs(a - b) <= 0.1 + 0.1 * max(abs(a), abs(b))
 
 
-def find(wanted: Mapping[str, Any], exactly: bool) -> tuple[str, Statistics] | None:
+def find(wanted: Mapping[str, Any], exactly: bool, fitted: bool = False) -> tuple[str, Statistics] | None:
     """The name and content of saved statistics for a model as `calibration.description` describes it.
 
     The checkpoint and its patches are the same and the guidance is near; of several, those of the same prompt, then those
-    of the nearest guidance. `exactly` asks for the same prompt. A damaged file is named in the log and skipped.
+    of the nearest guidance. `exactly` asks for the same prompt, `fitted` for what the fitted solver needs. A damaged file is named in the log and skipped.
     """
     found = []
     for name in folder_paths.get_filename_list(FOLDER):
@@ -88,6 +88,6 @@ def find(wanted: Mapping[str, Any], exactly: bool) -> tuple[str, Statistics] | N
         about = statistics.about
         same = all(about.get(key) == wanted[key] for key in ("fingerprint", "patches"))
         other_prompt = about.get("conditions") != wanted["conditions"]
-        if same and near(about["guidance"], wanted["guidance"]) and not (exactly and other_prompt):
+        if same and (statistics.root is not None or not fitted) and near(about["guidance"], wanted["guidance"]) and not (exactly and other_prompt):
             found.append((other_prompt, abs(about["guidance"] - wanted["guidance"]), name, statistics))
     return min(found, key=lambda entry: entry[:3])[2:] if found else None
