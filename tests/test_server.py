@@ -20,7 +20,7 @@ from workflow import load, nodes_of
 NAMES = {"lambda_2m": "dpmpp_2m", "lambda_3m": "dpmpp_3m", "lambda_2m_sde": "dpmpp_2m_sde", "lambda_3m_sde": "dpmpp_3m_sde"}
 LISTED = [*NAMES, "dpm_solver_v3"]
 EVERY_NAME = pytest.mark.parametrize("name", NAMES)
-EVERY_FAMILY = pytest.mark.parametrize("family", [name for name in FAMILIES if name != "v3"])  # v3: test_server_v3
+EVERY_FAMILY = pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("v3", "fitted")])  # those: test_server_v3
 STEPS = 8
 unique = itertools.count()
 
