@@ -149,10 +149,16 @@ def dpm_solver_v3_statistics(model: comfy_host.Model, x: Tensor, sigmas: Tensor,
     return {"statistics": samplers.estimate_statistics(model, x, sigmas, path=path)}
 
 
+def fitted_statistics(model: comfy_host.Model, x: Tensor, sigmas: Tensor, path: str) -> Mapping[str, Any]:
+    return {"statistics": samplers.estimate_statistics(model, x, sigmas, path=path, fitted=True)}
+
+
 CALIBRATED = [  # name, what is different, options, calibration
     ("dpm_solver_v3", "", {}, dpm_solver_v3_statistics),
     ("dpm_solver_v3", "order 3", {"order": 3}, dpm_solver_v3_statistics),
     ("dpm_solver_v3", "corrector", {"corrector": "full"}, dpm_solver_v3_statistics),
+    ("fitted", "", {"nodes": "chosen"}, fitted_statistics),
+    ("fitted", "given nodes", {"nodes": "given"}, fitted_statistics),
 ]
 """Solvers that first see the model: the calibration is called with (model, x at sigmas[0], sigmas, path) on noises that
 are not evaluated, once for each problem and guidance, and returns options for k_diffusion_sampler. On the emoji it sees

@@ -62,14 +62,16 @@ class EstimateStatistics(io.ComfyNode):
                     "Trajectories, evaluated as one batch. 0: as many as the latent's size asks for, at most 16"))),
                 advanced(io.Combo.Input("pool", options=["all", "channel"], default="all", tooltip=(
                     "all: one number at each lambda; channel: one for every latent channel"))),
+                advanced(io.Boolean.Input("fitted", default=False, tooltip=(
+                    "Keep what Fitted Multistep needs too: half as many evaluations more"))),
             ],
             outputs=_outputs(STATISTICS_KIND, "Statistics", f"the DPM-Solver-v3 node, Save or Apply {STATISTICS_KIND.title}"),
         )
 
     @classmethod
-    def execute(cls, model, positive, negative, cfg, latent_image, seed, intervals, samples, pool) -> io.NodeOutput:
+    def execute(cls, model, positive, negative, cfg, latent_image, seed, intervals, samples, pool, fitted=False) -> io.NodeOutput:
         def measure(run: Run) -> Any:
-            about = calibration.described(STATISTICS_KIND, run)
+            about = {**calibration.described(STATISTICS_KIND, run), **({"fitted": True} if fitted else {})}
             return STATISTICS_KIND.measure(run, about, _partial(run, STATISTICS_KIND, about, seed, intervals, samples, pool),
                                            seed=seed, intervals=intervals, samples=samples, pool=pool)
 

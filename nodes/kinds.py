@@ -29,16 +29,16 @@ class StatisticsKind:
     noun, title, makes = "statistics", "Solver Statistics", "Estimate Solver Statistics"
 
     def name(self, about: Mapping[str, Any]) -> str:
-        return ""
+        return "fitted" if about.get("fitted") else ""
 
     def about(self, run: Run) -> dict[str, Any]:
-        return {}
+        return {"fitted": True} if _fits(run.options) else {}
 
     def serves(self, found: Statistics, options: Mapping[str, Any], path: str, schedule: list[Level]) -> bool:
-        return True
+        return found.root is not None or not _fits(options)
 
     def cost(self, options: Mapping[str, Any], path: str, schedule: list[Level]) -> int:
-        return 2 * (INTERVALS + 1)
+        return 2 * (INTERVALS + 1) + (INTERVALS - 1 if _fits(options) else 0)
 
     def measure(self, run: Run, about: dict[str, Any], partial: Any, *, seed: int = 0, intervals: int = INTERVALS,
                 samples: int = 0, pool: str = "all") -> Statistics:
@@ -48,7 +48,7 @@ class StatisticsKind:
             result = estimate_statistics(
                 run.denoise, noise, table(sampling), intervals=intervals, pool=pool, path=run.path, seed=seed,
                 about=about, precision=precision_of(run.patcher), progress=Progress("measuring the model's statistics"),
-                partial=partial)
+                partial=partial, fitted=bool(about.get("fitted")))
         except BaseException:
             say("the measurement was interrupted; the next run goes on from there")
             raise
@@ -117,6 +117,11 @@ class AmedKind:
                 raise ValueError(f"this AMED was trained with a predictor on the middle block of {found.about.get('model')}, and "
                                  "this model has none: train a table for it")
             yield replace(found, features=block.features)
+
+
+def _fits(options: Mapping[str, Any]) -> bool:
+    """Whether a solver with these options is the fitted one, which needs trajectories beside the statistics."""
+    return "nodes" in options
 
 
 def _first_step(options: Mapping[str, Any]) -> str:

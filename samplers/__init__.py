@@ -4,7 +4,7 @@
     x = k_diffusion_sampler("dpmpp_2m")(model, x, sigmas)
 
 Read in this order: schedule (noise levels and paths), phi (quadrature), integrand (what is
-interpolated), statistics (DPM-Solver-v3's own), solver (which evaluations a step uses), sample (the loop), families (the
+interpolated), statistics (DPM-Solver-v3's own), solver (which evaluations a step uses), fitted (nodes and weights from measured trajectories), sample (the loop), families (the
 catalogue), k_diffusion (the host's convention); calibrate (measuring statistics) stands beside them.
 
 Symbols, the same everywhere:
@@ -18,11 +18,12 @@ Symbols, the same everywhere:
 from .amed import Amed
 from .calibrate import estimate_statistics
 from .families import FAMILIES, SAMPLERS, nfe
+from .fitted import Plan, fit_multistep
 from .k_diffusion import k_diffusion_sampler
 from .schedule import PATHS
 from .statistics import Statistics
 from .storage import CalibrationError
 from .train import fit_amed
 
-__all__ = ["Amed", "FAMILIES", "PATHS", "SAMPLERS", "Statistics", "CalibrationError", "estimate_statistics", "fit_amed",
-           "k_diffusion_sampler", "nfe"]
+__all__ = ["Amed", "FAMILIES", "PATHS", "Plan", "SAMPLERS", "Statistics", "CalibrationError", "estimate_statistics", "fit_amed",
+           "fit_multistep", "k_diffusion_sampler", "nfe"]

@@ -13,13 +13,14 @@ from typing import Annotated, Any, Callable, Mapping, NamedTuple, Sequence
 
 from .amed import BASES, Amed, Insertion
 from .first_step import CHOICES
+from .fitted import Fitted, stand_in
 from .integrand import PREDICTIONS, DataPrediction, NoisePrediction
 from .phi import RULES, adams, pseudo_weights, weights
 from .schedule import find_path, levels
 from .solver import HEUN, TABLEAUX, Adaptive, Churned, Grouped, Multistep, Singlestep
 from .statistics import EmpiricalPrediction, Statistics
 
-Solver = Multistep | Singlestep | Grouped | Adaptive | Churned | Insertion
+Solver = Multistep | Singlestep | Grouped | Adaptive | Churned | Insertion | Fitted
 
 
 @dataclass(frozen=True)
@@ -331,6 +332,22 @@ def v3(
                      lower_order_final=lower_order_final, basis=pseudo_weights if pseudo_predictor else weights,
                      corrector=corrector, corrector_basis=pseudo_weights if pseudo_corrector else weights,
                      corrector_extra=int(pseudo_corrector))
+
+
+@family("Fitted Multistep", "Lambda Solvers, on the integrand of Zheng et al. 2023 (arXiv:2310.13268)", {
+    "fitted": Preset("Fitted multistep", "few evaluations, once the model was measured: with nodes chosen, it places them too", {}),
+})
+def fitted(
+    statistics: Annotated[Statistics, Option(
+        "the model's statistics, measured for fitting: samplers.estimate_statistics(..., fitted=True)",
+        stand_in=stand_in())] = None,
+    order: Annotated[int, Option("Evaluations that a step may use; nodes are chosen for 2", 1, 3)] = 2,
+    nodes: Annotated[str, Option(
+        "given: the schedule as it is. chosen: only its first and last level and its number of steps count, and the levels "
+        "between are chosen for the measured model", choices=("given", "chosen"))] = "given",
+) -> Solver:
+    """DPM-Solver-v3 with weights, and if asked noise levels, fitted to trajectories of the model that were measured once."""
+    return Fitted(statistics, order, nodes)
 
 
 @family("iPNDM", "Zhang & Chen 2022, DEIS (arXiv:2204.13902), section 3.3; Liu et al. 2022, PNDM (arXiv:2202.09778)", {

@@ -29,6 +29,7 @@ from .storage import CalibrationError, read_checked, write_whole
 
 FORMAT = "lambda-solvers statistics 1"
 CURVES = ("l", "s", "b")
+OPTIONAL_CURVES = ("gamma", "damping")
 SLACK = 0.01  # in lam: schedules are computed in float32, and end a little beside the model's own last level
 
 
@@ -38,6 +39,10 @@ class Statistics:
 
     lam [N+1]; l, s, b [N+1] or [N+1, ...] with trailing axes that broadcast over one latent (channels: [N+1, C, 1, 1]);
     gamma [N+1]: E[eps^2] per element, or None. All float64. about: what and how it was measured (model, guidance, ...).
+
+    Two more for the fitted solver, or None: damping [N+1], the rate - d log|error| / dlam at which a solver's own error dies out;
+    and root [K, M, M], M = 2N + 3, for each trajectory a matrix whose columns have the inner products (per element) of the
+    tensors y_0 .. y_N, D_0 .. D_N, 1, y = x / alpha: |V c|^2 = |root c|^2 for every combination c of them.
     """
 
     lam: np.ndarray
@@ -45,6 +50,8 @@ class Statistics:
     s: np.ndarray
     b: np.ndarray
     gamma: np.ndarray | None = None
+    damping: np.ndarray | None = None
+    root: np.ndarray | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -56,7 +63,10 @@ class Statistics:
                                       "each grid point")
             if curve.shape[1:] != self.l.shape[1:] and name in CURVES:
                 raise CalibrationError(f"{name} has shape {list(curve.shape)} and l has {list(self.l.shape)}: they must agree")
-        for name, curve in {"lam": self.lam, **self.curves()}.items():
+        size = 2 * len(self.lam) + 1
+        if self.root is not None and (self.root.ndim != 3 or self.root.shape[1:] != (size, size)):
+            raise CalibrationError(f"root has shape {list(self.root.shape)}: it must be [trajectories, {size}, {size}]")
+        for name, curve in {"lam": self.lam, **self.curves(), **self.roots()}.items():
             if not np.isfinite(curve).all():
                 raise CalibrationError(f"{name} has {int((~np.isfinite(curve)).sum())} values that are not finite")
         falls = np.flatnonzero(np.diff(self.lam) <= 0)
@@ -66,7 +76,10 @@ class Statistics:
                                   f"lam[{i}] = {self.lam[i]:.6g}")
 
     def curves(self) -> dict[str, np.ndarray]:
-        return {name: getattr(self, name) for name in (*CURVES, "gamma") if getattr(self, name) is not None}
+        return {name: getattr(self, name) for name in (*CURVES, *OPTIONAL_CURVES) if getattr(self, name) is not None}
+
+    def roots(self) -> dict[str, np.ndarray]:
+        return {} if self.root is None else {"root": self.root}
 
     @classmethod
     def constant(cls, l: float = 1.0, s: float = 0.0, b: float = 0.0, lam: tuple[float, float] = (-40.0, 40.0)) -> Statistics:
@@ -82,7 +95,7 @@ class Statistics:
         return replace(self, b=np.zeros_like(self.b), about={**self.about, "b": "left out"})
 
     def on(self, lam: np.ndarray) -> Statistics:
-        """The same curves on another grid."""
+        """The same curves on another grid, without what a fit needs."""
         return Statistics(np.asarray(lam, dtype=np.float64), **{name: self.at(name, lam) for name in self.curves()},
                           about=self.about)
 
@@ -108,7 +121,7 @@ class Statistics:
 
     def save(self, path: str | os.PathLike, overwrite: bool = False) -> None:
         """Write the file whole or not at all; FileExistsError if it exists, unless told to overwrite."""
-        tensors = {"lam": self.lam, **self.curves()}
+        tensors = {"lam": self.lam, **self.curves(), **self.roots()}
         content = save({name: np.ascontiguousarray(value) for name, value in tensors.items()},
                        metadata={"format": FORMAT, "about": json.dumps(dict(self.about), sort_keys=True)})
         write_whole(Path(path), content, overwrite)
@@ -121,8 +134,8 @@ class Statistics:
         if missing:
             raise CalibrationError(f"{path}: the tensor {missing[0]!r} is missing; it has {', '.join(sorted(tensors)) or 'none'}")
         try:
-            return cls(**{name: tensors[name].astype(np.float64) for name in ("lam", *CURVES, "gamma") if name in tensors},
-                       about=about)
+            known = ("lam", *CURVES, *OPTIONAL_CURVES, "root")
+            return cls(**{name: tensors[name].astype(np.float64) for name in known if name in tensors}, about=about)
         except CalibrationError as fault:
             raise CalibrationError(f"{path}: {fault}") from None
 
@@ -184,15 +197,15 @@ class EmpiricalPrediction:
         start, end = np.searchsorted(lam, (s.lam, to.lam))
         places = np.searchsorted(lam, nodes)
         l, s_, b = (self.statistics.at(name, lam) for name in CURVES)  # noqa: E741
-        big_l, big_s = _integral(lam, l, start), _integral(lam, s_, start)
-        big_b = _integral(lam, np.exp(-big_s) * b, start)
+        big_l, big_s = integral(lam, l, start), integral(lam, s_, start)
+        big_b = integral(lam, np.exp(-big_s) * b, start)
         step = slice(start, end + 1)
         weight = np.exp(big_l + big_s)[step]
         r = _column((lam[step] - s.lam) / (to.lam - s.lam), weight)
-        moments = [_integral(lam[step], weight * r**p)[-1] for p in range(len(nodes))]
+        moments = [integral(lam[step], weight * r**p)[-1] for p in range(len(nodes))]
         w = stage.basis([(node - s.lam) / (to.lam - s.lam) for node in nodes], moments)
         scale = to.alpha * np.exp(-big_l[end])
-        bias = sum(wj * big_b[j] for wj, j in zip(w, places)) - _integral(lam[step], weight * big_b[step])[-1]
+        bias = sum(wj * big_b[j] for wj, j in zip(w, places)) - integral(lam[step], weight * big_b[step])[-1]
         return [scale / s.alpha, scale * bias, *(-scale * wj * np.exp(-big_s[j]) for wj, j in zip(w, places))]
 
     def _points(self, levels: tuple[float, ...], parts: int) -> np.ndarray:
@@ -207,7 +220,7 @@ class EmpiricalPrediction:
         return np.append(np.repeat(coarse[:-1], counts) + np.repeat(np.diff(coarse), counts) * share, coarse[-1])
 
 
-def _integral(lam: np.ndarray, curve: np.ndarray, zero: int = 0) -> np.ndarray:
+def integral(lam: np.ndarray, curve: np.ndarray, zero: int = 0) -> np.ndarray:
     """The cumulative trapezoidal integral of a curve over lam, 0 at the point `zero`."""
     pieces = _column(np.diff(lam), curve) * (curve[1:] + curve[:-1]) / 2.0
     total = np.concatenate([np.zeros_like(curve[:1]), np.cumsum(pieces, axis=0)])

@@ -5,7 +5,7 @@ Every denoiser takes (x, sigma[B], **extra) as k-diffusion's models do, and is b
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -108,8 +108,17 @@ def gaussian_statistics(mean: float = 0.7, spread: float = 0.4) -> Statistics:
 
 def needed(name: str) -> dict:
     """Values for the options a solver of the catalogue cannot do without."""
-    known = {"statistics": gaussian_statistics(), "trained": Amed.untrained()}
+    known = {"statistics": serving(name, gaussian_statistics()), "trained": Amed.untrained()}
     return {option: value for option, value in known.items() if option in SAMPLERS[name].options}
+
+
+def serving(name: str, statistics: Statistics) -> Statistics:
+    """Statistics for a solver of the catalogue. The fitted one gets a single trajectory, of zeros, and so keeps v3's weights."""
+    if name != "fitted":
+        return statistics
+    coarse = statistics.on(np.linspace(statistics.lam[0], statistics.lam[-1], 401))
+    size = 2 * len(coarse.lam) + 1
+    return replace(coarse, damping=np.zeros(len(coarse.lam)), root=np.zeros((1, size, size)))
 
 
 def ode(name: str) -> dict:

@@ -64,6 +64,27 @@ def test_from_nothing_it_is_measured_once_saved_and_found_again(server, folder) 
         assert run.texts == texts and files(folder) == [name]
 
 
+def test_the_fitted_solver_measures_once_replaces_a_file_of_v3_s_and_serves_v3_too(server, folder) -> None:  # noqa: F811
+    Graph("panda").ksampler(NAME).samples(server)
+    [name] = files(folder)
+    assert Statistics.load(folder / name).root is None
+    for seed, spent in ((1, 73), (2, 0)):
+        graph = Graph("panda").counted().family("fitted", calibration="auto", nodes="chosen", seed=seed)
+        samples, run = graph.run(server)
+        assert run.status == "success" and looks_like_an_image(samples), run.error
+        assert len(graph.evaluations(server)) == spent + STEPS and files(folder) == [name]
+    assert Statistics.load(folder / name).about["evaluations"] == 73
+    graph = Graph("panda").counted().ksampler(NAME, seed=3)
+    assert looks_like_an_image(graph.samples(server)) and len(graph.evaluations(server)) == STEPS
+
+
+def test_the_fitted_solver_refuses_statistics_that_were_measured_for_v3(server, folder) -> None:  # noqa: F811
+    graph = Graph("panda")
+    samples, run = graph.family("fitted", calibration="never", statistics=estimate(graph)).run(server)
+    assert run.status == "error"
+    assert "measure again with samplers.estimate_statistics(..., fitted=True)" in run.error["exception_message"]
+
+
 def test_every_prompt_is_measured_when_asked_for(server, folder) -> None:  # noqa: F811
     for words, count in (("panda", 1), ("strawberry", 2), ("panda", 2)):
         samples, run = sampler_node(Graph(words).through("TestSlowModel", seconds=0.0), calibration="every prompt",

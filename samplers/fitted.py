@@ -1,0 +1,298 @@
+"""The fitted solver: nodes and weights for any number of evaluations, from statistics measured once.
+
+The calibrating trajectories (y_i, D_i), y = x / alpha, are kept by their inner products alone (Statistics.root): every multistep
+update is a linear combination of such tensors, so its local error on them is a norm that needs no model. An error made at
+lam has shrunk to
+
+    gamma(lam) = exp(-int_lam^end damping)
+
+of itself at the end, with the damping measured on errors like a solver's own. Both choices start from DPM-Solver-v3:
+
+    nodes      minimise  sum_j gamma(lam_j)^2 |v3's error in step j|^2  exactly, over all paths of n steps through the grid
+    weights    v3's own, each step's corrected as far as the correction holds on trajectories left out
+
+All of it is host arithmetic. What was measured on the way, and what did not help, is in dev/NOTES.md.
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Sequence
+
+import numpy as np
+
+from .integrand import DataPrediction, Evaluation, Stage, Update
+from .schedule import Level, Path, VarianceExploding
+from .solver import Step, ddim, finite
+from .statistics import EmpiricalPrediction, Statistics, integral
+
+REFINE = 2
+"""Candidate nodes to each interval of the calibration's grid: 2 gave about 5 % less error than 1 on the emoji model."""
+POINTS = 16
+"""Of the search's quadrature, to each interval between candidates."""
+NEAR = 1e-9
+"""In lam: levels this close to one another are one."""
+
+
+class Weights(NamedTuple):
+    """One step in y = x / alpha:  y_t = decay y_s + sum_k terms[k] f_(s-k) + bias,  f = (1 - l) y - D."""
+
+    decay: float
+    terms: tuple[float, ...]
+    bias: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run of the fitted solver: where the model is asked, each step's weights, and the error to expect.
+
+    lam [n]: the nodes, rising; end: where the last step arrives, inf for x0. l [n]: the curve l at the nodes. error: the
+    predicted rms to the calibrating trajectories at the end. share [n]: how much of the squared error of v3's step the
+    correction left over on trajectories that it was not fitted to; 1 where v3's own weights are kept.
+    """
+
+    lam: tuple[float, ...]
+    end: float
+    l: tuple[float, ...]  # noqa: E741
+    weights: tuple[Weights, ...]
+    error: float
+    share: tuple[float, ...]
+
+    def steps(self, path: Path) -> list[Step]:
+        """The plan as steps of the loop, on any path."""
+        at = [path.at(lam) for lam in self.lam]
+        arrivals = [*at[1:], path.at(self.end) if math.isfinite(self.end) else path.level(0.0)]
+        return [Step((Evaluation(s, (1.0 - l) / s.alpha, -1.0),),
+                     (Update(t, t.alpha * w.decay / s.alpha, tuple((-k, t.alpha * c) for k, c in enumerate(w.terms)),
+                             t.alpha * w.bias),))
+                for s, t, l, w in zip(at, arrivals, self.l, self.weights)]
+
+
+def fit_multistep(calibration: Statistics, evaluations: int, *, order: int = 2, start: float | None = None,
+                  end: float | None = None) -> Plan:
+    """The best nodes for so many evaluations from lam = start to lam = end, and weights for them.
+
+    start: the calibration's first level unless given; end: x0 unless given, else a lam at which noise is left.
+    """
+    check(calibration)
+    lam = _candidates(calibration, start, end)
+    most = len(lam) - (end is not None)
+    if not 1 <= evaluations <= most:
+        raise ValueError(f"evaluations = {evaluations} is out of range: choose a whole number from 1 to {most}, the levels that "
+                         "these statistics know in the range asked for")
+    return fit_weights(calibration, [lam[i] for i in _search(calibration, lam, evaluations, end is not None)], end, order)
+
+
+def fit_weights(calibration: Statistics, nodes: Sequence[float], end: float | None = None, order: int = 2) -> Plan:
+    """Weights for given nodes, in rising lam, by least squares over the calibrating trajectories.
+
+    The features of a step are its y_s and the last `order` values of f; the residual is v3's own. The correction is damped by a
+    ridge rho = q / (1 - q) in units of the features' squares, with q the rms that an undamped fit leaves on trajectories that it
+    was not fitted to, as a share of v3's: 0 where the fit explains everything, infinite (v3 itself) where it explains nothing.
+    With a single trajectory nothing can be left out, and v3's weights are kept.
+    """
+    check(calibration)
+    n = len(nodes)
+    lam = np.array([*nodes, *([] if end is None else [end])], dtype=np.float64)
+    y, denoised = _rows(calibration, lam)
+    l = calibration.at("l", lam)  # noqa: E741
+    f = (1.0 - l)[:, None] * y - denoised
+    targets = [*y[1:], *([_last(calibration)] if end is None else [])]
+    shrunk = [*_shrinking(calibration, lam, end)[1:], *([1.0] if end is None else [])]
+    weights, shares, total = [], [], 0.0
+    for i, (decay, terms, bias) in enumerate(_v3(calibration, lam, n, order)):
+        residual = decay * y[i] + sum(c * f[i - k] for k, c in enumerate(terms)) - targets[i]
+        residual[-1] += bias
+        features = np.stack([y[i], f[i], *(f[i - k] - f[i] for k in range(1, min(order, i + 1)))])
+        c, share, error = _correction(calibration.root, features, residual)
+        change = [c[1] - c[2:].sum(), *c[2:]]
+        weights.append(Weights(float(decay + c[0]), tuple(
+            float(w + dw) for w, dw in zip([*terms, *[0.0] * (len(change) - len(terms))], change)), bias))
+        shares.append(share)
+        total += shrunk[i] ** 2 * error
+    return Plan(tuple(map(float, lam[:n])), math.inf if end is None else float(end), tuple(map(float, l[:n])), tuple(weights),
+                math.sqrt(total), tuple(shares))
+
+
+def check(calibration: Statistics) -> None:
+    """ValueError if the statistics were measured without what a fit needs."""
+    if calibration.root is None or calibration.damping is None:
+        raise ValueError("these statistics serve DPM-Solver-v3 only: they lack the inner products and the damping that the fitted "
+                         "solver needs; measure again with samplers.estimate_statistics(..., fitted=True)")
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """DPM-Solver-v3 with fitted nodes and weights; one evaluation a step.
+
+    With nodes "given" the schedule is kept; with "chosen" only its first and last level and the number of its intervals. A first level without a finite lam leads, by a step of infinite length, to the calibration's
+    first.
+    """
+
+    calibration: Statistics
+    order: int = 2
+    nodes: Literal["given", "chosen"] = "given"
+
+    def steps(self, levels: Sequence[Level], path: Path) -> list[Step]:
+        n = len(levels) - 1
+        if n < 1:
+            return []
+        check(self.calibration)
+        self.calibration.check_range(*filter(finite, levels))
+        end = levels[-1].lam if finite(levels[-1]) else None
+        opening = []
+        if not finite(levels[0]):
+            first = levels[1] if self.nodes == "given" else path.at(float(self.calibration.lam[0]))
+            opening = [ddim(DataPrediction(), levels[0], first if n > 1 else levels[-1])]
+            levels, n = [first, *levels[2 if self.nodes == "given" else 1:]], n - 1
+            if n == 0:
+                return opening
+        if self.nodes == "given":
+            plan = fit_weights(self.calibration, [level.lam for level in levels[:-1]], end, self.order)
+        else:
+            plan = fit_multistep(self.calibration, n, order=self.order, start=levels[0].lam, end=end)
+        return [*opening, *plan.steps(path)]
+
+
+def stand_in() -> Statistics:
+    """Statistics to plan with where nothing is run."""
+    grid = np.linspace(-40.0, 40.0, 5)
+    flat = np.zeros_like(grid)
+    return Statistics(grid, flat + 1.0, flat, flat, damping=flat, root=np.eye(2 * len(grid) + 1)[None])
+
+
+def _candidates(calibration: Statistics, start: float | None, end: float | None) -> np.ndarray:
+    """The calibration's grid, refined, from start to end with both among its points."""
+    grid = calibration.lam
+    share = np.arange(REFINE) / REFINE
+    fine = np.append((grid[:-1, None] + np.diff(grid)[:, None] * share).ravel(), grid[-1])
+    low = grid[0] if start is None else start
+    high = grid[-1] if end is None else end
+    inner = fine[(fine > low + NEAR) & (fine < high - NEAR)]
+    return np.array([low, *inner, *([high] if high > low + NEAR else [])])
+
+
+def _rows(calibration: Statistics, lam: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """y and D at lam as combinations of root's columns, [len(lam), M] each: cubic in lam through the four nearest grid points."""
+    grid = calibration.lam
+    first = np.clip(np.searchsorted(grid, lam) - 2, 0, len(grid) - 4)
+    at = first[:, None] + np.arange(4)
+    gap = lam[:, None] - grid[at]
+    basis = np.stack([np.prod([gap[:, j] / (grid[at[:, k]] - grid[at[:, j]]) for j in range(4) if j != k], axis=0)
+                      for k in range(4)], axis=1)
+    y, denoised = np.zeros((2, len(lam), calibration.root.shape[2]))
+    np.put_along_axis(y, at, basis, axis=1)
+    np.put_along_axis(denoised, len(grid) + at, basis, axis=1)
+    return y, denoised
+
+
+def _last(calibration: Statistics) -> np.ndarray:
+    """x0, which the trajectories' last denoised image stands for."""
+    return np.eye(calibration.root.shape[2])[2 * len(calibration.lam) - 1]
+
+
+def _shrinking(calibration: Statistics, lam: np.ndarray, end: float | None) -> np.ndarray:
+    """gamma of errors at lam: what is left of them at `end`, or else at the end of the trajectories."""
+    grid = calibration.lam
+    total = integral(grid, calibration.damping)
+    return np.exp(np.interp(lam, grid, total) - np.interp(grid[-1] if end is None else end, grid, total))
+
+
+def _v3(calibration: Statistics, lam: np.ndarray, n: int, order: int) -> list[Weights]:
+    """DPM-Solver-v3's steps from each of the first n levels to the next, the last one to x0 unless lam goes on."""
+    integrand, ve = EmpiricalPrediction(calibration), VarianceExploding()
+    at = [ve.at(float(v)) for v in lam]
+    result = []
+    for i in range(min(n, len(lam) - 1)):
+        past = {-k: at[i - k] for k in range(min(order, i + 1))}
+        update = integrand.update(at[i], at[i + 1], Stage(tuple(past)), past)
+        result.append(Weights(update.decay, tuple(c for _, c in update.terms), float(update.bias)))
+    if len(lam) == n:
+        result.append(Weights(1.0 - float(calibration.at("l", lam[-1])), (-1.0,), 0.0))  # x0 = D = (1 - l) y - f
+    return result
+
+
+def _correction(root: np.ndarray, features: np.ndarray, residual: np.ndarray) -> tuple[np.ndarray, float, float]:
+    """Coefficients of the features to add to a step, the share of v3's squared error left, and the squared error left."""
+    design, target = root @ features.T, -(root @ residual)  # [K, M, features], [K, M]
+    before = float(np.square(target).sum(1).mean())
+    none = np.zeros(len(features)), 1.0, before
+    if len(root) == 1 or before == 0.0:
+        return none
+    left_out = [np.square(design[k] @ _ridge(np.delete(design, k, 0), np.delete(target, k, 0), 0.0) - target[k]).sum()
+                for k in range(len(root))]
+    q = math.sqrt(float(np.mean(left_out)) / before)
+    if q >= 1.0:
+        return none
+    c = _ridge(design, target, q / (1.0 - q))
+    after = float(np.square(design @ c - target).sum(1).mean())
+    return c, after / before, after
+
+
+def _ridge(design: np.ndarray, target: np.ndarray, rho: float) -> np.ndarray:
+    """c of the least |design c - target|^2 + rho sum_a |design_a|^2 c_a^2, over all trajectories."""
+    a, b = design.reshape(-1, design.shape[-1]), target.ravel()
+    scale = np.sqrt(np.square(a).sum(0))
+    scale[scale == 0.0] = 1.0
+    a = np.concatenate([a / scale, math.sqrt(rho) * np.eye(len(scale))])
+    return np.linalg.lstsq(a, np.concatenate([b, np.zeros(len(scale))]), rcond=1e-12)[0] / scale
+
+
+def _search(calibration: Statistics, lam: np.ndarray, n: int, to_end: bool) -> list[int]:
+    """Which candidates the best path of n evaluations visits, by dynamic programming over pairs of neighbouring nodes."""
+    cost = _costs(calibration, lam)
+    root = _pooled(calibration)
+    if to_end:
+        cost_of_end = np.where(np.arange(len(lam)) == len(lam) - 1, 0.0, np.inf)
+    else:
+        cost_of_end = np.square((_rows(calibration, lam)[1] - _last(calibration)) @ root.T).sum(1)
+    best = np.full((len(lam), len(lam)), np.inf)  # [h, i]: of the paths that end in h, i
+    best[0, 0] = 0.0
+    before = []
+    for _ in range(n if to_end else n - 1):
+        total = best[:, :, None] + cost
+        before.append(total.argmin(0))
+        best = total.min(0)
+    h, i = np.unravel_index((best + cost_of_end).argmin(), best.shape)
+    path = [i]
+    for previous in reversed(before):
+        h, i = previous[h, i], h
+        path.append(i)
+    return [int(i) for i in path[::-1]][:n]
+
+
+def _costs(calibration: Statistics, lam: np.ndarray) -> np.ndarray:
+    """[h, i, j]: gamma_j^2 times the squared error of v3's step i -> j with h before it; h = i is the first step, from 0.
+
+    v3's coefficients of order 2 (EmpiricalPrediction has the equations), for all triples at once by cumulative integrals.
+    """
+    m = len(lam)
+    fine = np.append((lam[:-1, None] + np.diff(lam)[:, None] * np.arange(POINTS) / POINTS).ravel(), lam[-1])
+    l, s, b = (calibration.at(name, fine) for name in ("l", "s", "b"))  # noqa: E741
+    big_l, big_s = integral(fine, l), integral(fine, s)
+    big_b, weight = integral(fine, np.exp(-big_s) * b), np.exp(big_l + big_s)
+    m0, m1, mb = (integral(fine, weight * v)[::POINTS] for v in (np.ones_like(fine), fine, big_b))
+    l, big_l, big_s, big_b = (v[::POINTS] for v in (l, big_l, big_s, big_b))  # noqa: E741
+    h, i, j = np.nonzero((np.arange(m)[:, None, None] <= np.arange(m)[:, None]) & (np.arange(m)[:, None] < np.arange(m)))
+    keep = (h < i) | (i == 0)
+    h, i, j = h[keep], i[keep], j[keep]
+    gap = np.where(h < i, lam[i] - lam[h], 1.0)
+    zeroth = np.exp(-big_l[i] - big_s[i]) * (m0[j] - m0[i])
+    first = np.exp(-big_l[i] - big_s[i]) * (m1[j] - m1[i]) - lam[i] * zeroth
+    w_h = np.where(h < i, -first / gap, 0.0)
+    decay = np.exp(big_l[i] - big_l[j])
+    c_i, c_h = -decay * (zeroth - w_h), -decay * w_h * np.exp(big_s[i] - big_s[h])
+    bias = decay * (w_h * np.exp(big_s[i]) * (big_b[h] - big_b[i])
+                    - np.exp(-big_l[i]) * (mb[j] - mb[i] - big_b[i] * (m0[j] - m0[i])))
+    root = _pooled(calibration)
+    y, denoised = (rows @ root.T for rows in _rows(calibration, lam))
+    f = (1.0 - l)[:, None] * y - denoised
+    error = (decay[:, None] * y[i] + c_i[:, None] * f[i] + c_h[:, None] * f[h] + bias[:, None] * root[:, -1] - y[j])
+    cost = np.full((m, m, m), np.inf)
+    cost[h, i, j] = _shrinking(calibration, lam, lam[-1])[j] ** 2 * np.square(error).sum(1)
+    return cost
+
+
+def _pooled(calibration: Statistics) -> np.ndarray:
+    """One root for the mean over the trajectories, [M, M]."""
+    return np.linalg.qr(calibration.root.reshape(-1, calibration.root.shape[2]), mode="r") / math.sqrt(len(calibration.root))

@@ -1,0 +1,244 @@
+"""The fitted solver: exact where a multistep method can be, v3 where nothing more is known, and the best nodes there are."""
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from problems import Gaussian, starting_noise
+from samplers import PATHS, Statistics, CalibrationError, calibrate, estimate_statistics, fit_multistep, fitted, k_diffusion_sampler
+from samplers.fitted import _candidates, _correction, _costs, _last, _pooled, _rows, fit_weights
+from samplers.integrand import DataPrediction
+from samplers.phi import midpoint
+from samplers.sample import sample
+from samplers.schedule import levels
+from samplers.solver import Multistep
+from test_calibrate import mixture, noise
+
+
+def calibration(model=None, x=None, **how) -> Statistics:
+    return estimate_statistics(model or mixture(), noise(6) if x is None else x, [14.6, 0.03], fitted=True, **how)
+
+
+def teacher(model, x: torch.Tensor, statistics: Statistics, path: str = "ve") -> torch.Tensor:
+    """Where the calibrating trajectory ends for this noise."""
+    grid = [PATHS[path].at(lam) for lam in statistics.lam]
+    return run(model, x, Multistep(DataPrediction(), 2, midpoint, "off").steps(grid, PATHS[path]))
+
+
+def run(model, x: torch.Tensor, steps) -> torch.Tensor:
+    return sample(lambda y, sigma: model(y, y.new_full((len(y),), sigma)), x, steps)
+
+
+@pytest.mark.parametrize("path", ["ve", "vp"])
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 10, 20])
+def test_a_gaussian_is_solved_exactly_in_any_number_of_steps(n: int, path: str, monkeypatch) -> None:
+    """Its denoiser is linear, so the trajectories' step from anywhere to anywhere is a combination of y_s and f_s.
+
+    On the grid itself; between its points what is known of D is interpolated.
+    """
+    monkeypatch.setattr(fitted, "REFINE", 1)
+    ends = {"ve": [14.6, 0.03], "vp": [0.998, 0.03]}[path]
+    model = Gaussian(path)
+    found = estimate_statistics(model, starting_noise((4, 3, 4, 4), ends[0], path), ends, path=path, fitted=True)
+    x = starting_noise((2, 3, 4, 4), ends[0], path, seed=9)
+    goal = teacher(model, x, found, path)
+    end = float(found.lam[-1])
+    given = found.lam[np.linspace(0, 24, n + 1).astype(int)[:-1]]
+    for plan in (fit_multistep(found, n, end=end), fit_weights(found, given, end)):
+        assert len(plan.lam) == n and plan.error < 1e-8
+        torch.testing.assert_close(run(model, x, plan.steps(PATHS[path])), goal, rtol=0, atol=1e-8)
+
+
+def test_the_weights_of_a_polynomial_integrand_are_recovered() -> None:
+    """D = a + b lam: y = a + b (lam - 1) + c e^-lam. v3's weights are wrong for it, with s that it does not have."""
+    a, b, c = np.random.default_rng(0).normal(size=(3, 4, 50))
+    lam = np.linspace(-2.0, 3.0, 11)
+    denoised = a + b * lam[:, None, None]
+    y = a + b * (lam[:, None, None] - 1) + c * np.exp(-lam)[:, None, None]
+    pairs = [torch.as_tensor(np.stack(pair)) for pair in zip(y, denoised)]
+    flat = np.ones_like(lam)
+    found = Statistics(lam, flat, 0.3 * flat, 0 * flat, damping=flat, root=calibrate._roots(pairs))
+    nodes = [0, 2, 3, 6, 8]
+    plan = fit_weights(found, lam[nodes], float(lam[-1]))
+    exact = Multistep(DataPrediction(), 2, lower_order_final="off").steps(
+        [PATHS["ve"].at(lam[i]) for i in [*nodes, 10]], PATHS["ve"])
+    for fitted, step in list(zip(plan.steps(PATHS["ve"]), exact))[1:]:  # the first has no history
+        update, goal = fitted.updates[0], step.updates[0]
+        assert update.decay == pytest.approx(goal.decay, abs=1e-9)
+        assert [(k, -w) for k, w in update.terms] == [(k, pytest.approx(w, abs=1e-9)) for k, w in goal.terms]  # f = -D
+
+
+def test_the_nodes_are_the_best_of_all_paths_through_the_grid() -> None:
+    found = calibration(intervals=8)
+    lam = _candidates(found, None, None)
+    cost = _costs(found, lam)
+    final = np.square((_rows(found, lam)[1] - _last(found)) @ _pooled(found).T).sum(1)
+
+    def total(path) -> float:
+        steps = [cost[max(path[k - 1], 0) if k else 0, path[k], path[k + 1]] for k in range(len(path) - 1)]
+        return sum(steps) + final[path[-1]]
+
+    for n in (2, 3, 4):
+        best = min(((0, *rest) for rest in itertools.combinations(range(1, len(lam)), n - 1)), key=total)
+        assert fit_multistep(found, n).lam == tuple(lam[list(best)])
+
+
+def test_v3_s_errors_in_the_search_are_those_of_its_steps() -> None:
+    """The search's own quadrature, against the coefficients of EmpiricalPrediction."""
+    found = calibration(intervals=8)
+    lam = _candidates(found, None, None)
+    cost = _costs(found, lam)
+    alone = replace(found, root=_pooled(found)[None])  # one trajectory: v3's weights, and its error
+    for path in ([0, 4, 9], [0, 1, 2], [0, 10, 16]):
+        plan = fit_weights(alone, lam[path[:2]], float(lam[path[2]]))
+        undamped = replace(alone, damping=0 * found.damping)
+        exact = fit_weights(undamped, lam[path[:2]], float(lam[path[2]])).error ** 2
+        searched = _costs(undamped, lam)
+        assert searched[0, 0, path[1]] + searched[0, path[1], path[2]] == pytest.approx(exact, rel=1e-3)
+        assert plan.error**2 <= exact and (cost[0, 0, path[1]] <= searched[0, 0, path[1]])
+
+
+def test_a_single_trajectory_proves_nothing_and_leaves_v3() -> None:
+    found = calibration(x=noise(1))
+    x, sigmas = noise(3, seed=5), torch.tensor([14.6, 5.0, 1.5, 0.4, 0.1, 0.0], dtype=torch.float64)
+    results = [k_diffusion_sampler(name, statistics=found)(mixture(), x, sigmas, disable=True)
+               for name in ("fitted", "dpm_solver_v3")]
+    torch.testing.assert_close(*results, rtol=0, atol=1e-9)
+
+
+def test_a_correction_is_made_only_where_it_holds_on_trajectories_left_out() -> None:
+    """One feature, v, and a residual that is 2 v on every trajectory; or 2 v on one and -2 v on the other."""
+    v, residual = np.array([[1.0, 0.0]]), np.array([0.0, 1.0])
+    same, other = np.array([[1.0, 2.0], [0.0, 0.0]]), np.array([[1.0, -2.0], [0.0, 0.0]])
+    c, share, left = _correction(np.stack([same, same]), v, residual)
+    assert (c, share, left) == (pytest.approx(-2.0), pytest.approx(0.0), pytest.approx(0.0))
+    c, share, left = _correction(np.stack([same, other]), v, residual)
+    assert (c, share, left) == (0.0, 1.0, 4.0)
+    part = np.array([[1.0, 1.0], [0.0, 0.0]])  # the same direction, half as far: between the two
+    c, share, left = _correction(np.stack([same, part]), v, residual)
+    assert -1.5 < c < 0.0 < share < 1.0
+
+
+def test_the_error_falls_as_evaluations_are_added_and_is_below_v3_s() -> None:
+    model, found = mixture(), calibration(x=noise(16))
+    x = noise(16, seed=5)
+    fine = torch.tensor([14.6 * (0.03 / 14.6) ** (i / 600) for i in range(601)] + [0.0], dtype=torch.float64)
+    goal = k_diffusion_sampler("dpmpp_2m")(model, x, fine, disable=True)
+
+    def error(name: str, n: int, **options) -> float:
+        sigmas = torch.tensor([14.6 * (0.03 / 14.6) ** (i / (n - 1)) for i in range(n)] + [0.0], dtype=torch.float64)
+        result = k_diffusion_sampler(name, statistics=found, **options)(model, x, sigmas, disable=True)
+        return float((result - goal).abs().median())
+
+    errors = [error("fitted", n, nodes="chosen") for n in (4, 8, 16)]
+    assert all(b < a for a, b in itertools.pairwise(errors))
+    assert math.log2(errors[0] / errors[1]) > 2.0  # at least of order 2 from 4 to 8
+    for n, mine in zip((4, 8, 16), errors):
+        assert mine < error("dpm_solver_v3", n)
+
+
+def test_flow_and_ve_are_one_solver_after_x_over_alpha() -> None:
+    found = calibration()
+    ratios = [10.0, 4.0, 1.0, 0.3, 0.05]
+    x = noise(3, 10.0, seed=2)
+    for nodes in ("given", "chosen"):
+        ve = k_diffusion_sampler("fitted", statistics=found, nodes=nodes)(
+            mixture(), x, torch.tensor(ratios, dtype=torch.float64), disable=True)
+        flow = k_diffusion_sampler("fitted", "flow", statistics=found, nodes=nodes)(
+            mixture(path="flow"), x / 11.0, torch.tensor([r / (1 + r) for r in ratios], dtype=torch.float64), disable=True)
+        torch.testing.assert_close(flow * 1.05, ve, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(("path", "sigmas"), [
+    ("ve", [14.6, 3.0, 1.0, 0.5, 0.0]),             # a whole run
+    ("ve", [2.2, 1.0, 0.7, 0.5, 0.0]),              # image to image
+    ("ve", [14.6, 3.0, 1.0, 0.777]),                # leftover noise
+    ("flow", [1.0, 0.9, 0.6, 0.2, 0.0])])
+def test_chosen_nodes_keep_the_ends_and_the_number_of_evaluations(path: str, sigmas: list[float]) -> None:
+    ends = {"ve": [14.6, 0.03], "flow": [1.0, 0.97, 0.03]}[path]
+    model = mixture(path=path)
+    found = estimate_statistics(model, noise(4, ends[0]), ends, path=path, fitted=True)
+    seen = []
+
+    def watched(x, sigma):
+        seen.append(float(sigma[0]))
+        return model(x, sigma)
+
+    result = k_diffusion_sampler("fitted", path, statistics=found, nodes="chosen")(
+        watched, noise(2, sigmas[0], seed=1), torch.tensor(sigmas, dtype=torch.float64), disable=True)
+    assert seen[0] == pytest.approx(sigmas[0]) and len(seen) == len(sigmas) - 1
+    assert seen == sorted(seen, reverse=True) and seen[-1] > sigmas[-1] and result.isfinite().all()
+
+
+def test_the_damping_of_a_gaussian_s_errors_is_its_l() -> None:
+    found = calibration(Gaussian(), starting_noise((4, 3, 4, 4), 14.6, "ve"))
+    assert np.abs(found.damping - found.l)[2:].max() < 1e-6
+    assert found.about["evaluations"] == 73
+
+
+def test_what_a_fit_needs_is_saved_and_an_old_file_serves_v3_alone(tmp_path) -> None:
+    found = calibration(intervals=8)
+    found.save(tmp_path / "new.safetensors")
+    again = Statistics.load(tmp_path / "new.safetensors")
+    assert np.array_equal(again.root, found.root) and np.array_equal(again.damping, found.damping)
+    assert fit_multistep(again, 5).lam == fit_multistep(found, 5).lam
+    replace(found, root=None, damping=None).save(tmp_path / "old.safetensors")
+    old = Statistics.load(tmp_path / "old.safetensors")
+    x, sigmas = noise(1), torch.tensor([14.6, 1.0, 0.0], dtype=torch.float64)
+    assert k_diffusion_sampler("dpm_solver_v3", statistics=old)(mixture(), x, sigmas, disable=True).isfinite().all()
+    with pytest.raises(ValueError, match=r"serve DPM-Solver-v3 only.*measure again with .*fitted=True"):
+        k_diffusion_sampler("fitted", statistics=old)(mixture(), x, sigmas, disable=True)
+    with pytest.raises(CalibrationError, match=r"root has shape \[6, 18, 18\]: it must be \[trajectories, 19, 19\]"):
+        replace(found, root=found.root[:, 1:, 1:])
+
+
+def test_of_large_latents_a_random_part_is_kept_and_is_enough(monkeypatch) -> None:
+    x = noise(64).reshape(4, 3, 16, 16)
+    model = Gaussian(spread=torch.linspace(0.1, 0.9, 768, dtype=torch.float64).reshape(3, 16, 16))
+    whole = calibration(model, x)
+    monkeypatch.setattr(calibrate, "ELEMENTS", 200)
+    part, again = calibration(model, x), calibration(model, x)
+    assert np.array_equal(part.root, again.root)
+    norms = [np.square(statistics.root[:, :, 50]).sum(1) for statistics in (whole, part)]
+    assert np.allclose(norms, 1.0)  # of the constant 1, per element
+    energies = [np.square(statistics.root).sum((0, 1)) for statistics in (whole, part)]
+    assert np.abs(energies[1] / energies[0] - 1).max() < 0.2
+    assert fit_multistep(part, 6).error == pytest.approx(fit_multistep(whole, 6).error, rel=0.3)
+
+
+def test_a_cancelled_calibration_goes_on_where_it_was(tmp_path) -> None:
+    expected, partial = calibration(intervals=12), tmp_path / "x.part"
+
+    def cancel_at(k: int):
+        def progress(done: int, total: int) -> None:
+            if done == k:
+                raise KeyboardInterrupt
+        return progress
+
+    for stop in (3, 8, 20, 21, 22):
+        with pytest.raises(KeyboardInterrupt):
+            calibration(intervals=12, partial=partial, progress=cancel_at(stop))
+    counts: list[tuple[int, int]] = []
+    found = calibration(intervals=12, partial=partial, progress=lambda *count: counts.append(count))
+    assert counts[0][0] > 18 and counts[-1] == (37, 37)
+    for name in ("l", "s", "b", "damping"):
+        assert np.allclose(getattr(found, name), getattr(expected, name), rtol=1e-12, atol=1e-12)
+    assert np.allclose(found.root, expected.root, rtol=1e-9, atol=1e-12)
+
+
+def test_impossible_requests_are_refused_each_with_its_remedy() -> None:
+    found = calibration(intervals=8)
+    with pytest.raises(ValueError, match="evaluations = 18 is out of range: choose a whole number from 1 to 17"):
+        fit_multistep(found, 18)
+    with pytest.raises(ValueError, match="pool = 'channel' with fitted = True"):
+        calibration(intervals=8, pool="channel")
+    with pytest.raises(ValueError, match="the statistics cover lambda"):
+        k_diffusion_sampler("fitted", statistics=found)(mixture(), noise(1), torch.tensor([99.0, 1.0, 0.0]), disable=True)
+    with pytest.raises(ValueError, match="the statistics cover lambda"):
+        fit_multistep(found, 4, start=-9.0)
+    assert levels([14.6, 0.0], PATHS["ve"])[0].lam == pytest.approx(found.lam[0])
