@@ -3,7 +3,11 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -342,3 +346,40 @@ def test_a_predictor_of_zero_is_its_table() -> None:
             results = [k_diffusion_sampler(NAMES[base], trained=what)(net, x, sigmas, disable=True)
                        for what in (plain, replace(plain, predictor=Predictor.new(), features=lambda: net.seen))]
             torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-5)
+
+
+KILLED = """
+import sys, time
+sys.path[:0] = [{root!r}, {tests!r}]
+from test_amed import SIGMAS, noises, reference_mixture
+from samplers import fit_amed
+
+def slow(x, sigma):
+    time.sleep(0.01)
+    return reference_mixture("ve")[0](x, sigma)
+
+fit_amed(slow, noises(8), SIGMAS, base="dpmpp_2m", partial={partial!r}, partial_seconds=0.0)
+"""
+
+
+def test_a_killed_training_goes_on_from_what_it_had_saved(tmp_path) -> None:
+    """SIGKILL at several moments of real processes."""
+    root = Path(__file__).resolve().parent.parent
+    whole = fit_amed(reference_mixture("ve")[0], noises(8), SIGMAS, base="dpmpp_2m")
+    for wait in (0.0, 0.15, 0.4):
+        partial = tmp_path / f"{wait}.part"
+        code = KILLED.format(root=str(root), tests=str(root / "tests"), partial=str(partial))
+        process = subprocess.Popen([sys.executable, "-c", code])
+        try:
+            while not partial.exists() and process.poll() is None:
+                time.sleep(0.01)
+            time.sleep(wait)
+        finally:
+            process.kill()
+            process.wait()
+        if not partial.exists():
+            continue  # it was done
+        model = Counted(reference_mixture("ve")[0])
+        resumed = fit_amed(model, noises(8), SIGMAS, base="dpmpp_2m", partial=partial)
+        np.testing.assert_allclose(resumed.table, whole.table, rtol=1e-9)
+        assert model.calls <= whole.about["evaluations"] - 20 and not partial.exists()  # the teacher at least was kept

@@ -173,3 +173,39 @@ def test_install_makes_the_folder_for_calibrations_and_nothing_else(tmp_path) ->
         subprocess.run([sys.executable, str(there / "install.py")], check=True, cwd=there)
     made = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if "custom_nodes" not in p.parts)
     assert made == ["models", "models/solver_calibrations"]
+
+
+@pytest.mark.parametrize("calls", [[[1, 0]], [[0, 1]], [[1], [0]], [[0], [1]], [[0]], [[0, 0, 1]]])
+def test_the_middle_block_is_seen_for_the_conditional_half_however_conds_are_evaluated(calls: list[list[int]]) -> None:
+    """All in one call, in either order, one after the other, without guidance, and two areas of one prompt."""
+    pack()
+    MiddleBlock = sys.modules["custom_nodes_x_lambda-solvers.nodes.middle_block"].MiddleBlock  # noqa: N806
+
+    class Network(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.middle_block = torch.nn.ModuleList([torch.nn.Identity()])
+
+        def forward(self, x, timesteps, transformer_options=None):
+            for block in self.middle_block:  # as ComfyUI does: the container itself is never called
+                x = block(x)
+            return x
+
+    network, x = Network(), torch.randn(3, 4, 2, 2)
+    patcher = type("Patcher", (), {"model": type("Model", (), {"diffusion_model": network})})
+    marks = {0: x, 1: x + 100}
+    with MiddleBlock(patcher) as block:
+        for order in calls:
+            network(torch.cat([marks[which] for which in order]), None, transformer_options={"cond_or_uncond": order})
+        torch.testing.assert_close(block.features(), x)
+    network(x + 5, None, transformer_options={"cond_or_uncond": [0]})
+    torch.testing.assert_close(block.features(), x)  # no longer looking
+    assert not network._forward_pre_hooks and not network.middle_block[0]._forward_hooks
+
+
+def test_a_transformer_has_no_middle_block() -> None:
+    pack()
+    block = sys.modules["custom_nodes_x_lambda-solvers.nodes.middle_block"].MiddleBlock(
+        type("Patcher", (), {"model": type("Model", (), {"diffusion_model": torch.nn.Linear(2, 2)})}))
+    with block:
+        assert not block.exists and block.features() is None

@@ -152,7 +152,7 @@ def test_cancel_while_training_leaves_a_partial_file_from_which_the_next_run_goe
 
 
 def test_a_predictor_sees_the_conditional_half_however_the_conds_are_evaluated(server, folder) -> None:  # noqa: F811
-    """All at once, and one after the other (prompts of different length)."""
+    """A batch of one and of three; test_nodes has conds that are evaluated one after the other."""
     graph = Graph("panda")
     trained = train(graph, form="predictor", samples=4)
     first = sampler_node(graph, trained=trained).samples(server)
