@@ -32,6 +32,7 @@ MODELS = {name: {"name": name, "url": f"{HUB}{place}/resolve/main/{name}", "dire
     ("stable-diffusion-v1-5-archive", "v1-5-pruned-emaonly-fp16.safetensors"),
     ("stable-diffusion-3.5-fp8", "sd3.5_large_fp8_scaled.safetensors"))}
 GAP, WIDTH = 40, 330
+PANEL = {"LambdaSampler": 200, "KSampler": 100}  # what web/js adds to the height of nodes whose class begins so
 
 
 class Output(NamedTuple):
@@ -96,7 +97,8 @@ class Canvas:
         stamp = OURS if kind.startswith("Lambda") else CORE
         models = {"models": [MODELS[value] for value in values if value in MODELS]}
         properties = {**stamp, **{key: value for key, value in models.items() if value}}
-        height = height or 60 + 22 * max(len(slots), len(outputs)) + 26 * lines
+        panel = sum(more for start, more in PANEL.items() if kind.startswith(start))
+        height = height or 60 + 22 * max(len(slots), len(outputs)) + 26 * lines + panel
         return self._place(kind, properties, slots, values, outputs, height, title)
 
     def saved(self) -> dict[str, Any]:
@@ -268,6 +270,27 @@ def calibrate_and_share(canvas: Canvas) -> None:
 
 
 @example
+def amed(canvas: Canvas) -> None:
+    """AMED at 5 evaluations
+
+    Train AMED learns, for one schedule, where to look a second time inside every step (its picture shows r, c, a and the
+    error); 3 steps are 5 evaluations, because the last one, to sigma 0, takes one. Train it again after a change of model,
+    guidance or schedule, or use Load AMED. In KSampler the same is `amed`, which trains by itself.
+    """
+    got = start(canvas)
+    canvas.column("2  Train for this schedule")
+    sigmas = canvas.add("BasicScheduler", model=got.model, scheduler="karras", steps=3)
+    trained = canvas.add("LambdaTrainAmed", model=got.model, positive=got.positive, negative=got.negative,
+                         latent_image=got.latent, sigmas=sigmas[0], height=620)
+    canvas.add("LambdaSaveAmed", amed=trained[0])
+    canvas.column("3  Sample with it")
+    sampler = canvas.add("LambdaSamplerAmed", trained=trained[0])
+    sampled = canvas.add("SamplerCustom", model=got.model, positive=got.positive, negative=got.negative, sampler=sampler[0],
+                         sigmas=sigmas[0], latent_image=got.latent, noise_seed=1, cfg=5.0)
+    save(canvas, "4  Image", sampled[0], got.vae)
+
+
+@example
 def compare_samplers(canvas: Canvas) -> None:
     """Compare samplers at equal model evaluations
 
@@ -306,19 +329,20 @@ def tried(server, path: Path, words: str) -> dict[str, dict]:
 
     prompt = load(path, server.get("/object_info"))
     flow = any(node["ckpt_name"] == SD3 for node in nodes_of(prompt, "CheckpointLoaderSimple"))
-    demo.fill_in(prompt, words, 8)
+    demo.fill_in(prompt, words, 3 if any(nodes_of(prompt, "LambdaTrainAmed")) else 8)
     for node in nodes_of(prompt, "EmptySD3LatentImage"):
         node.update(width=demo.SIZE, height=demo.SIZE)
     for node in nodes_of(prompt, "SamplerCustom"):
         node["cfg"] = demo.GUIDANCE
-    for kind in ("LambdaEstimateStatistics", "LambdaCompareSamplers"):
+    for kind in ("LambdaEstimateStatistics", "LambdaTrainAmed", "LambdaCompareSamplers"):
         for node in nodes_of(prompt, kind):
             node["cfg"] = demo.GUIDANCE
     for node in prompt.values():  # a picture of its own for every example
         for key in {"seed", "noise_seed"} & node["inputs"].keys():
             node["inputs"][key] = demo.SEED + [*EXAMPLES].index(path.stem)
-    for node in nodes_of(prompt, "LambdaSaveStatistics"):
-        node["overwrite"] = True
+    for kind in ("LambdaSaveStatistics", "LambdaSaveAmed"):
+        for node in nodes_of(prompt, kind):
+            node["overwrite"] = True
     for node in nodes_of(prompt, "LoadImage"):
         source = server.base / "input" / node["image"]
         if not source.exists():
