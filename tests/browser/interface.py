@@ -18,6 +18,16 @@ PANELS = """() => [...document.querySelectorAll('.lambda-solvers-panel')].map((e
     lines: [...el.querySelectorAll('.lines div')].map((line) => line.className + ': ' + line.textContent),
     points: (el.querySelector('.points').getAttribute('d') ?? '').split('M').length - 1,
     curve: el.querySelector('svg').getBoundingClientRect().height, height: el.getBoundingClientRect().height}))"""
+OVERLAPS = """(nodes2) => {
+    const box = (node) => {
+        const drawn = nodes2 && document.querySelector(`[data-node-id="${node.id}"]`)?.getBoundingClientRect()
+        return drawn ? [drawn.x, drawn.y, drawn.width, drawn.height] : [...node.getBounding()]
+    }
+    const boxes = app.graph.nodes.map((node) => [node.title, ...box(node)]), found = []
+    for (const [a, x, y, w, h] of boxes) for (const [b, u, v, s, t] of boxes)
+        if (a < b && x < u + s && u < x + w && y < v + t && v < y + h) found.push([a, b, Math.min(v + t - y, y + h - v)])
+    return found
+}"""
 WATCH = """() => {
     window.seen = []
     for (const kind of ['execution_success', 'execution_error', 'execution_interrupted', 'executed'])
@@ -100,6 +110,10 @@ class Interface:
             return len(found) > panel and all(any(text in line for line in found[panel]["lines"]) for text in texts)
         until(f"panel {panel} reads {texts}", there, self.panels)
         return self.panels()[panel]
+
+    def overlaps(self) -> list:
+        """Pairs of nodes that cover each other, and how far."""
+        return self.do(OVERLAPS, self.nodes2)
 
     def saved(self) -> dict:
         """The workflow as it is saved, once it does not change any more."""
