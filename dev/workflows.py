@@ -75,8 +75,10 @@ class Canvas:
         height = 40 + 22 * sum(1 + len(line) // 38 for line in text.splitlines())
         self._place("MarkdownNote", {}, [], [text], [], height, None)
 
-    def add(self, kind: str, title: str | None = None, height: int | None = None, **inputs: Any) -> Node:
-        """A node with these inputs: another node's output, or a widget's value; other widgets keep their defaults."""
+    def add(self, kind: str, title: str | None = None, tall: int | None = None, **inputs: Any) -> Node:
+        """A node with these inputs: another node's output, or a widget's value; other widgets keep their defaults. `tall` pixels
+        are for what it will show.
+        """
         info, slots, values, lines = self.info[kind], [], [], 0
         unused = set(inputs)
         for name, (type_, *rest) in {**info["input"].get("required", {}), **info["input"].get("optional", {})}.items():
@@ -98,7 +100,7 @@ class Canvas:
         models = {"models": [MODELS[value] for value in values if value in MODELS]}
         properties = {**stamp, **{key: value for key, value in models.items() if value}}
         panel = sum(more for start, more in PANEL.items() if kind.startswith(start))
-        height = height or 60 + 22 * max(len(slots), len(outputs)) + 26 * lines + panel
+        height = tall or 60 + 22 * max(len(slots), len(outputs)) + 26 * lines + panel
         return self._place(kind, properties, slots, values, outputs, height, title)
 
     def saved(self) -> dict[str, Any]:
@@ -162,7 +164,7 @@ def start(canvas: Canvas, checkpoint: str = SD, latent: str = "EmptyLatentImage"
 def save(canvas: Canvas, title: str, samples: Output, vae: Output) -> None:
     canvas.column(title)
     image = canvas.add("VAEDecode", samples=samples, vae=vae)
-    canvas.add("SaveImage", height=400, images=image[0], filename_prefix="lambda")
+    canvas.add("SaveImage", tall=400, images=image[0], filename_prefix="lambda")
 
 
 def custom(canvas: Canvas, got: Start, sampler: Node, cfg: float, scheduler: str, steps: int) -> Output:
@@ -239,7 +241,7 @@ def img2img(canvas: Canvas) -> None:
     loader = canvas.add("CheckpointLoaderSimple", ckpt_name=SD)
     positive = canvas.add("CLIPTextEncode", "Prompt", clip=loader[1], text=PROMPT)
     negative = canvas.add("CLIPTextEncode", "Negative prompt", clip=loader[1], text=NEGATIVE)
-    image = canvas.add("LoadImage", height=320, image="example.png")
+    image = canvas.add("LoadImage", tall=320, image="example.png")
     latent = canvas.add("VAEEncode", pixels=image[0], vae=loader[2])
     canvas.note(canvas.about)
     canvas.column("2  Sample")
@@ -260,7 +262,7 @@ def calibrate_and_share(canvas: Canvas) -> None:
     got = start(canvas)
     canvas.column("2  Measure and save")
     measured = canvas.add("LambdaEstimateStatistics", model=got.model, positive=got.positive, negative=got.negative,
-                          latent_image=got.latent, height=420)
+                          latent_image=got.latent, tall=420)
     canvas.add("LambdaSaveStatistics", statistics=measured[0])
     canvas.column("3  Sample with it")
     model = canvas.add("LambdaApplyStatistics", model=got.model, statistics=measured[0])
@@ -281,7 +283,7 @@ def amed(canvas: Canvas) -> None:
     canvas.column("2  Train for this schedule")
     sigmas = canvas.add("BasicScheduler", model=got.model, scheduler="karras", steps=3)
     trained = canvas.add("LambdaTrainAmed", model=got.model, positive=got.positive, negative=got.negative,
-                         latent_image=got.latent, sigmas=sigmas[0], height=620)
+                         latent_image=got.latent, sigmas=sigmas[0], tall=620)
     canvas.add("LambdaSaveAmed", amed=trained[0])
     canvas.column("3  Sample with it")
     sampler = canvas.add("LambdaSamplerAmed", trained=trained[0])
@@ -300,13 +302,13 @@ def compare_samplers(canvas: Canvas) -> None:
     got = start(canvas)
     canvas.column("2  Compare", 420)
     node = canvas.add("LambdaCompareSamplers", model=got.model, positive=got.positive, negative=got.negative,
-                      latent_image=got.latent, vae=got.vae, seed=1, height=720)
+                      latent_image=got.latent, vae=got.vae, seed=1, tall=720)
     canvas.column("3  Choice and figures", 520)
-    canvas.add("PreviewAny", "The cheapest choice", height=140, source=node[3])
-    canvas.add("PreviewAny", "All figures", height=420, source=node[2])
+    canvas.add("PreviewAny", "The cheapest choice", tall=140, source=node[3])
+    canvas.add("PreviewAny", "All figures", tall=420, source=node[2])
     canvas.column("4  Pictures", 640)
-    canvas.add("SaveImage", "Error against evaluations", height=460, images=node[0], filename_prefix="compare_plot")
-    canvas.add("SaveImage", "The images side by side", height=640, images=node[1], filename_prefix="compare_sheet")
+    canvas.add("SaveImage", "Error against evaluations", tall=460, images=node[0], filename_prefix="compare_plot")
+    canvas.add("SaveImage", "The images side by side", tall=640, images=node[1], filename_prefix="compare_sheet")
 
 
 def make(name: str, object_info: dict[str, dict]) -> dict[str, Any]:
