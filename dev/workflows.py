@@ -326,7 +326,6 @@ THUMBNAIL = 384
 def tried(server, path: Path, words: str) -> dict[str, dict]:
     """The example in API form, with the emoji checkpoint in place of its model (as a flow model in place of one)."""
     import demo
-    from PIL import Image
     from workflow import load, nodes_of
 
     prompt = load(path, server.get("/object_info"))
@@ -346,11 +345,7 @@ def tried(server, path: Path, words: str) -> dict[str, dict]:
         for node in nodes_of(prompt, kind):
             node["overwrite"] = True
     for node in nodes_of(prompt, "LoadImage"):
-        source = server.base / "input" / node["image"]
-        if not source.exists():
-            with Image.open(environment.ROOT / "dev" / "contact_sheet.png") as sheet:  # a doughnut, the first row's last
-                doughnut = sheet.crop((250 + 3 * 128, 28, 250 + 4 * 128, 28 + 128))
-            doughnut.resize((32, 32), Image.Resampling.LANCZOS).save(source)
+        doughnut(server.base / "input" / node["image"])
     if flow:
         for node in nodes_of(prompt, "BasicScheduler"):
             node["scheduler"] = "simple"
@@ -359,6 +354,16 @@ def tried(server, path: Path, words: str) -> dict[str, dict]:
             node["inputs"] = {key: ["flow", 0] if value == [loader, 0] else value for key, value in node["inputs"].items()}
         prompt["flow"] = {"class_type": "TinyEmojiAsFlow", "inputs": {"model": [loader, 0]}}
     return prompt
+
+
+def doughnut(path: Path) -> None:
+    """An image to start from, unless there is one: in dev/contact_sheet.png the first row's last."""
+    from PIL import Image
+
+    if not path.exists():
+        with Image.open(environment.ROOT / "dev" / "contact_sheet.png") as sheet:
+            image = sheet.crop((250 + 3 * 128, 28, 250 + 4 * 128, 28 + 128))
+        image.resize((32, 32), Image.Resampling.LANCZOS).save(path)
 
 
 def pictures(server, prompt: dict[str, dict]) -> list:

@@ -103,13 +103,12 @@ class Interface:
     def panels(self) -> list[dict]:
         return [panel for panel in self.do(PANELS) if panel["shown"]]
 
-    def reads(self, *texts: str, panel: int = 0) -> dict:
-        """Wait until a panel has a line with each of these texts."""
-        def there() -> bool:
-            found = self.panels()
-            return len(found) > panel and all(any(text in line for line in found[panel]["lines"]) for text in texts)
-        until(f"panel {panel} reads {texts}", there, self.panels)
-        return self.panels()[panel]
+    def reads(self, *texts: str) -> dict:
+        """Wait until a panel has a line with each of these texts; that panel."""
+        def those() -> list[dict]:
+            return [panel for panel in self.panels() if all(any(text in line for line in panel["lines"]) for text in texts)]
+        until(f"a panel reads {texts}", those, self.panels)
+        return those()[0]
 
     def overlaps(self) -> list:
         """Pairs of nodes that cover each other, and how far."""
