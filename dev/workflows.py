@@ -91,6 +91,9 @@ class Canvas:
                 if options.get("control_after_generate") or name in ("seed", "noise_seed"):
                     values.append("fixed")
                     lines += 1
+                if options.get("image_upload"):
+                    values.append("image")  # the interface's own button
+                    lines += 1
                 continue
             slots.append({"name": name, "type": type_, "link": self._link(inputs.get(name), len(slots))})
         if unused:
