@@ -32,6 +32,7 @@ MODELS = {name: {"name": name, "url": f"{HUB}{place}/resolve/main/{name}", "dire
     ("stable-diffusion-v1-5-archive", "v1-5-pruned-emaonly-fp16.safetensors"),
     ("stable-diffusion-3.5-fp8", "sd3.5_large_fp8_scaled.safetensors"))}
 GAP, WIDTH = 40, 330
+PANEL = {"LambdaSampler": 200, "KSampler": 100}  # what web/js adds to the height of nodes whose class begins so
 
 
 class Output(NamedTuple):
@@ -74,8 +75,10 @@ class Canvas:
         height = 40 + 22 * sum(1 + len(line) // 38 for line in text.splitlines())
         self._place("MarkdownNote", {}, [], [text], [], height, None)
 
-    def add(self, kind: str, title: str | None = None, height: int | None = None, **inputs: Any) -> Node:
-        """A node with these inputs: another node's output, or a widget's value; other widgets keep their defaults."""
+    def add(self, kind: str, title: str | None = None, tall: int | None = None, **inputs: Any) -> Node:
+        """A node with these inputs: another node's output, or a widget's value; other widgets keep their defaults. `tall` pixels
+        are for what it will show.
+        """
         info, slots, values, lines = self.info[kind], [], [], 0
         unused = set(inputs)
         for name, (type_, *rest) in {**info["input"].get("required", {}), **info["input"].get("optional", {})}.items():
@@ -88,6 +91,9 @@ class Canvas:
                 if options.get("control_after_generate") or name in ("seed", "noise_seed"):
                     values.append("fixed")
                     lines += 1
+                if options.get("image_upload"):
+                    values.append("image")  # the interface's own button
+                    lines += 1
                 continue
             slots.append({"name": name, "type": type_, "link": self._link(inputs.get(name), len(slots))})
         if unused:
@@ -96,7 +102,8 @@ class Canvas:
         stamp = OURS if kind.startswith("Lambda") else CORE
         models = {"models": [MODELS[value] for value in values if value in MODELS]}
         properties = {**stamp, **{key: value for key, value in models.items() if value}}
-        height = height or 60 + 22 * max(len(slots), len(outputs)) + 26 * lines
+        panel = sum(more for start, more in PANEL.items() if kind.startswith(start))
+        height = tall or 60 + 22 * max(len(slots), len(outputs)) + 26 * lines + panel
         return self._place(kind, properties, slots, values, outputs, height, title)
 
     def saved(self) -> dict[str, Any]:
@@ -160,7 +167,7 @@ def start(canvas: Canvas, checkpoint: str = SD, latent: str = "EmptyLatentImage"
 def save(canvas: Canvas, title: str, samples: Output, vae: Output) -> None:
     canvas.column(title)
     image = canvas.add("VAEDecode", samples=samples, vae=vae)
-    canvas.add("SaveImage", height=400, images=image[0], filename_prefix="lambda")
+    canvas.add("SaveImage", tall=400, images=image[0], filename_prefix="lambda")
 
 
 def custom(canvas: Canvas, got: Start, sampler: Node, cfg: float, scheduler: str, steps: int) -> Output:
@@ -237,7 +244,7 @@ def img2img(canvas: Canvas) -> None:
     loader = canvas.add("CheckpointLoaderSimple", ckpt_name=SD)
     positive = canvas.add("CLIPTextEncode", "Prompt", clip=loader[1], text=PROMPT)
     negative = canvas.add("CLIPTextEncode", "Negative prompt", clip=loader[1], text=NEGATIVE)
-    image = canvas.add("LoadImage", height=320, image="example.png")
+    image = canvas.add("LoadImage", tall=320, image="example.png")
     latent = canvas.add("VAEEncode", pixels=image[0], vae=loader[2])
     canvas.note(canvas.about)
     canvas.column("2  Sample")
@@ -258,13 +265,34 @@ def calibrate_and_share(canvas: Canvas) -> None:
     got = start(canvas)
     canvas.column("2  Measure and save")
     measured = canvas.add("LambdaEstimateStatistics", model=got.model, positive=got.positive, negative=got.negative,
-                          latent_image=got.latent, height=420)
+                          latent_image=got.latent, tall=420)
     canvas.add("LambdaSaveStatistics", statistics=measured[0])
     canvas.column("3  Sample with it")
     model = canvas.add("LambdaApplyStatistics", model=got.model, statistics=measured[0])
     latent = canvas.add("KSampler", model=model[0], positive=got.positive, negative=got.negative, latent_image=got.latent,
                         seed=1, steps=8, cfg=5.0, sampler_name="dpm_solver_v3", scheduler="sgm_uniform")
     save(canvas, "4  Image", latent[0], got.vae)
+
+
+@example
+def amed(canvas: Canvas) -> None:
+    """AMED at 5 evaluations
+
+    Train AMED learns, for one schedule, where to look a second time inside every step (its picture shows r, c, a and the
+    error); 3 steps are 5 evaluations, because the last one, to sigma 0, takes one. Train it again after a change of model,
+    guidance or schedule, or use Load AMED. In KSampler the same is `amed`, which trains by itself.
+    """
+    got = start(canvas)
+    canvas.column("2  Train for this schedule")
+    sigmas = canvas.add("BasicScheduler", model=got.model, scheduler="karras", steps=3)
+    trained = canvas.add("LambdaTrainAmed", model=got.model, positive=got.positive, negative=got.negative,
+                         latent_image=got.latent, sigmas=sigmas[0], tall=620)
+    canvas.add("LambdaSaveAmed", amed=trained[0])
+    canvas.column("3  Sample with it")
+    sampler = canvas.add("LambdaSamplerAmed", trained=trained[0])
+    sampled = canvas.add("SamplerCustom", model=got.model, positive=got.positive, negative=got.negative, sampler=sampler[0],
+                         sigmas=sigmas[0], latent_image=got.latent, noise_seed=1, cfg=5.0)
+    save(canvas, "4  Image", sampled[0], got.vae)
 
 
 @example
@@ -277,13 +305,13 @@ def compare_samplers(canvas: Canvas) -> None:
     got = start(canvas)
     canvas.column("2  Compare", 420)
     node = canvas.add("LambdaCompareSamplers", model=got.model, positive=got.positive, negative=got.negative,
-                      latent_image=got.latent, vae=got.vae, seed=1, height=720)
+                      latent_image=got.latent, vae=got.vae, seed=1, tall=720)
     canvas.column("3  Choice and figures", 520)
-    canvas.add("PreviewAny", "The cheapest choice", height=140, source=node[3])
-    canvas.add("PreviewAny", "All figures", height=420, source=node[2])
+    canvas.add("PreviewAny", "The cheapest choice", tall=140, source=node[3])
+    canvas.add("PreviewAny", "All figures", tall=420, source=node[2])
     canvas.column("4  Pictures", 640)
-    canvas.add("SaveImage", "Error against evaluations", height=460, images=node[0], filename_prefix="compare_plot")
-    canvas.add("SaveImage", "The images side by side", height=640, images=node[1], filename_prefix="compare_sheet")
+    canvas.add("SaveImage", "Error against evaluations", tall=460, images=node[0], filename_prefix="compare_plot")
+    canvas.add("SaveImage", "The images side by side", tall=640, images=node[1], filename_prefix="compare_sheet")
 
 
 def make(name: str, object_info: dict[str, dict]) -> dict[str, Any]:
@@ -301,30 +329,26 @@ THUMBNAIL = 384
 def tried(server, path: Path, words: str) -> dict[str, dict]:
     """The example in API form, with the emoji checkpoint in place of its model (as a flow model in place of one)."""
     import demo
-    from PIL import Image
     from workflow import load, nodes_of
 
     prompt = load(path, server.get("/object_info"))
     flow = any(node["ckpt_name"] == SD3 for node in nodes_of(prompt, "CheckpointLoaderSimple"))
-    demo.fill_in(prompt, words, 8)
+    demo.fill_in(prompt, words, 3 if any(nodes_of(prompt, "LambdaTrainAmed")) else 8)
     for node in nodes_of(prompt, "EmptySD3LatentImage"):
         node.update(width=demo.SIZE, height=demo.SIZE)
     for node in nodes_of(prompt, "SamplerCustom"):
         node["cfg"] = demo.GUIDANCE
-    for kind in ("LambdaEstimateStatistics", "LambdaCompareSamplers"):
+    for kind in ("LambdaEstimateStatistics", "LambdaTrainAmed", "LambdaCompareSamplers"):
         for node in nodes_of(prompt, kind):
             node["cfg"] = demo.GUIDANCE
     for node in prompt.values():  # a picture of its own for every example
         for key in {"seed", "noise_seed"} & node["inputs"].keys():
             node["inputs"][key] = demo.SEED + [*EXAMPLES].index(path.stem)
-    for node in nodes_of(prompt, "LambdaSaveStatistics"):
-        node["overwrite"] = True
+    for kind in ("LambdaSaveStatistics", "LambdaSaveAmed"):
+        for node in nodes_of(prompt, kind):
+            node["overwrite"] = True
     for node in nodes_of(prompt, "LoadImage"):
-        source = server.base / "input" / node["image"]
-        if not source.exists():
-            with Image.open(environment.ROOT / "dev" / "contact_sheet.png") as sheet:  # a doughnut, the first row's last
-                doughnut = sheet.crop((250 + 3 * 128, 28, 250 + 4 * 128, 28 + 128))
-            doughnut.resize((32, 32), Image.Resampling.LANCZOS).save(source)
+        doughnut(server.base / "input" / node["image"])
     if flow:
         for node in nodes_of(prompt, "BasicScheduler"):
             node["scheduler"] = "simple"
@@ -333,6 +357,16 @@ def tried(server, path: Path, words: str) -> dict[str, dict]:
             node["inputs"] = {key: ["flow", 0] if value == [loader, 0] else value for key, value in node["inputs"].items()}
         prompt["flow"] = {"class_type": "TinyEmojiAsFlow", "inputs": {"model": [loader, 0]}}
     return prompt
+
+
+def doughnut(path: Path) -> None:
+    """An image to start from, unless there is one: in dev/contact_sheet.png the first row's last."""
+    from PIL import Image
+
+    if not path.exists():
+        with Image.open(environment.ROOT / "dev" / "contact_sheet.png") as sheet:
+            image = sheet.crop((250 + 3 * 128, 28, 250 + 4 * 128, 28 + 128))
+        image.resize((32, 32), Image.Resampling.LANCZOS).save(path)
 
 
 def pictures(server, prompt: dict[str, dict]) -> list:

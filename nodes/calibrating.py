@@ -88,7 +88,7 @@ class TrainAmed(io.ComfyNode):
             display_name="Train AMED",
             category=CATEGORY,
             description="Learns where AMED evaluates inside every step of one schedule, at one prompt and guidance: by forward "
-                        "evaluations alone, about 10 to 15 times those of one image, on a small batch.",
+                        "evaluations alone, 7 to 15 times those of one image, on a small batch.",
             inputs=[
                 *_model("what is learned serves other prompts less well"),
                 io.Sigmas.Input("sigmas", tooltip="The schedule to train for, as it will be sampled. AMED evaluates twice in "
@@ -97,7 +97,7 @@ class TrainAmed(io.ComfyNode):
                     "The rule that steps to the learned node and on: AMED's own, or another solver's (AMED-Plugin)")),
                 io.Combo.Input("form", options=["table", "predictor"], default="table", tooltip=(
                     "table: one (r, c, a) for every step; predictor: a small network on top of it that looks at the image, for "
-                    "U-Nets, at about five times the cost")),
+                    "U-Nets, at 2 to 9 times the cost")),
                 io.Boolean.Input("afs", default=False, tooltip=(
                     "The analytic first step: one evaluation less, worth it for models with a very high sigma_max")),
                 io.Int.Input("seed", default=0, min=0, max=2**32 - 1, tooltip="Of the noise it is trained on"),
@@ -123,8 +123,8 @@ class TrainAmed(io.ComfyNode):
         return io.NodeOutput(result, image, ui=ui.PreviewImage(image, cls=cls))
 
 
-def _kept(kind: StatisticsKind | AmedKind, word: str, serves: str, draw: Any) -> list[type[io.ComfyNode]]:
-    """Save, Load and Apply of one kind; `word` is its name in ids and inputs."""
+def _kept(kind: StatisticsKind | AmedKind, word: str, node: str, serves: str, draw: Any) -> list[type[io.ComfyNode]]:
+    """Save, Load and Apply of one kind; `word` is its name in ids and inputs, and `node` the title of the sampler's node."""
     socket, name = SOCKETS[kind], word.lower()
 
     class Save(io.ComfyNode):
@@ -163,7 +163,7 @@ def _kept(kind: StatisticsKind | AmedKind, word: str, serves: str, draw: Any) ->
                 category=CATEGORY,
                 description=f"Reads {kind.title} from models/solver_calibrations.",
                 inputs=[io.Combo.Input("name", options=store.names(), tooltip="A file of models/solver_calibrations")],
-                outputs=_outputs(kind, word, f"the {serves.split()[0]} node or Apply {kind.title}"),
+                outputs=_outputs(kind, word, f"the {node} node or Apply {kind.title}"),
             )
 
         @classmethod
@@ -183,7 +183,7 @@ def _kept(kind: StatisticsKind | AmedKind, word: str, serves: str, draw: Any) ->
                 display_name=f"Apply {kind.title}",
                 category=CATEGORY,
                 description=f"Attaches {kind.title} to a model, for {serves} in the plain KSampler.",
-                inputs=[io.Model.Input("model", tooltip=f"The model {kind.title} was measured on"),
+                inputs=[io.Model.Input("model", tooltip="The model that was measured, or one like it"),
                         socket.Input(name, tooltip=f"From {kind.makes} or Load {kind.title}")],
                 outputs=[io.Model.Output(display_name="MODEL", tooltip=f"The same model, with {kind.title} attached")],
             )
@@ -195,11 +195,11 @@ def _kept(kind: StatisticsKind | AmedKind, word: str, serves: str, draw: Any) ->
             patched.set_attachments(kind.attachment, content)
             return io.NodeOutput(patched)
 
-    for node in (Save, Load, Apply):
-        node.__name__ = node.__qualname__ = f"{node.__name__}{word}"
+    for made in (Save, Load, Apply):
+        made.__name__ = made.__qualname__ = f"{made.__name__}{word}"
     return [Save, Load, Apply]
 
 
 NODES: list[type[io.ComfyNode]] = [
-    EstimateStatistics, *_kept(STATISTICS_KIND, "Statistics", "dpm_solver_v3", picture.curves),
-    TrainAmed, *_kept(AMED_KIND, "Amed", "amed and amed_dpmpp_2m", picture.training)]
+    EstimateStatistics, *_kept(STATISTICS_KIND, "Statistics", "DPM-Solver-v3", "dpm_solver_v3", picture.curves),
+    TrainAmed, *_kept(AMED_KIND, "Amed", "AMED", "amed and amed_dpmpp_2m", picture.training)]

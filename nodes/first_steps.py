@@ -29,6 +29,8 @@ def answer_of(model: Any, x: Tensor, sigmas: Tensor) -> MeanAnswer:
 
 def _wrapper(word: str, title: str, first_step: str, description: str) -> type[io.ComfyNode]:
     class Node(io.ComfyNode):
+        sets = {"first_step": first_step}
+
         @classmethod
         def define_schema(cls) -> io.Schema:
             return io.Schema(
@@ -42,7 +44,7 @@ def _wrapper(word: str, title: str, first_step: str, description: str) -> type[i
             if not hasattr(function, "lambda_solvers"):
                 raise ValueError(f"{title} wraps samplers of this pack, and this is {getattr(function, '__name__', sampler)}: "
                                  "connect one of the Lambda Solvers nodes, or KSamplerSelect with one of our names")
-            options = {**sampler.extra_options, "first_step": first_step}
+            options = {**sampler.extra_options, **cls.sets}
             function.lambda_solvers.settings({**function.lambda_solvers.stand_ins, **options})
             return io.NodeOutput(comfy.samplers.KSAMPLER(function, extra_options=options, inpaint_options=sampler.inpaint_options))
 

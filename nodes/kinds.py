@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from contextlib import contextmanager
 from dataclasses import replace
@@ -103,7 +104,7 @@ class AmedKind:
             except BaseException:
                 say("the training was interrupted; the next run goes on from there")
                 raise
-        say(summary(result))
+        say(summary(result), logging.WARNING if carry_over(result) > WARN_ABOVE else logging.INFO)
         return result
 
     @contextmanager

@@ -1,7 +1,8 @@
 """What the interface shows on a sampler: evaluations, the schedule in lambda, warnings, and how its calibration stands."""
 from __future__ import annotations
 
-from typing import Any, Callable, Mapping, NamedTuple
+from contextlib import suppress
+from typing import Any, Callable, Mapping
 
 from ..samplers import CalibrationError
 from . import calibration, plan, runs, store
@@ -22,14 +23,16 @@ WORDS = {
     "scale_guessed": "lambda {low} to {high} on Stable Diffusion's noise levels (the model's own after a run)",
     "order_not_reached": "warning: order {order} is never reached in {steps} steps; {fewest} are the fewest",
     "first_step_not_skipped": "warning: the first step can be skipped at full noise only, and this run starts at sigma {sigma}",
+    "nothing_to_learn": "warning: {steps} steps leave AMED nothing to learn, choose more",
+    "mean_first_step": "in the first run of a prompt the model answers the first step too",
     "unusable": "warning: {fault}",
     "fits": "the calibration fits this model and guidance",
-    "saved": "calibration saved for this model and guidance: {name}",
+    "saved": "a saved calibration serves this run: {name}",
     "unsure": "not run on this model yet: a saved calibration that fits is used, else about {count} evaluations measure one",
-    "to_be_measured": "no calibration of this model and guidance: about {count} evaluations measure it in the first run",
+    "to_be_measured": "no saved calibration serves this run: about {count} evaluations measure one first",
     "every_prompt": "each new prompt is measured once, in about {count} evaluations",
-    "only_saved": "only a saved calibration of this model and guidance is used; without one the run stops",
-    "none_saved": "warning: no calibration of this model and guidance is saved, so the run will stop",
+    "only_saved": "only a saved calibration that serves this run is used; without one it stops",
+    "none_saved": "warning: no saved calibration serves this run, so it will stop",
     "none_given": "warning: no calibration is connected and measuring is switched off, so the run will stop",
     "given": "calibration by a link; whether it fits is known after a run",
     "given_file": "calibration {name}; whether it fits is known after a run",
@@ -75,9 +78,13 @@ def answer(graph: Graph, node_id: str, rule: str, say: Say) -> dict[str, Any]:
         return result
     run, model = runs.last(graph, job.runs), runs.model(graph, job.runs)
     shown: Plan | None = None
+    if run:
+        job = job._replace(options=run.options)
+    if run or model:
+        job = job._replace(options={**job.options, **_loaded(graph, job)})
     try:
         if run:
-            shown = plan.plan(job._replace(options=run.options), run.sigmas, run.sampling)
+            shown = plan.plan(job, run.sigmas, run.sampling)
             line("count", "evaluations_run", count=run.evaluations)
         elif job.linked:
             raise Linked(", ".join(job.linked))
@@ -87,7 +94,9 @@ def answer(graph: Graph, node_id: str, rule: str, say: Say) -> dict[str, Any]:
         else:
             shown = _guessed(graph, job, line)
         _schedule(line, shown, say, guessed=not run and not model)
-        result["curve"] = plan.curve(shown)
+        if shown.settings["first_step"] == "mean" and not run:
+            line("note", "mean_first_step")
+        result["curve"] = plan.curve(shown, run.evaluations if run else shown.evaluations)
         for key, warning in plan.WARNINGS.items():
             values = warning(shown)
             if values is not None:
@@ -116,6 +125,23 @@ def _said(add: Callable[[Line], None], line: Callable[..., None], run: runs.Run)
         add({"kind": "good", "text": told[-1]})
     elif not run.said:
         line("good", "fits")
+
+
+def _loaded(graph: Graph, job: Job) -> dict[str, Any]:
+    """The calibration that a file named in the workflow holds, for the plan to be checked with; what is wrong with the file is
+    said by `_given`."""
+    found = {}
+    for name, option in job.sampler.options.items():
+        file = _file(plan.given(graph, job, name)) if option.kind in KIND_OF else None
+        with suppress(ValueError, CalibrationError):
+            found |= {name: option.kind.load(store.existing(file))} if file else {}
+    return found
+
+
+def _file(giver: Mapping[str, Any] | None) -> str | None:
+    """The file that a node loads a calibration from, if it is written there."""
+    file = giver["inputs"].get("name") if giver and giver["class_type"].startswith("LambdaLoad") else None
+    return file if isinstance(file, str) else None
 
 
 def _each(job: Job) -> int | None:
@@ -167,7 +193,7 @@ def _status(line: Callable[..., None], graph: Graph, job: Job, name: str, model:
     cost = kind.cost(*planned) if shown.levels else 0
     scale = plan.guidance(graph, job.runs)
     about = model.about if model and scale is not None else None
-    giver = plan.given(graph, job.node, job.runs, name)
+    giver = plan.given(graph, job, name)
     if giver is not None:
         return _given(line, kind.type, giver, about and {**about, "guidance": scale})
     rule = graph[job.node]["inputs"].get("calibration", rule)
@@ -185,8 +211,8 @@ def _status(line: Callable[..., None], graph: Graph, job: Job, name: str, model:
 
 def _given(line: Callable[..., None], kind: type, giver: Mapping[str, Any], about: Mapping[str, Any] | None) -> None:
     """The same for a calibration that comes over a link."""
-    file = giver["inputs"].get("name") if giver["class_type"].startswith("LambdaLoad") else None
-    if not isinstance(file, str):
+    file = _file(giver)
+    if file is None:
         return line("note", "given")
     try:
         made_for = kind.load(store.existing(file)).about

@@ -22,11 +22,13 @@ from ..samplers.families import Sampler
 from ..samplers.first_step import FULL
 from ..samplers.schedule import Level, find_path, levels
 from ..samplers.solver import Adaptive, Step
+from . import first_steps
 from .host import path_of
 from .names import NAMES
 
 Graph = Mapping[str, Mapping[str, Any]]
 NODE_IDS = {"LambdaSampler" + name.capitalize(): name for name in FAMILIES}
+WRAPPERS = {node.define_schema().node_id: node.sets for node in first_steps.NODES}
 HOSTS = ("KSampler", "KSamplerAdvanced", "KSamplerSelect")  # ComfyUI's nodes that may name a sampler of ours
 MOST = 1000  # intervals of a schedule that is still planned: the answer comes while somebody is typing
 UNTOLD = ["?", 0]  # the link of an input whose other end the interface cannot tell
@@ -88,14 +90,22 @@ def job(graph: Graph, node_id: str) -> Job | None:
         if name not in NAMES:
             return None
         sampler = SAMPLERS[NAMES[name]]
+    runs, sets = (node_id, {}) if "model" in node["inputs"] else consumer(graph, node_id)
+    options |= sets
     sampler.settings({**sampler.stand_ins, **options})
-    return Job(sampler, options, linked, node_id, node_id if "model" in node["inputs"] else consumer(graph, node_id))
+    return Job(sampler, options, [name for name in linked if name not in sets], node_id, runs)
 
 
-def consumer(graph: Graph, node_id: str) -> str:
-    """The first node whose input `sampler` is this one's output."""
-    users = [other for other, node in graph.items() if source(node, "sampler")[:1] == [node_id]]
-    return min(users, key=lambda name: (len(name), name), default="")
+def consumer(graph: Graph, node_id: str) -> tuple[str, dict[str, Any]]:
+    """The first node whose input `sampler` is this one's output ("" if there is none), and what wrappers on the way set."""
+    sets: dict[str, Any] = {}
+    for _ in graph:  # as many wrappers as that, unless they wrap each other
+        users = [other for other, node in graph.items() if source(node, "sampler")[:1] == [node_id]]
+        node_id = min(users, key=lambda name: (len(name), name), default="")
+        if not node_id or graph[node_id]["class_type"] not in WRAPPERS:
+            return node_id, sets
+        sets |= WRAPPERS[graph[node_id]["class_type"]]
+    return "", sets
 
 
 def plan(job: Job, sigmas: Sequence[float], sampling: object) -> Plan:
@@ -167,11 +177,11 @@ def model_chain(graph: Graph, runs: str) -> list[tuple[str, dict[str, Any]]] | N
                                                if not isinstance(content, list)}))
 
 
-def given(graph: Graph, node_id: str, runs: str, name: str) -> Mapping[str, Any] | None:
+def given(graph: Graph, job: Job, name: str) -> Mapping[str, Any] | None:
     """The node that hands the calibration `name` to a sampler, by a link or attached to its model; None if there is none."""
-    places = [graph[node_id]] + [node for node in _models(graph, runs) if node["class_type"].startswith("LambdaApply")]
-    for node in places:
-        link = source(node, name)
+    word = job.sampler.options[name].kind.__name__  # as in the nodes' ids
+    attached = [source(node, word.lower()) for node in _models(graph, job.runs) if node["class_type"] == f"LambdaApply{word}"]
+    for link in (source(graph[job.node], name), *attached):
         if link:
             return graph.get(link[0], {"class_type": "", "inputs": {}})
     return None
@@ -260,8 +270,11 @@ def _sigmas(graph: Graph, node_id: str, slot: int, sampling: object, depth: int 
     return sigmas
 
 
-def curve(plan: Plan) -> dict[str, Any]:
-    """lam over the schedule, and the evaluations on it, in a unit square whose y points down (as a screen's does)."""
+def curve(plan: Plan, evaluations: int | None) -> dict[str, Any]:
+    """lam over the schedule, and so many evaluations on it, in a unit square whose y points down (as a screen's does).
+
+    Where there are fewer than planned, the first was not the model's.
+    """
     finite = [(i, level.lam) for i, level in enumerate(plan.levels) if math.isfinite(level.lam)]
     if not finite:
         return {"line": [], "points": []}
@@ -273,8 +286,8 @@ def curve(plan: Plan) -> dict[str, Any]:
             return [0.0, 1.0]  # sigma = 1 of a flow
         return [round(float(np.interp(lam, lams, places)) / width, 4), round(float(1 - (lam - low) / (high - low)), 4)]
 
-    return {"line": [at(lam) for lam in lams],
-            "points": [at(evaluation.at.lam) for step in plan.steps or [] for evaluation in step.evaluations][plan.skips_first:]}
+    points = [at(evaluation.at.lam) for step in plan.steps or [] for evaluation in step.evaluations]
+    return {"line": [at(lam) for lam in lams], "points": points[-evaluations:] if evaluations else []}
 
 
 def highest_order(steps: Sequence[Step]) -> int:
@@ -297,8 +310,14 @@ def _first_step_not_skipped(plan: Plan) -> dict[str, Any] | None:
     return {"sigma": f"{plan.levels[0].sigma:.4g}"} if refused else None
 
 
+def _nothing_to_learn(plan: Plan) -> dict[str, Any] | None:
+    learns = "trained" in plan.settings and plan.steps and max(len(step.evaluations) for step in plan.steps) == 1
+    return {"steps": len(plan.steps)} if learns else None
+
+
 WARNINGS: Mapping[str, Callable[[Plan], dict[str, Any] | None]] = {
     "order_not_reached": _order_not_reached,
     "first_step_not_skipped": _first_step_not_skipped,
+    "nothing_to_learn": _nothing_to_learn,
 }
 """What to say before a run: the key of its text (panel.WORDS) -> the values in it, or None where there is nothing to say."""

@@ -95,7 +95,7 @@ def _more(family: Sampler) -> list[io.Input]:
         return []
     return [io.Combo.Input("calibration", options=list(calibration.RULES), default="auto", tooltip=(
         f"Without {kind.title} connected or attached: auto takes a saved one of this model and guidance, or measures and saves "
-        "one once (about 50 evaluations); every prompt measures for each new prompt, which is more exact; saved only never "
+        "one once, as the node says before a run; every prompt measures for each new prompt, which is more exact; saved only never "
         "measures; never uses none but a given one"))]
 
 

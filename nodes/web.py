@@ -44,8 +44,9 @@ async def show(request: web.Request) -> web.Response:
 
 def about() -> dict[str, Any]:
     version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)
-    return {"cnr_id": "lambda-solvers", "ver": version[1], "module": f"custom_nodes.{ROOT.name}", "nodes": list(plan.NODE_IDS), "hosts": plan.HOSTS, "names": list(NAMES),
-            "settings": settings.PAGE, "plot": settings.PLOT}
+    return {"cnr_id": "lambda-solvers", "ver": version[1], "module": f"custom_nodes.{ROOT.name}",
+            "nodes": list(plan.NODE_IDS), "hosts": plan.HOSTS, "names": list(NAMES), "settings": settings.PAGE,
+            "plot": settings.PLOT}
 
 
 def checked(body: Any) -> tuple[str, plan.Graph, str]:

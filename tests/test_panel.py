@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import importlib
 import json
 import types
@@ -12,9 +13,11 @@ import torch
 from comfy_host import Model, pack, sampling_of
 from problems import smooth_statistics
 from samplers import FAMILIES, SAMPLERS, nfe
+from samplers.schedule import find_path, levels
+from samplers.train import training_cost
 
 NAMES = {"lambda_2m": "dpmpp_2m", "lambda_3m": "dpmpp_3m", "lambda_2m_sde": "dpmpp_2m_sde", "lambda_3m_sde": "dpmpp_3m_sde",
-         "dpm_solver_v3": "dpm_solver_v3"}
+         "dpm_solver_v3": "dpm_solver_v3", "amed": "amed", "amed_dpmpp_2m": "amed_dpmpp_2m"}
 PROMPT = "prompt"
 
 
@@ -63,7 +66,8 @@ def lines(graph: dict, **options) -> list[str]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_listed_name_costs_what_the_catalogue_says(name: str) -> None:
-    assert lines(ksampler(sampler_name=name))[0] == f"count: model evaluations: {nfe(NAMES[name], 12)}"
+    flow = ", 22 on a flow model" if "amed" in name else ""  # its first interval, from sigma = 1, is of infinite length
+    assert lines(ksampler(sampler_name=name))[0] == f"count: model evaluations: {nfe(NAMES[name], 12)}{flow}"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -140,6 +144,30 @@ def test_too_few_steps_for_the_order_are_named_with_the_fewest_that_do() -> None
     assert warned(fewest - 1) and not warned(fewest)
 
 
+@pytest.mark.parametrize("first_step, wrapper", [("afs", "LambdaAnalyticFirstStep"), ("mean", "LambdaMeanFirstStep")])
+def test_a_skipped_first_step_is_not_counted_nor_drawn_and_warned_of_where_the_run_is_refused(first_step: str, wrapper: str) -> None:
+    """Set on the node, or by a node that wraps its sampler."""
+    wrapped = custom() | {"8": node(wrapper, sampler=["5", 0])}
+    wrapped["9"]["inputs"]["sampler"] = ["8", 0]
+    warning = "the first step can be skipped at full noise only, and this run starts at sigma"
+    for graph in (custom(first_step=first_step), wrapped):
+        whole, shown = ask(custom())["curve"], ask(graph)["curve"]
+        assert lines(graph)[0] == "count: model evaluations: 9" and ask(graph)["runs"] == "9"
+        assert shown == {**whole, "points": whole["points"][1:]}
+        assert any("in the first run of a prompt" in line for line in lines(graph)) == (first_step == "mean")
+        assert not any(warning in line for line in lines(graph))
+        graph["6"]["inputs"]["denoise"] = 0.5
+        assert any(line.startswith("warn") and warning in line for line in lines(graph))
+
+
+def test_wrappers_that_wrap_each_other_run_nothing() -> None:
+    graph = {"5": custom()["5"], "8": node("LambdaMeanFirstStep", sampler=["8", 0])}
+    assert "Connect it to SamplerCustom" in lines(graph)[0]
+    graph["8"]["inputs"]["sampler"] = ["10", 0]
+    graph["10"] = node("LambdaMeanFirstStep", sampler=["5", 0])
+    assert "Connect it to SamplerCustom" in lines(graph)[0]
+
+
 @pytest.mark.parametrize("denoise", [1.0, 0.7, 0.3])
 def test_a_plan_knows_whether_it_starts_from_noise(denoise: float) -> None:
     plan, graph = module("plan"), ksampler(denoise=denoise)
@@ -175,7 +203,7 @@ class Patcher:
 
 
 def run(graph: dict, name: str, steps: int, monkeypatch, describe=None, said: str = "",
-        family: str = "multistep", **options) -> list:
+        family: str = "multistep", sigma_max: float | None = None, **options) -> list:
     """One run of a sampler of ours as the server does it; what was sent to the interface."""
     runs, sent = module("runs"), []
     from comfy_execution.utils import CurrentNodeContext
@@ -185,6 +213,8 @@ def run(graph: dict, name: str, steps: int, monkeypatch, describe=None, said: st
     monkeypatch.setattr(PromptServer, "instance", server, raising=False)
     sampling = sampling_of("ModelSamplingDiscrete", "EPS")
     type(sampling).__mro__[1].__init__(sampling)
+    if sigma_max:
+        sampling.set_sigmas(sampling.sigmas * (sigma_max / sampling.sigma_max))
     model = Model(lambda x, sigma: x / 2, sampling)
     function = module("host").sampler_function(module("plan").FAMILIES[family])  # the pack's own copy of the catalogue
 
@@ -256,12 +286,12 @@ def test_before_a_run_the_status_says_what_is_known_and_what_not(monkeypatch, sa
     assert "note: each new prompt is measured once, in about 50 evaluations" in lines(listed, rule="every prompt")
 
     run(ksampler(), "5", 12, monkeypatch, describe=lambda guider: ABOUT)
-    assert "good: calibration saved for this model and guidance: one.safetensors" in lines(custom("v3", calibration="auto"))
+    assert "good: a saved calibration serves this run: one.safetensors" in lines(custom("v3", calibration="auto"))
     far = custom("v3", calibration="auto")
     far["7"]["inputs"]["cfg"] = 8.0
-    assert "note: no calibration of this model and guidance: about 50 evaluations measure it in the first run" in lines(far)
+    assert "note: no saved calibration serves this run: about 50 evaluations measure one first" in lines(far)
     far["5"]["inputs"]["calibration"] = "saved only"
-    assert any(line.startswith("warn") and "is saved, so the run will stop" in line for line in lines(far))
+    assert any(line.startswith("warn") and "no saved calibration serves this run, so it will stop" in line for line in lines(far))
 
 
 def test_a_connected_file_is_compared_with_the_model(monkeypatch, saved) -> None:
@@ -270,9 +300,97 @@ def test_a_connected_file_is_compared_with_the_model(monkeypatch, saved) -> None
     run(ksampler(), "5", 12, monkeypatch, describe=lambda guider: ABOUT)
     assert "good: the calibration fits this model and guidance" in lines(graph)
     graph["7"]["inputs"]["cfg"] = 8.0
-    assert any("made for something else: they are for guidance 3.0, and this is 8" in line for line in lines(graph))
+    assert any("made for something else: measured for guidance 3.0, and this is 8" in line for line in lines(graph))
     graph["12"]["inputs"]["name"] = "none.safetensors"
     assert any(line.startswith("warn") and "there is no calibration 'none.safetensors'" in line for line in lines(graph))
+
+
+@pytest.fixture
+def trained(saved, tmp_path):
+    """AMED of model 1 at guidance 3 on karras, 3 steps, in the folder; how to make others there."""
+    plan, kinds = module("plan"), module("kinds")
+
+    def make(name: str, first_step: str = "evaluate", **about) -> None:
+        sampling = plan.usual("ve")
+        schedule = plan.plan(plan.job(amed(), "5"), plan.schedule(amed(), "9", sampling), sampling).levels
+        untrained = kinds.Amed.untrained(schedule, "amed", first_step)
+        dataclasses.replace(untrained, about={**ABOUT, "path": "ve", **about}).save(tmp_path / name)
+
+    make("amed.safetensors")
+    return make
+
+
+def amed(steps: int = 3, **inputs) -> dict:
+    graph = custom("amed", **{"calibration": "auto", **inputs})
+    graph["6"]["inputs"]["steps"] = steps
+    return graph
+
+
+def cost(steps: int) -> int:
+    plan, sampling = module("plan"), module("plan").usual("ve")
+    schedule = plan.plan(plan.job(amed(), "5"), plan.schedule(amed(steps), "9", sampling), sampling).levels
+    return training_cost(levels([level.sigma for level in schedule], find_path("ve")))
+
+
+@pytest.mark.parametrize("name, base", [("amed", "amed"), ("amed_dpmpp_2m", "dpmpp_2m")])
+def test_amed_says_what_its_training_costs_and_whether_one_is_saved(monkeypatch, trained, name: str, base: str) -> None:
+    def graphs(steps: int) -> tuple[dict, dict]:
+        return ksampler(sampler_name=name, steps=steps, cfg=3.0), amed(steps, base=base)
+
+    for graph in graphs(3):
+        assert lines(graph)[0] == "count: model evaluations: 5, 4 on a flow model"
+        assert f"note: not run on this model yet: a saved calibration that fits is used, else about {cost(3)} evaluations " \
+               "measure one" in lines(graph)
+    run(ksampler(), "5", 12, monkeypatch, describe=lambda guider: ABOUT)
+    measured = "note: no saved calibration serves this run: about {} evaluations measure one first"
+    for steps in (3, 4):
+        saved = steps == 3 and base == "amed"
+        for graph in graphs(steps):
+            assert lines(graph)[0] == f"count: model evaluations: {2 * steps - 1}" and len(ask(graph)["curve"]["points"]) == 2 * steps - 1
+            assert ("good: a saved calibration serves this run: amed.safetensors" if saved
+                    else measured.format(cost(steps))) in lines(graph)
+
+
+def test_amed_in_a_file_is_compared_with_the_schedule_and_the_base(monkeypatch, trained) -> None:
+    """On its node, and attached to KSampler's model."""
+    loaded = {"12": node("LambdaLoadAmed", name="amed.safetensors")}
+
+    def attached(steps: int) -> dict:
+        return ksampler(sampler_name="amed", steps=steps, cfg=3.0, model=["13", 0]) | loaded | {
+            "13": node("LambdaApplyAmed", model=["1", 0], amed=["12", 0])}
+
+    run(ksampler(), "5", 12, monkeypatch, describe=lambda guider: ABOUT)
+    run(attached(3), "5", 5, monkeypatch, describe=lambda guider: ABOUT)
+    for graph, other in ((amed(trained=["12", 0]) | loaded, amed(4, trained=["12", 0]) | loaded), (attached(3), attached(4))):
+        assert "good: the calibration fits this model and guidance" in lines(graph)
+        assert [line for line in lines(other) if line.startswith("warn: warning: this AMED was trained for 3 steps over")]
+    assert "good: the calibration fits this model and guidance" in lines(amed(4, trained=["12", 0], interpolate=True) | loaded)
+    [line] = lines(amed(trained=["12", 0], base="euler") | loaded)
+    assert line.startswith("warn: warning: this AMED was trained on base amed, and euler is chosen")
+    trained("afs.safetensors", "afs")
+    loaded["12"]["inputs"]["name"] = "afs.safetensors"
+    assert lines(amed(trained=["12", 0]) | loaded)[0] == "count: model evaluations: 4"
+
+
+def test_before_the_model_is_known_a_file_of_amed_is_not_judged(trained) -> None:
+    graph = amed(4, trained=["12", 0]) | {"12": node("LambdaLoadAmed", name="amed.safetensors")}
+    assert "note: calibration amed.safetensors; whether it fits is known after a run" in lines(graph)
+
+
+def test_too_few_steps_for_amed_to_learn_are_named() -> None:
+    assert "warn: warning: 1 steps leave AMED nothing to learn, choose more" in lines(amed(1))
+    assert not any("nothing to learn" in line for line in lines(amed(2)))
+
+
+def test_a_mean_is_counted_as_the_run_was(monkeypatch) -> None:
+    """The first run of a prompt evaluates the first step, and is drawn so."""
+    graph, first_steps = custom(first_step="mean"), module("first_steps")
+    mean = first_steps.MeanAnswer()
+    monkeypatch.setattr(first_steps, "answer_of", lambda *run: mean)
+    for evaluations in (5, 4):
+        run(graph, "9", 5, monkeypatch, first_step="mean", sigma_max=10.0)
+        assert lines(graph)[0] == f"count: model evaluations: {evaluations} (last run)"
+        assert len(ask(graph)["curve"]["points"]) == evaluations
 
 
 def test_what_was_said_in_a_run_is_the_status_after_it(monkeypatch, saved) -> None:

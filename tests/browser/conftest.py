@@ -11,6 +11,7 @@ import pytest
 from playwright.sync_api import sync_playwright
 
 import environment
+import workflows
 from comfyui_server import Server
 
 sys.path.append(str(Path(__file__).parent))
@@ -33,6 +34,7 @@ def executable() -> str:
 @pytest.fixture(scope="package", params=["pinned", "newest"])
 def server(request, executable, tmp_path_factory):
     base = environment.base_directory(tmp_path_factory.mktemp(request.param))
+    workflows.doughnut(base / "input" / "example.png")
     arguments = ["--front-end-root", str(environment.newest_frontend())] if request.param == "newest" else []
     with Server(environment.ensure(), base, "--disable-api-nodes", *arguments) as running:
         running.frontend = request.param

@@ -18,6 +18,16 @@ PANELS = """() => [...document.querySelectorAll('.lambda-solvers-panel')].map((e
     lines: [...el.querySelectorAll('.lines div')].map((line) => line.className + ': ' + line.textContent),
     points: (el.querySelector('.points').getAttribute('d') ?? '').split('M').length - 1,
     curve: el.querySelector('svg').getBoundingClientRect().height, height: el.getBoundingClientRect().height}))"""
+OVERLAPS = """(nodes2) => {
+    const box = (node) => {
+        const drawn = nodes2 && document.querySelector(`[data-node-id="${node.id}"]`)?.getBoundingClientRect()
+        return drawn ? [drawn.x, drawn.y, drawn.width, drawn.height] : [...node.getBounding()]
+    }
+    const boxes = app.graph.nodes.map((node) => [node.title, ...box(node)]), found = []
+    for (const [a, x, y, w, h] of boxes) for (const [b, u, v, s, t] of boxes)
+        if (a < b && x < u + s && u < x + w && y < v + t && v < y + h) found.push([a, b, Math.min(v + t - y, y + h - v)])
+    return found
+}"""
 WATCH = """() => {
     window.seen = []
     for (const kind of ['execution_success', 'execution_error', 'execution_interrupted', 'executed'])
@@ -93,13 +103,16 @@ class Interface:
     def panels(self) -> list[dict]:
         return [panel for panel in self.do(PANELS) if panel["shown"]]
 
-    def reads(self, *texts: str, panel: int = 0) -> dict:
-        """Wait until a panel has a line with each of these texts."""
-        def there() -> bool:
-            found = self.panels()
-            return len(found) > panel and all(any(text in line for line in found[panel]["lines"]) for text in texts)
-        until(f"panel {panel} reads {texts}", there, self.panels)
-        return self.panels()[panel]
+    def reads(self, *texts: str) -> dict:
+        """Wait until a panel has a line with each of these texts; that panel."""
+        def those() -> list[dict]:
+            return [panel for panel in self.panels() if all(any(text in line for line in panel["lines"]) for text in texts)]
+        until(f"a panel reads {texts}", those, self.panels)
+        return those()[0]
+
+    def overlaps(self) -> list:
+        """Pairs of nodes that cover each other, and how far."""
+        return self.do(OVERLAPS, self.nodes2)
 
     def saved(self) -> dict:
         """The workflow as it is saved, once it does not change any more."""

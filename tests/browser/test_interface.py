@@ -17,25 +17,24 @@ SAMPLER, SCHEDULER = "LambdaSamplerMultistep", "BasicScheduler"
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_every_example_runs_by_the_run_button_and_shows_its_evaluations(ui, name: str) -> None:
-    ui.load(name)
-    ui.reads("model evaluations: ")
+    opened(ui, name)
+    assert ui.overlaps() == []
     ui.run()
     images = ui.images()
     assert images
     with Image.open(ui.server.file(images[-1])) as image:
         assert len(image.convert("L").getcolors()) > 10
-    ui.reads("(last run)")
+    if samplers(name):
+        ui.reads("(last run)")
     ui.fit()
     ui.picture(f"example_{name}")
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_a_workflow_saved_and_loaded_again_is_the_same(ui, name: str) -> None:
-    ui.load(name)
-    ui.reads("model evaluations: ")
+    opened(ui, name)
     first = ui.saved()
-    ui.load(first)
-    ui.reads("model evaluations: ")
+    opened(ui, name, first)
     assert drifting(ui, ui.saved()) == drifting(ui, first)
     version = re.search('^version = "(.+)"$', (environment.ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)[1]
     ours = [node for node in first["nodes"] if node["type"].startswith("Lambda")]
@@ -45,6 +44,17 @@ def test_a_workflow_saved_and_loaded_again_is_the_same(ui, name: str) -> None:
                for node in example(name)["nodes"])
     prompt = ui.do("async () => (await app.graphToPrompt()).output")
     assert not any("panel" in key for node in prompt.values() for key in node["inputs"])
+
+
+def opened(ui, name: str, workflow: dict | None = None) -> None:
+    """Load an example, or the workflow it became, and wait for what its samplers say. Compare Samplers has none."""
+    ui.load(workflow or name)
+    if samplers(name):
+        ui.reads("model evaluations: ")
+
+
+def samplers(name: str) -> list[dict]:
+    return [node for node in example(name)["nodes"] if node["type"].startswith(("LambdaSampler", "KSampler"))]
 
 
 def drifting(ui, workflow: dict) -> dict:
@@ -79,7 +89,7 @@ def test_ksampler_shows_a_panel_for_our_names_only(ui) -> None:
     ui.reads("count: model evaluations: 13")
     values = ui.saved()["nodes"]
     ui.put(node, "sampler_name", "euler")
-    until("the panel is gone", lambda: not ui.panels())
+    until("its panel is gone, and the other node's is left", lambda: len(ui.panels()) == 1)
     ui.put(node, "sampler_name", "lambda_2m")
     ui.reads("count: model evaluations: 13")
     again = ui.saved()["nodes"]
@@ -121,8 +131,8 @@ def test_a_copied_sampler_has_a_panel_of_its_own(ui) -> None:
     ui.do("(id) => { const node = app.graph.getNodeById(id); app.canvas.selectNode(node); app.canvas.copyToClipboard(); app.canvas.pasteFromClipboard() }",
           ui.node(SAMPLER))
     until("there are two", lambda: len(ui.panels()) == 2, ui.panels)
-    ui.reads("count: model evaluations a step: 1", panel=1)
-    ui.reads("count: model evaluations: 12", panel=0)
+    ui.reads("count: model evaluations a step: 1")
+    ui.reads("count: model evaluations: 12")
 
 
 def test_inside_a_subgraph_the_panel_reads_and_runs_as_outside(ui) -> None:
@@ -201,11 +211,11 @@ def test_a_sampler_without_statistics_says_so_before_and_after(ui) -> None:
     ui.put(ui.node("LambdaSamplerV3"), "calibration", "never")
     ui.reads("warn: warning: no calibration is connected and measuring is switched off")
     ui.run(expect="error")
-    ui.reads("warn: this sampler needs the model's statistics")
+    ui.reads("warn: this sampler needs statistics")
     ui.put(ui.node("LambdaSamplerV3"), "calibration", "auto")
     ui.run()
     shown = ui.reads("good: statistics", "(last run)")
-    assert not any("needs the model's statistics" in line for line in shown["lines"])
+    assert not any("needs statistics" in line for line in shown["lines"])
 
 
 def test_the_settings_say_whether_to_draw_and_to_measure(ui) -> None:
@@ -224,6 +234,6 @@ def test_the_settings_say_whether_to_draw_and_to_measure(ui) -> None:
         ui.do(put, ["LambdaSolvers.Calibration", "never"])
         ui.reads("warn: warning: no calibration is connected and measuring is switched off")
         ui.run(expect="error")
-        ui.reads("warn: this sampler needs the model's statistics")
+        ui.reads("warn: this sampler needs statistics")
     finally:
         ui.do(put, ["LambdaSolvers.Calibration", "auto"])

@@ -66,13 +66,18 @@ function from(link, graph, where, depth, host) {
   return node.isVirtualNode ? null : { node, slot: link.origin_slot }
 }
 
+// The nodes that take a node's sampler, and those that take it from them (Analytic First Step wraps a sampler).
+function users(start, where) {
+  const direct = [...where.keys()].filter((node) => node.mode !== MUTED && node.mode !== BYPASSED && node.inputs?.some(
+    (input, slot) => input.name === "sampler" && node.isInputConnected(slot) && origin(node, slot, where)?.node === start))
+  return direct.flatMap((node) => [node, ...users(node, where)])
+}
+
 // The nodes that say what the sampler on `start` will do, in ComfyUI's API form.
 function around(start) {
   const where = places()
   const graph = {}
-  const users = [...where.keys()].filter((node) => node.mode !== MUTED && node.mode !== BYPASSED && node.inputs?.some(
-    (input, slot) => input.name === "sampler" && node.isInputConnected(slot) && origin(node, slot, where)?.node === start))
-  const todo = [start, ...users]
+  const todo = [start, ...users(start, where)]
   while (todo.length) {
     const node = todo.pop()
     const { id } = where.get(node)
@@ -219,7 +224,7 @@ function chain(object, key, then) {
 }
 
 app.registerExtension({
-  name: "lambda_solvers",
+  name: "lambdasolvers.panel",
   settings: pack.settings.map((setting) => ({
     ...setting, onChange: setting.id === pack.plot ? repaint : () => setTimeout(askAgain, 500), // once it is stored
   })),
