@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..samplers import Amed, Statistics, estimate_statistics, fit_amed
 from ..samplers.calibrate import INTERVALS
+from ..samplers.first_step import FULL
 from ..samplers.schedule import Level
 from ..samplers.train import training_cost
 from . import identity
@@ -88,7 +89,11 @@ class AmedKind:
 
     def measure(self, run: Run, about: dict[str, Any], partial: Any, *, seed: int = 0, samples: int = 0, form: str = "table",
                 **how: Any) -> Amed:
-        sampling = run.patcher.get_model_object("model_sampling")
+        highest = float(run.patcher.get_model_object("model_sampling").sigma_max)
+        if float(run.sigmas[0]) < FULL * highest:
+            raise ValueError(f"AMED is trained from full noise, and this run starts at sigma = {float(run.sigmas[0]):.4g}, where "
+                             f"there is an image, and not at the model's highest, {highest:.4g}: set denoise to 1, or train for the "
+                             "whole schedule and allow interpolation in the AMED node")
         count = samples or training_images(run.x.shape)
         held_out = max(1, count // 4)
         noise = pure_noise(run, count + held_out, seed, float(run.sigmas[0]))
