@@ -70,6 +70,17 @@ class Mixture:
         return (posterior[..., None] * mean).sum(1).reshape(x.shape)
 
 
+class Counted:
+    """A model that counts its calls."""
+
+    def __init__(self, model) -> None:
+        self.model, self.calls = model, 0
+
+    def __call__(self, x, sigma, **extra):
+        self.calls += 1
+        return self.model(x, sigma)
+
+
 def reference_mixture(path: str) -> tuple[Mixture, Tensor]:
     """The problem of tests/reference, and its unit-variance starting noise."""
     problem = REFERENCE["problem"]

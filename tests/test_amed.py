@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from problems import Gaussian, reference_mixture, starting_noise
+from problems import Counted, Gaussian, reference_mixture, starting_noise
 from samplers import PATHS, SAMPLERS, Amed, CalibrationError, Statistics, fit_amed, k_diffusion_sampler, nfe
 from samplers.amed import BASES, Insertion
 from samplers.families import FAMILIES
@@ -26,15 +26,6 @@ from samplers.train import BUDGET, FLOOR, Student, _teacher, predictor_loss, tra
 
 NAMES = {sampler.fixed["base"]: name for name, sampler in SAMPLERS.items() if "trained" in sampler.options}
 SIGMAS = [60.0 * (0.02 / 60.0) ** (i / 4) for i in range(5)]
-
-
-class Counted:
-    def __init__(self, model):
-        self.model, self.calls = model, 0
-
-    def __call__(self, x, sigma, **extra):
-        self.calls += 1
-        return self.model(x, sigma)
 
 
 def noises(count: int, seed: int = 0, sigma: float = 60.0) -> torch.Tensor:

@@ -4,20 +4,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from problems import FIXED, Gaussian, needed
+from problems import FIXED, Counted, Gaussian, needed
 from samplers import PATHS, SAMPLERS, k_diffusion_sampler, nfe
 from samplers.first_step import MeanAnswer, afs
 
 FULL = {"ve": [14.6, 4.0, 1.0, 0.2, 0.0], "flow": [1.0, 0.7, 0.4, 0.1, 0.0], "vp": [1.0, 0.8, 0.4, 0.1, 0.0]}
-
-
-class Counted:
-    def __init__(self, model):
-        self.model, self.calls = model, 0
-
-    def __call__(self, x, sigma, **extra):
-        self.calls += 1
-        return self.model(x, sigma)
 
 
 def run(name: str, path: str, model, x, sigmas=None, **options):
