@@ -244,10 +244,10 @@ def img2img(canvas: Canvas) -> None:
     loader = canvas.add("CheckpointLoaderSimple", ckpt_name=SD)
     positive = canvas.add("CLIPTextEncode", "Prompt", clip=loader[1], text=PROMPT)
     negative = canvas.add("CLIPTextEncode", "Negative prompt", clip=loader[1], text=NEGATIVE)
-    image = canvas.add("LoadImage", tall=320, image="example.png")
-    latent = canvas.add("VAEEncode", pixels=image[0], vae=loader[2])
     canvas.note(canvas.about)
+    image = canvas.add("LoadImage", tall=400, image="example.png")  # last: how tall it becomes depends on the image
     canvas.column("2  Sample")
+    latent = canvas.add("VAEEncode", pixels=image[0], vae=loader[2])
     sampler = canvas.add("LambdaSamplerMultistep")
     sigmas = canvas.add("BasicScheduler", model=loader[0], scheduler="karras", steps=10, denoise=0.6)
     sampled = canvas.add("SamplerCustom", model=loader[0], positive=positive[0], negative=negative[0], sampler=sampler[0],

@@ -58,14 +58,13 @@ def samplers(name: str) -> list[dict]:
 
 
 def drifting(ui, workflow: dict) -> dict:
-    """Without the view, and without what the pinned interface in Nodes 2.0 changes by itself on every load, also with none of
-    our nodes: positions by 1e-5, and the height of nodes that show images."""
+    """Without the view, and without what the pinned interface in Nodes 2.0 changes on every load, SaveImage's also with none of
+    our nodes: positions by less than 0.1, and heights (by 30, a title's)."""
     workflow["extra"].pop("ds", None)
     if ui.nodes2 and ui.server.frontend == "pinned":
         for node in workflow["nodes"]:
-            node["pos"] = [round(place, 2) for place in node["pos"]]
-            if node["type"] in ("SaveImage", "SamplerCustomAdvanced"):
-                del node["size"]
+            node["pos"] = [round(place) for place in node["pos"]]
+            del node["size"]
     return workflow
 
 
