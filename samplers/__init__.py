@@ -3,9 +3,10 @@
     from samplers import k_diffusion_sampler
     x = k_diffusion_sampler("dpmpp_2m")(model, x, sigmas)
 
-Read in this order: schedule (noise levels and paths), phi (quadrature), integrand (what is
-interpolated), statistics (DPM-Solver-v3's own), solver (which evaluations a step uses), fitted (nodes and weights from measured trajectories), sample (the loop), families (the
-catalogue), k_diffusion (the host's convention); calibrate (measuring statistics) stands beside them.
+Read in this order: schedule (noise levels and paths), phi (quadrature), integrand (what is interpolated), statistics
+(DPM-Solver-v3's own), solver (which evaluations a step uses), sample (the loop), families (the catalogue), k_diffusion (the
+host's convention). Beside them stand amed and predictor (a learned inner evaluation), fitted (nodes and weights from measured
+trajectories), first_step (the first evaluation, left out), noise; calibrate and train (measuring a model), storage (files).
 
 Symbols, the same everywhere:
 

@@ -327,11 +327,11 @@ class Seen(NamedTuple):
 def _fit_predictor(student: Student, x: Tensor, table: np.ndarray, features: Callable[[], Tensor | None], training: slice,
                    rounds: int, seed: int) -> tuple[Predictor, list[np.ndarray]]:
     """The predictor with the least error on the images held out (or, without any, on all), and its errors."""
-    network, best = Predictor.new(seed), None
+    network, best, floor = Predictor.new(seed), None, 0.0
     for round_ in range(rounds + 1):
         places, seen = watched(student, x, table, network, features, linearise=round_ < rounds)
         end = student.squared(places[-1])
-        floor = FLOOR * end.mean() + 1e-30 if best is None else floor
+        floor = floor or FLOOR * end.mean() + 1e-30  # the first round's, for all
         score = typical(end[training.stop:] if training.stop < len(x) else end, floor)
         if best is None or score < best[0]:
             best = score, network, student.errors(places)
