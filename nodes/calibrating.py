@@ -62,7 +62,7 @@ class EstimateStatistics(io.ComfyNode):
                     "Trajectories, evaluated as one batch. 0: as many as the latent's size asks for, at most 16"))),
                 advanced(io.Combo.Input("pool", options=["all", "channel"], default="all", tooltip=(
                     "all: one number at each lambda; channel: one for every latent channel"))),
-                advanced(io.Boolean.Input("fitted", default=False, tooltip=(
+                advanced(io.Boolean.Input("fitted", default=False, optional=True, tooltip=(
                     "Keep what Fitted Multistep needs too: half as many evaluations more"))),
             ],
             outputs=_outputs(STATISTICS_KIND, "Statistics", f"the DPM-Solver-v3 node, Save or Apply {STATISTICS_KIND.title}"),

@@ -23,7 +23,7 @@ from .sample import combine
 from .schedule import Level, Path, find_path, levels
 from .solver import Multistep, finite
 from .statistics import Statistics
-from .storage import CalibrationError, Partial
+from .storage import Partial
 from .tensors import lincomb, rms
 
 INTERVALS = 24

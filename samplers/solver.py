@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Callable, Iterator, Literal, Mapping, NamedTuple, Sequence
 
+from torch import Tensor
+
 from .integrand import DataPrediction, Evaluation, Integrand, Stage, Update
 from .phi import Basis, Rule, midpoint, taylor, trapezoid, weights
 from .schedule import Level, Path, VarianceExploding

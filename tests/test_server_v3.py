@@ -64,7 +64,7 @@ def test_from_nothing_it_is_measured_once_saved_and_found_again(server, folder) 
         assert run.texts == texts and files(folder) == [name]
 
 
-def test_the_fitted_solver_measures_once_replaces_a_file_of_v3_s_and_serves_v3_too(server, folder) -> None:  # noqa: F811
+def test_the_fitted_solver_measures_a_file_of_its_own_beside_v3_s_once(server, folder) -> None:  # noqa: F811
     Graph("panda").ksampler(NAME).samples(server)
     [name] = files(folder)
     assert Statistics.load(folder / name).root is None
@@ -72,8 +72,9 @@ def test_the_fitted_solver_measures_once_replaces_a_file_of_v3_s_and_serves_v3_t
         graph = Graph("panda").counted().family("fitted", calibration="auto", nodes="chosen", seed=seed)
         samples, run = graph.run(server)
         assert run.status == "success" and looks_like_an_image(samples), run.error
-        assert len(graph.evaluations(server)) == spent + STEPS and files(folder) == [name]
-    assert Statistics.load(folder / name).about["evaluations"] == 73
+        assert len(graph.evaluations(server)) == spent + STEPS and len(files(folder)) == 2
+    [fitted] = [other for other in files(folder) if other != name]
+    assert "-fitted-cfg3-" in fitted and Statistics.load(folder / fitted).about["evaluations"] == 73
     graph = Graph("panda").counted().ksampler(NAME, seed=3)
     assert looks_like_an_image(graph.samples(server)) and len(graph.evaluations(server)) == STEPS
 
@@ -82,7 +83,7 @@ def test_the_fitted_solver_refuses_statistics_that_were_measured_for_v3(server, 
     graph = Graph("panda")
     samples, run = graph.family("fitted", calibration="never", statistics=estimate(graph)).run(server)
     assert run.status == "error"
-    assert "measure again with samplers.estimate_statistics(..., fitted=True)" in run.error["exception_message"]
+    assert "measure again with fitted = True" in run.error["exception_message"]
 
 
 def test_every_prompt_is_measured_when_asked_for(server, folder) -> None:  # noqa: F811
