@@ -127,6 +127,13 @@ class Interface:
     def count_up(self, node: Any, widget: str) -> None:
         """Click the arrow or button behind a number."""
         if self.nodes2:
+            self.do("""(id) => {
+                const node = app.canvas.graph.getNodeById(id)
+                app.canvas.ds.scale = 1
+                app.canvas.ds.offset = [200 - node.pos[0], 200 - node.pos[1]]
+                app.canvas.setDirty(true, true)
+            }""", node)  # zoomed out, widgets are not drawn
+            self.page.wait_for_timeout(500)
             number = self.page.locator(f'[data-node-id="{node}"] input').nth(self.do(
                 """([id, name]) => app.canvas.graph.getNodeById(id).widgets.filter((w) => w.type === 'number')
                    .findIndex((w) => w.name === name)""", [node, widget]))
