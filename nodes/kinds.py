@@ -18,7 +18,7 @@ from ..samplers.schedule import Level
 from ..samplers.train import training_cost
 from . import identity
 from .calibration import Progress, Run, say
-from .host import noise_scale, path_of
+from .host import noise_scale
 from .middle_block import MiddleBlock
 
 ELEMENTS, MOST = 6_144, 16
@@ -162,7 +162,7 @@ def pure_noise(run: Run, count: int, seed: int, sigma: float | None = None) -> T
     sampling = run.patcher.get_model_object("model_sampling")
     sigma = float(sampling.sigma_max) if sigma is None else sigma
     noise = torch.randn((count, *run.x.shape[1:]), generator=torch.Generator().manual_seed(seed)).to(run.x.device)
-    return noise * (noise_scale(sampling) if path_of(sampling) == "flow" else math.sqrt(1.0 + sigma**2))
+    return noise * (noise_scale(sampling) if run.path == "flow" else math.sqrt(1.0 + sigma**2))
 
 
 def table(sampling: Any) -> list[float]:

@@ -142,7 +142,8 @@ def fit_amed(model: Callable[..., Tensor], x: Tensor, sigmas: Sequence[float] | 
         places = [first[0]._replace(values={0: first[0].values[0]})]
         for i in range(steps):
             if finished <= i and i in trainable:
-                ahead, (us[i],) = _gauss_newton(student, places[-1], [us[i]], training, ALONE, first[:2] if i == 0 and not guess.any() else None)
+                known = first[:2] if i == 0 and not guess.any() else None
+                ahead, (us[i],) = _gauss_newton(student, places[-1], [us[i]], training, ALONE, known)
                 loss = student.rms(ahead[-1], training)
                 kept["u"] = torch.from_numpy(np.stack(us))
                 keep(i + 1)
@@ -214,6 +215,7 @@ class Student:
                  differences: Sequence[float] = DIFFERENCES) -> None:
         self.denoise, self.solver, self.schedule, self.path, self.targets = denoise, solver, schedule, path, targets
         self.learn, self.differences, self.trainable = learn, differences, set(_trainable(schedule))
+        self.before: Sequence[np.ndarray] = ()  # the u of every interval of the last run
 
     def start(self, x: Tensor) -> Place:
         return Place(0, x, [], {})
@@ -240,8 +242,6 @@ class Student:
             places.append(Place(i + 1, landed, [*(values[k] for k in reversed(own)), *past][:4], {}))
         self.before = rows
         return places
-
-    before: Sequence[np.ndarray] = ()
 
     def open(self, i: int, x: Tensor) -> Tensor:
         """The value kept of the evaluation that opens an interval; the analytic one if the first is left out."""
