@@ -81,6 +81,7 @@ class Interface:
 
     def fit(self) -> None:
         self.command("Comfy.Canvas.FitView")
+        self.page.wait_for_timeout(300)  # it moves the view for 250 ms, even from a place to the same
         until("the view has come to rest", lambda: self._same("() => [app.canvas.ds.scale, ...app.canvas.ds.offset]", 150))
 
     def run(self, expect: str = "success") -> None:
@@ -111,7 +112,8 @@ class Interface:
         return those()[0]
 
     def overlaps(self) -> list:
-        """Pairs of nodes that cover each other, and how far."""
+        """Pairs of nodes that cover each other, and how far, once the interface has laid them out."""
+        until("the nodes have come to rest", lambda: self._same(f"() => JSON.stringify(({OVERLAPS})({str(self.nodes2).lower()}))", 300))
         return self.do(OVERLAPS, self.nodes2)
 
     def saved(self) -> dict:
