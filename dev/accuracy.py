@@ -67,8 +67,8 @@ class Size:
     own_prompt: bool                # calibrate on every evaluated prompt too
 
 
-FULL = Size(tuple(comfy.samplers.SCHEDULER_NAMES), ("red heart", "panda", "strawberry", "doughnut"), (5, 6, 8, 10, 15, 20),
-            (5, 8), (3.0, 7.0, 1.0), 1, 32, True)
+FULL = Size(tuple(comfy.samplers.SCHEDULER_NAMES), ("red heart", "panda", "strawberry", "doughnut"), (4, 5, 6, 8, 10, 15, 20),
+            (4, 5, 6, 8, 10), (3.0, 7.0, 1.0), 1, 32, True)
 FEW = Size(("karras", "sgm_uniform"), ("red heart", "panda"), tuple(range(3, 11)), (), (3.0, 7.0), 2, 16, True)
 QUICK = Size(MAIN, ("red heart", "panda"), (5, 8, 10), (), (3.0,), 1, 16, True)
 
@@ -157,8 +157,8 @@ CALIBRATED = [  # name, what is different, options, calibration
     ("dpm_solver_v3", "", {}, dpm_solver_v3_statistics),
     ("dpm_solver_v3", "order 3", {"order": 3}, dpm_solver_v3_statistics),
     ("dpm_solver_v3", "corrector", {"corrector": "full"}, dpm_solver_v3_statistics),
-    ("fitted", "", {"nodes": "chosen"}, fitted_statistics),
-    ("fitted", "given nodes", {"nodes": "given"}, fitted_statistics),
+    ("fitted", "", {}, fitted_statistics),
+    ("fitted_chosen", "", {}, fitted_statistics),
 ]
 """Solvers that first see the model: the calibration is called with (model, x at sigmas[0], sigmas, path) on noises that
 are not evaluated, once for each problem and guidance, and returns options for k_diffusion_sampler. On the emoji it sees
@@ -635,7 +635,7 @@ def report(table: Table, size: Size, seconds: float) -> str:
              "-1 to 1.", "## Summary", summary_table(table.rows, problems), agreement_table(table)]
     for problem in problems:
         rows = [row for row in table.rows if row["problem"] == problem]
-        parts += [f"## {problem}", best_table(rows), RATIO_HELP, "By rms:", ratio_table(rows, size, "rms"),
+        parts += [f"## {problem}", best_table(rows), oracle_table(rows, size), RATIO_HELP, "By rms:", ratio_table(rows, size, "rms"),
                   "By median:", ratio_table(rows, size, "median")]
     parts.append(failure_table(table.rows))
     return "\n\n".join(parts) + "\n"
@@ -676,6 +676,33 @@ def best_table(rows: Sequence[dict[str, Any]]) -> str:
     return ("The best cell of each budget (geometric mean over prompts), chosen with the result known, so nobody's choice "
             "beforehand is as good; beside it `dpmpp_2m` with its best scheduler:\n\n"
             + markdown(["guidance", "evaluations", "best of ComfyUI's", "best of ours", "comfy/dpmpp_2m"], lines))
+
+
+def oracle_table(rows: Sequence[dict[str, Any]], size: Size) -> str:
+    """Every sampler on one scheduler, the one with the lowest mean, against ComfyUI's best sampler x scheduler of each cell."""
+    budgets = size.other_budgets or size.budgets  # those of every scheduler
+    rows = [row for row in good(rows) if row["scheduler"] != MOVING_START and row["budget"] in budgets]
+    place = lambda row: (row["prompt"], row["guidance"], row["budget"])
+    parts = []
+    for what in ("rms", "median"):
+        best: dict[tuple, float] = defaultdict(lambda: math.inf)
+        for row in rows:
+            if row["sampler"].startswith("comfy/"):
+                best[place(row)] = min(best[place(row)], row[what])
+        for guidance in sorted({row["guidance"] for row in rows}):
+            found: dict[tuple[str, str], list[tuple[int, float]]] = defaultdict(list)
+            for row in rows:
+                if row["guidance"] == guidance and row[what] > 0 and not row["variant"]:
+                    found[row["sampler"], row["scheduler"]].append((row["budget"], row[what] / best[place(row)]))
+            full = max(map(len, found.values()))
+            means = {key: mean(r for _, r in pairs) for key, pairs in found.items() if len(pairs) == full}
+            chosen = {name: min((key for key in means if key[0] == name), key=means.get) for name in unique([k[0] for k in means])}
+            lines = [[name, key[1], *(shown([r for n, r in found[key] if n == budget]) for budget in budgets), f"{means[key]:.2f}"]
+                     for name, key in sorted(chosen.items(), key=lambda item: means[item[1]])]
+            parts.append(f"By {what}, guidance {guidance:g}:\n\n"
+                         + markdown(["sampler", "scheduler", *map(str, budgets), "mean"], lines))
+    return ("Every sampler on the one scheduler that suited it best over all these budgets, as a ratio to the best sampler x "
+            "scheduler of ComfyUI's in each cell, which nobody knows beforehand; geometric mean over prompts:\n\n" + "\n\n".join(parts))
 
 
 RATIO_HELP = ("Error as a ratio to `comfy/dpmpp_2m` in the same cell (below 1 is better), geometric mean over prompts, guidances "

@@ -19,7 +19,7 @@ Symbols, the same everywhere:
 from .amed import Amed
 from .calibrate import estimate_statistics
 from .families import FAMILIES, SAMPLERS, nfe
-from .fitted import Plan, fit_multistep
+from .fitted import Plan, fit_multistep, fitted_sigmas
 from .k_diffusion import k_diffusion_sampler
 from .schedule import PATHS
 from .statistics import Statistics
@@ -27,4 +27,4 @@ from .storage import CalibrationError
 from .train import fit_amed
 
 __all__ = ["Amed", "FAMILIES", "PATHS", "Plan", "SAMPLERS", "Statistics", "CalibrationError", "estimate_statistics", "fit_amed",
-           "fit_multistep", "k_diffusion_sampler", "nfe"]
+           "fit_multistep", "fitted_sigmas", "k_diffusion_sampler", "nfe"]

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Callable, Mapping, NamedTuple, Sequence
 
 from .amed import BASES, Amed, Insertion
 from .first_step import CHOICES
-from .fitted import Fitted, stand_in
+from .fitted import Fitted, Unmeasured
 from .integrand import PREDICTIONS, DataPrediction, NoisePrediction
 from .phi import RULES, adams, pseudo_weights, weights
 from .schedule import find_path, levels
@@ -335,12 +335,15 @@ def v3(
 
 
 @family("Fitted Multistep", "Lambda Solvers, on the integrand of Zheng et al. 2023 (arXiv:2310.13268)", {
-    "fitted": Preset("Fitted multistep", "few evaluations, once the model was measured: with nodes chosen, it places them too", {}),
+    "fitted": Preset("Fitted multistep", "few evaluations on a schedule you choose, once the model was measured",
+                     {"nodes": "given"}),
+    "fitted_chosen": Preset("Fitted multistep, levels chosen", "few evaluations, once the model was measured, on levels chosen "
+                            "for it: of a schedule only the range counts", {"nodes": "chosen"}),
 })
 def fitted(
     statistics: Annotated[Statistics, Option(
         "the model's statistics, measured for fitting: samplers.estimate_statistics(..., fitted=True)",
-        stand_in=stand_in())] = None,
+        stand_in=Unmeasured())] = None,
     order: Annotated[int, Option("Evaluations that a step may use; nodes are chosen for 2", 1, 3)] = 2,
     nodes: Annotated[str, Option(
         "given: the schedule as it is. chosen: only its first and last level and its number of steps count, and the levels "

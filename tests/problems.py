@@ -125,9 +125,10 @@ def needed(name: str) -> dict:
 
 def serving(name: str, statistics: Statistics) -> Statistics:
     """Statistics for a solver of the catalogue. The fitted one gets a single trajectory, of zeros, and so keeps v3's weights."""
-    if name != "fitted":
+    if SAMPLERS[name].family != "Fitted Multistep":
         return statistics
-    coarse = statistics.on(np.linspace(statistics.lam[0], statistics.lam[-1], 401))
+    ends = (-5.0, 6.0) if name == "fitted_chosen" else statistics.lam[[0, -1]]
+    coarse = statistics.on(np.linspace(*ends, 401))
     size = 2 * len(coarse.lam) + 1
     return replace(coarse, damping=np.zeros(len(coarse.lam)), root=np.zeros((1, size, size)))
 

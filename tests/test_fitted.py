@@ -11,7 +11,7 @@ import torch
 
 from problems import Gaussian, starting_noise
 from samplers import PATHS, Statistics, CalibrationError, calibrate, estimate_statistics, fit_multistep, fitted, k_diffusion_sampler
-from samplers.fitted import _candidates, _correction, _costs, _last, _pooled, _rows, fit_weights
+from samplers.fitted import _candidates, _correction, _costs, _last, _pooled, _rows, fit_weights, fitted_sigmas
 from samplers.integrand import DataPrediction
 from samplers.phi import midpoint
 from samplers.sample import sample
@@ -75,7 +75,7 @@ def test_the_weights_of_a_polynomial_integrand_are_recovered() -> None:
 
 def test_the_nodes_are_the_best_of_all_paths_through_the_grid() -> None:
     found = calibration(intervals=8)
-    lam = _candidates(found, None, None)
+    lam = _candidates(found, 4, None, None)
     cost = _costs(found, lam)
     final = np.square((_rows(found, lam)[1] - _last(found)) @ _pooled(found).T).sum(1)
 
@@ -91,7 +91,7 @@ def test_the_nodes_are_the_best_of_all_paths_through_the_grid() -> None:
 def test_v3_s_errors_in_the_search_are_those_of_its_steps() -> None:
     """The search's own quadrature, against the coefficients of EmpiricalPrediction."""
     found = calibration(intervals=8)
-    lam = _candidates(found, None, None)
+    lam = _candidates(found, 4, None, None)
     cost = _costs(found, lam)
     alone = replace(found, root=_pooled(found)[None])  # one trajectory: v3's weights, and its error
     for path in ([0, 4, 9], [0, 1, 2], [0, 10, 16]):
@@ -135,7 +135,7 @@ def test_the_error_falls_as_evaluations_are_added_and_is_below_v3_s() -> None:
         result = k_diffusion_sampler(name, statistics=found, **options)(model, x, sigmas, disable=True)
         return float((result - goal).abs().median())
 
-    errors = [error("fitted", n, nodes="chosen") for n in (4, 8, 16)]
+    errors = [error("fitted_chosen", n) for n in (4, 8, 16)]
     assert all(b < a for a, b in itertools.pairwise(errors))
     assert math.log2(errors[0] / errors[1]) > 2.0  # at least of order 2 from 4 to 8
     for n, mine in zip((4, 8, 16), errors):
@@ -146,10 +146,10 @@ def test_flow_and_ve_are_one_solver_after_x_over_alpha() -> None:
     found = calibration()
     ratios = [10.0, 4.0, 1.0, 0.3, 0.05]
     x = noise(3, 10.0, seed=2)
-    for nodes in ("given", "chosen"):
-        ve = k_diffusion_sampler("fitted", statistics=found, nodes=nodes)(
+    for name in ("fitted", "fitted_chosen"):
+        ve = k_diffusion_sampler(name, statistics=found)(
             mixture(), x, torch.tensor(ratios, dtype=torch.float64), disable=True)
-        flow = k_diffusion_sampler("fitted", "flow", statistics=found, nodes=nodes)(
+        flow = k_diffusion_sampler(name, "flow", statistics=found)(
             mixture(path="flow"), x / 11.0, torch.tensor([r / (1 + r) for r in ratios], dtype=torch.float64), disable=True)
         torch.testing.assert_close(flow * 1.05, ve, rtol=0, atol=1e-9)
 
@@ -169,7 +169,7 @@ def test_chosen_nodes_keep_the_ends_and_the_number_of_evaluations(path: str, sig
         seen.append(float(sigma[0]))
         return model(x, sigma)
 
-    result = k_diffusion_sampler("fitted", path, statistics=found, nodes="chosen")(
+    result = k_diffusion_sampler("fitted_chosen", path, statistics=found)(
         watched, noise(2, sigmas[0], seed=1), torch.tensor(sigmas, dtype=torch.float64), disable=True)
     assert seen[0] == pytest.approx(sigmas[0]) and len(seen) == len(sigmas) - 1
     assert seen == sorted(seen, reverse=True) and seen[-1] > sigmas[-1] and result.isfinite().all()
@@ -231,10 +231,34 @@ def test_a_cancelled_calibration_goes_on_where_it_was(tmp_path) -> None:
     assert np.allclose(found.root, expected.root, rtol=1e-9, atol=1e-12)
 
 
+def test_any_number_of_evaluations_has_nodes_of_its_own() -> None:
+    """More than the grid has levels, and from low noise on, where it has few."""
+    found = calibration(intervals=8)
+    for n, start in ((1, None), (18, None), (60, None), (9, 2.5)):
+        plan = fit_multistep(found, n, start=start)
+        assert len(plan.lam) == n and all(b > a for a, b in itertools.pairwise(plan.lam))
+        assert plan.lam[0] == pytest.approx(found.lam[0] if start is None else start)
+
+
+def test_where_every_choice_is_exact_nodes_are_even() -> None:
+    found = calibration(intervals=8)
+    plan = fit_multistep(replace(found, root=np.zeros_like(found.root)), 9)
+    assert np.diff(plan.lam) == pytest.approx(np.diff(found.lam)[0], abs=0.6 * np.diff(found.lam)[0])
+
+
+def test_the_chosen_nodes_serve_any_solver() -> None:
+    found = calibration(intervals=8)
+    sigmas = fitted_sigmas(found, 5, 14.6)
+    assert [math.log(1 / s) for s in sigmas[:-1]] == pytest.approx(fit_multistep(found, 5, start=math.log(1 / 14.6)).lam)
+    assert sigmas[-1] == 0.0
+    flow = fitted_sigmas(found, 5, 1.0, "flow")  # sigma = 1 has no lam: one node less
+    assert flow[0] == 1.0 and [math.log((1 - s) / s) for s in flow[1:-1]] == pytest.approx(fit_multistep(found, 4).lam)
+
+
 def test_impossible_requests_are_refused_each_with_its_remedy() -> None:
     found = calibration(intervals=8)
-    with pytest.raises(ValueError, match="evaluations = 18 is out of range: choose a whole number from 1 to 17"):
-        fit_multistep(found, 18)
+    with pytest.raises(ValueError, match="evaluations = 0 is out of range: choose a whole number >= 1"):
+        fit_multistep(found, 0)
     with pytest.raises(ValueError, match="pool = 'channel' with fitted = True"):
         calibration(intervals=8, pool="channel")
     with pytest.raises(ValueError, match="the statistics cover lambda"):

@@ -74,7 +74,8 @@ def test_the_callback_sees_every_interval_once_in_k_diffusion_s_form(name: str, 
     indexes = [info["i"] for info in seen]
     if name in FIXED:
         assert indexes == list(range(len(sigmas) - 1))
-        torch.testing.assert_close(torch.tensor([float(info["sigma"]) for info in seen]), torch.tensor(sigmas[:-1]))
+        if SAMPLERS[name].fixed.get("nodes") != "chosen":  # of a schedule it keeps the range only
+            torch.testing.assert_close(torch.tensor([float(info["sigma"]) for info in seen]), torch.tensor(sigmas[:-1]))
     else:
         assert indexes == sorted(indexes) and set(indexes) <= set(range(len(sigmas) - 1))
     for info in seen:
