@@ -3,17 +3,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from comfy_api.latest import io, ui
 
+from ..samplers import fitted_sigmas
 from ..samplers.amed import BASES
 from ..samplers.calibrate import INTERVALS
 from ..samplers.train import TEACHER
 from . import calibration, picture, store
 from .calibration import Kind, Run
+from .host import path_of
 from .kinds import AMED_KIND, STATISTICS_KIND, AmedKind, StatisticsKind
 
 CATEGORY = "Lambda Solvers/calibration"
-PICTURES = {STATISTICS_KIND: "The curves l, s, b and gamma over lambda",
+PICTURES = {STATISTICS_KIND: "The curves l, s, b and gamma over lambda; if measured for fitting, the error to expect",
             AMED_KIND: "r, c and a of every step, and the error after it, untrained and trained"}
 SOCKETS = {STATISTICS_KIND: io.Custom("LAMBDA_STATISTICS"), AMED_KIND: io.Custom("LAMBDA_AMED")}
 
@@ -63,9 +66,9 @@ class EstimateStatistics(io.ComfyNode):
                 advanced(io.Combo.Input("pool", options=["all", "channel"], default="all", tooltip=(
                     "all: one number at each lambda; channel: one for every latent channel"))),
                 advanced(io.Boolean.Input("fitted", default=False, optional=True, tooltip=(
-                    "Keep what Fitted Multistep needs too: half as many evaluations more"))),
+                    "Keep what Fitted Multistep and Fitted Sigmas need too: half as many evaluations more"))),
             ],
-            outputs=_outputs(STATISTICS_KIND, "Statistics", f"the DPM-Solver-v3 node, Save or Apply {STATISTICS_KIND.title}"),
+            outputs=_outputs(STATISTICS_KIND, "Statistics", f"the DPM-Solver-v3 and Fitted Multistep nodes, Save or Apply {STATISTICS_KIND.title}"),
         )
 
     @classmethod
@@ -78,6 +81,33 @@ class EstimateStatistics(io.ComfyNode):
         result = calibration.measured(model, positive, negative, cfg, latent_image["samples"], seed, None, measure)
         image = picture.curves(result)
         return io.NodeOutput(result, image, ui=ui.PreviewImage(image, cls=cls))
+
+
+class FittedSigmas(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LambdaFittedSigmas",
+            display_name="Fitted Sigmas",
+            category="Lambda Solvers",
+            description="The noise levels that Fitted Multistep would choose, as a schedule for any sampler: where so many evaluations "
+                        "leave the least error on the model that was measured. It chooses for DPM-Solver-v3's own steps.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model that will be sampled: its noise levels are used"),
+                SOCKETS[STATISTICS_KIND].Input("statistics", tooltip=(
+                    f"From {STATISTICS_KIND.makes} with fitted on, or Load {STATISTICS_KIND.title}")),
+                io.Int.Input("steps", default=6, min=1, max=1000, tooltip="Intervals of the schedule, the last one to 0"),
+                io.Float.Input("denoise", default=1.0, min=0.01, max=1.0, step=0.01, tooltip=(
+                    "Below 1 the schedule begins where this share of the model's timesteps is left, for image to image")),
+            ],
+            outputs=[io.Sigmas.Output(display_name="SIGMAS", tooltip="For SamplerCustom, SamplerCustomAdvanced or Train AMED")],
+        )
+
+    @classmethod
+    def execute(cls, model, statistics, steps, denoise) -> io.NodeOutput:
+        sampling = model.get_model_object("model_sampling")
+        start = float(sampling.sigma_max) if denoise == 1.0 else float(sampling.percent_to_sigma(1.0 - denoise))
+        return io.NodeOutput(torch.tensor(fitted_sigmas(statistics, steps, start, path_of(sampling))))
 
 
 class TrainAmed(io.ComfyNode):
@@ -201,5 +231,5 @@ def _kept(kind: StatisticsKind | AmedKind, word: str, node: str, serves: str, dr
 
 
 NODES: list[type[io.ComfyNode]] = [
-    EstimateStatistics, *_kept(STATISTICS_KIND, "Statistics", "DPM-Solver-v3", "dpm_solver_v3", picture.curves),
+    EstimateStatistics, FittedSigmas, *_kept(STATISTICS_KIND, "Statistics", "DPM-Solver-v3", "dpm_solver_v3 and lambda_fitted", picture.curves),
     TrainAmed, *_kept(AMED_KIND, "Amed", "AMED", "amed and amed_dpmpp_2m", picture.training)]

@@ -77,6 +77,7 @@ class Kind(Protocol):
         """Whether one of the right model and guidance serves a run with these options of the solver."""
     def cost(self, options: Mapping[str, Any], path: str, schedule: list[Level]) -> int: """Evaluations to measure one."""
     def measure(self, run: Run, about: dict[str, Any], partial: Any) -> Any: """A new one."""
+    def suited(self, found: Any, conditions: str) -> Any: """As much of one as holds for the prompt with this digest."""
     def ready(self, found: Any, run: Run) -> AbstractContextManager[Any]: """It, as the solver needs it while it runs."""
 
 

@@ -45,7 +45,7 @@ class StatisticsKind:
     def measure(self, run: Run, about: dict[str, Any], partial: Any, *, seed: int = 0, intervals: int = INTERVALS,
                 samples: int = 0, pool: str = "all") -> Statistics:
         sampling = run.patcher.get_model_object("model_sampling")
-        noise = pure_noise(run, samples or trajectories(run.x.shape), seed)
+        noise = pure_noise(run, samples or trajectories(run.x.shape, 2 if about.get("fitted") else 1), seed)
         try:
             result = estimate_statistics(
                 run.denoise, noise, table(sampling), intervals=intervals, pool=pool, path=run.path, seed=seed,
@@ -57,14 +57,14 @@ class StatisticsKind:
         say(f"statistics measured in {result.about['evaluations']} evaluations")
         return result
 
+    def suited(self, found: Statistics, conditions: str) -> Statistics:
+        return found if found.about.get("conditions") == conditions else found.for_another_prompt()
+
     @contextmanager
     def ready(self, found: Statistics, run: Run) -> Iterator[Statistics]:
-        """The part that holds for the prompt being sampled."""
-        if found.about.get("conditions") == identity.conditions(run.guider):
-            yield found
-        else:
+        if "b" in found.about:
             say("statistics of another prompt: l and s are used, b is left out")
-            yield found.for_another_prompt()
+        yield found
 
 
 class AmedKind:
@@ -111,6 +111,9 @@ class AmedKind:
                 raise
         say(summary(result), logging.WARNING if carry_over(result) > WARN_ABOVE else logging.INFO)
         return result
+
+    def suited(self, found: Amed, conditions: str) -> Amed:
+        return found
 
     @contextmanager
     def ready(self, found: Amed, run: Run) -> Iterator[Amed]:
@@ -173,8 +176,9 @@ def table(sampling: Any) -> list[float]:
     return sorted((float(sigma) for sigma in sigmas), reverse=True)
 
 
-def trajectories(shape: torch.Size) -> int:
-    return max(1, min(MOST, math.ceil(ELEMENTS / math.prod(shape[1:]))))
+def trajectories(shape: torch.Size, fewest: int = 1) -> int:
+    """How many an estimate takes. The fitted solver corrects only what holds on one that was left out, so it needs two."""
+    return max(fewest, min(MOST, math.ceil(ELEMENTS / math.prod(shape[1:]))))
 
 
 def training_images(shape: torch.Size) -> int:

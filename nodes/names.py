@@ -8,4 +8,5 @@ NAMES = {
     "dpm_solver_v3": "dpm_solver_v3",
     "amed": "amed",
     "amed_dpmpp_2m": "amed_dpmpp_2m",
+    "lambda_fitted": "fitted_chosen",
 }

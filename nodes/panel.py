@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import Any, Callable, Mapping
+from typing import Any, Callable, Mapping, NamedTuple
 
 from ..samplers import CalibrationError
 from . import calibration, plan, runs, store
@@ -21,6 +21,8 @@ WORDS = {
     "nothing_to_do": "model evaluations: 0, the schedule is empty",
     "scale": "lambda {low} to {high}, sigma {first} to {last}",
     "scale_guessed": "lambda {low} to {high} on Stable Diffusion's noise levels (the model's own after a run)",
+    "levels_chosen": "of the scheduler only the range counts; evaluated at sigma {sigmas}",
+    "levels_unknown": "of the scheduler only the range counts; the levels are chosen once the model is measured",
     "order_not_reached": "warning: order {order} is never reached in {steps} steps; {fewest} are the fewest",
     "first_step_not_skipped": "warning: the first step can be skipped at full noise only, and this run starts at sigma {sigma}",
     "nothing_to_learn": "warning: {steps} steps leave AMED nothing to learn, choose more",
@@ -43,6 +45,7 @@ WORDS = {
 
 KIND_OF: Mapping[type, Kind] = {kind.type: kind for kind in KINDS}
 
+MOST_LEVELS = 12  # that are listed
 ORDER = ("count", "warn", "good", "note")
 Line = dict[str, str]
 Say = Callable[..., str]
@@ -80,8 +83,9 @@ def answer(graph: Graph, node_id: str, rule: str, say: Say) -> dict[str, Any]:
     shown: Plan | None = None
     if run:
         job = job._replace(options=run.options)
-    if run or model:
+    elif model:
         job = job._replace(options={**job.options, **_loaded(graph, job)})
+    saved = None
     try:
         if run:
             shown = plan.plan(job, run.sigmas, run.sampling)
@@ -90,13 +94,17 @@ def answer(graph: Graph, node_id: str, rule: str, say: Say) -> dict[str, Any]:
             raise Linked(", ".join(job.linked))
         elif model:
             shown = _planned(graph, job, model.sampling)
+            saved = _saved(graph, job, model, rule, shown)
+            if saved:
+                shown = _planned(graph, job._replace(options={**job.options, **saved.option}), model.sampling)
             _count(line, shown)
         else:
             shown = _guessed(graph, job, line)
-        _schedule(line, shown, say, guessed=not run and not model)
+        _schedule(line, shown, guessed=not run and not model)
         if shown.settings["first_step"] == "mean" and not run:
             line("note", "mean_first_step")
-        result["curve"] = plan.curve(shown, run.evaluations if run else shown.evaluations)
+        count = run.evaluations if run else shown.evaluations
+        result["curve"] = plan.curve(shown, 0 if shown.levels_chosen is None else count)
         for key, warning in plan.WARNINGS.items():
             values = warning(shown)
             if values is not None:
@@ -110,7 +118,7 @@ def answer(graph: Graph, node_id: str, rule: str, say: Say) -> dict[str, Any]:
             if run:
                 _said(result["lines"].append, line, run)
             elif shown:
-                _status(line, graph, job, name, model, rule, shown)
+                _status(line, graph, job, name, model, rule, shown, saved)
     result["lines"].sort(key=lambda entry: ORDER.index(entry["kind"]))
     return result
 
@@ -178,34 +186,64 @@ def _count(line: Callable[..., None], shown: Plan) -> None:
         line("count", "evaluations", count=shown.evaluations)
 
 
-def _schedule(line: Callable[..., None], shown: Plan, say: Say, guessed: bool) -> None:
+def _schedule(line: Callable[..., None], shown: Plan, guessed: bool) -> None:
+    if shown.levels_chosen is None:
+        line("note", "levels_unknown")
+    elif shown.levels_chosen:
+        sigmas = [f"{level.sigma:.3g}" for level in shown.levels[:-1]]
+        line("note", "levels_chosen", sigmas=", ".join(sigmas[:MOST_LEVELS]) + (", ..." if len(sigmas) > MOST_LEVELS else ""))
     lams = [level.lam for level in shown.levels if abs(level.lam) != float("inf")]
     if lams:
         line("note", "scale_guessed" if guessed else "scale", low=f"{lams[0]:.2f}", high=f"{lams[-1]:.2f}",
              first=f"{shown.levels[0].sigma:.4g}", last=f"{shown.levels[-1].sigma:.4g}")
 
 
-def _status(line: Callable[..., None], graph: Graph, job: Job, name: str, model: runs.Model | None, rule: str,
-            shown: Plan) -> None:
+class Saved(NamedTuple):
+    """A calibration that a run will find, and as the solver's option."""
+
+    file: str
+    option: dict[str, Any]
+
+
+def _saved(graph: Graph, job: Job, model: runs.Model, rule: str, shown: Plan) -> Saved | None:
+    """What a run of a known model will find among the saved calibrations, as calibration.calibration_for does."""
+    about, finds = _about(graph, job, model), _rule(graph, job, rule) in ("auto", "saved only")
+    for name, option in job.sampler.options.items():
+        if option.kind in KIND_OF and about and finds and plan.given(graph, job, name) is None:
+            kind = KIND_OF[option.kind]
+            found = store.find(kind.type, about, False, lambda found: kind.serves(found, shown.settings, shown.path, shown.levels))
+            return Saved(found[0], {name: kind.suited(found[1], about["conditions"])}) if found else None
+    return None
+
+
+def _about(graph: Graph, job: Job, model: runs.Model | None) -> Mapping[str, Any] | None:
+    """The description of a known model at the guidance that is set."""
+    scale = plan.guidance(graph, job.runs)
+    return {**model.about, "guidance": scale} if model and model.about and scale is not None else None
+
+
+def _rule(graph: Graph, job: Job, rule: str) -> str:
+    return graph[job.node]["inputs"].get("calibration", rule)
+
+
+def _status(line: Callable[..., None], graph: Graph, job: Job, name: str, model: runs.Model | None, rule: str, shown: Plan,
+            saved: Saved | None) -> None:
     """How the calibration stands before a run."""
     kind = KIND_OF[job.sampler.options[name].kind]
-    planned = shown.settings, shown.path, shown.levels
-    cost = kind.cost(*planned) if shown.levels else 0
-    scale = plan.guidance(graph, job.runs)
-    about = model.about if model and scale is not None else None
+    cost = kind.cost(shown.settings, shown.path, shown.levels) if shown.levels else 0
+    about = _about(graph, job, model)
     giver = plan.given(graph, job, name)
     if giver is not None:
-        return _given(line, kind.type, giver, about and {**about, "guidance": scale})
-    rule = graph[job.node]["inputs"].get("calibration", rule)
+        return _given(line, kind.type, giver, about)
+    rule = _rule(graph, job, rule)
     if rule == "never":
         return line("warn", "none_given")
     if rule == "every prompt":
         return line("note", "every_prompt", count=cost)
     if about is None:
         return line("note", "only_saved" if rule == "saved only" else "unsure", count=cost)
-    found = store.find(kind.type, {**about, "guidance": scale}, False, lambda found: kind.serves(found, *planned))
-    if found:
-        return line("good", "saved", name=found[0])
+    if saved:
+        return line("good", "saved", name=saved.file)
     line("warn" if rule == "saved only" else "note", "none_saved" if rule == "saved only" else "to_be_measured", count=cost)
 
 

@@ -9,14 +9,21 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..samplers import Amed, Statistics
+from ..samplers import Amed, Statistics, fit_multistep
 
-COLOURS = {"l": (31, 119, 180), "s": (214, 39, 40), "b": (44, 160, 44), "gamma": (148, 103, 189)}
+COLOURS = {"l": (31, 119, 180), "s": (214, 39, 40), "b": (44, 160, 44), "gamma": (148, 103, 189), "damping": (200, 130, 0)}
+
+
+EXPECTED = (3, 4, 5, 6, 8, 10, 12, 15, 20)
+"""Evaluations for which the error to expect is drawn."""
 
 
 def curves(statistics: Statistics, width: int = 480, height: int = 300) -> Tensor:
-    """l, s, b and gamma over lambda, [1, H, W, 3]; of several channels, each a thin line."""
-    image = Image.new("RGB", (width, height), "white")
+    """l, s, b, gamma and damping over lambda, and for the fitted solver the error to expect, [1, H, W, 3]; of several channels, each a
+    thin line.
+    """
+    expected = {} if statistics.root is None else {n: fit_multistep(statistics, n).error for n in EXPECTED}
+    image = Image.new("RGB", (width, height + 220 if expected else height), "white")
     draw = ImageDraw.Draw(image)
     font = ImageFont.load_default(15)
     left, right, top, bottom = 48, width - 16, 34, height - 34
@@ -42,7 +49,32 @@ def curves(statistics: Statistics, width: int = 480, height: int = 300) -> Tenso
             draw.line(at(lam, channel), COLOURS[name], 2)
     for i, name in enumerate(lines):
         draw.text((left + 70 * i, 10), name, COLOURS[name], font)
+    if expected and min(expected.values()) > 0:
+        _expected(draw, font, expected, (left, height + 30, right, height + 186))
     return tensor(image)
+
+
+def _expected(draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, errors: dict[int, float], box: tuple) -> None:
+    """The fitted solver's error against evaluations, both logarithmic."""
+    left, top, right, bottom = box
+    low, high = 0.8 * min(errors.values()), 1.25 * max(errors.values())
+
+    def at(n: float, error: float) -> tuple[float, float]:
+        return (left + math.log(n / EXPECTED[0]) / math.log(EXPECTED[-1] / EXPECTED[0]) * (right - left),
+                bottom - math.log(error / low) / math.log(high / low) * (bottom - top))
+
+    for value in (m * 10.0**k for k in range(-9, 4) for m in (1, 3)):
+        if low <= value <= high:
+            _, y = at(1, value)
+            draw.line([(left, y), (right, y)], (225, 225, 225))
+            draw.text((left - 6, y), f"{value:g}", (90, 90, 90), font, anchor="rm")
+    points = [at(n, error) for n, error in errors.items()]
+    draw.line(points, COLOURS["l"], 2)
+    for n, (x, y) in zip(errors, points):
+        draw.ellipse((x - 3, y - 3, x + 3, y + 3), COLOURS["l"])
+        draw.text((x, bottom + 8), str(n), (90, 90, 90), font, anchor="mt")
+    draw.text((left, top - 22), "error to expect of lambda_fitted (rms)", COLOURS["l"], font)
+    draw.text((right, top - 22), "evaluations", (90, 90, 90), font, anchor="ra")
 
 
 def tensor(image: Image.Image) -> Tensor:

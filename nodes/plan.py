@@ -20,6 +20,7 @@ from torch import Tensor
 from ..samplers import FAMILIES, SAMPLERS
 from ..samplers.families import Sampler
 from ..samplers.first_step import FULL
+from ..samplers.fitted import Unmeasured
 from ..samplers.schedule import Level, find_path, levels
 from ..samplers.solver import Adaptive, Step
 from . import first_steps
@@ -71,6 +72,13 @@ class Plan:
         return self.sampler.first_step(self.settings) != "evaluate"
 
     @property
+    def levels_chosen(self) -> bool | None:
+        """Whether the solver has chosen the levels itself; None if it will, once the model is measured."""
+        if self.settings.get("nodes") != "chosen":
+            return False
+        return None if isinstance(self.settings["statistics"], Unmeasured) else True
+
+    @property
     def starts_from_noise(self) -> bool:
         """False for img2img (denoise < 1) and for the second part of a run."""
         return bool(self.levels) and self.levels[0].sigma >= FULL * self.sigma_max
@@ -116,6 +124,8 @@ def plan(job: Job, sigmas: Sequence[float], sampling: object) -> Plan:
     solver = job.sampler.solver_of(settings)
     run = levels(sigmas, find_path(path)) if len(sigmas) else []
     steps = None if isinstance(solver, Adaptive) else solver.steps(run, find_path(path)) if run else []
+    if settings.get("nodes") == "chosen" and steps:
+        run = [*(step.evaluations[0].at for step in steps), run[-1]]
     return Plan(job.sampler, settings, path, run, steps, float(sampling.sigma_max))
 
 

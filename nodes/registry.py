@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..samplers import FAMILIES, SAMPLERS
 from ..samplers.families import Option, Sampler
-from . import calibration, runs
+from . import calibration, identity, runs
 from .calibrating import SOCKETS, advanced
 from .calibration import Kind, Run
 from .host import sampler_function
@@ -75,6 +75,8 @@ def calibrated(sampler: Sampler, how: str | None = None) -> Callable[..., Tensor
         defaults = {name: option.default for name, option in sampler.options.items()}
         run = Run(model, x, sigmas, extra_args or {}, {**sampler.fixed, **defaults, **options})
         found = calibration.calibration_for(kind, run, given, how or calibration.rule())
+        found = kind.suited(found, identity.conditions(run.guider))
+        runs.use(kind.option, found)
         with kind.ready(found, run) as ready:
             return function(model, x, sigmas, extra_args, callback, disable, **{kind.option: ready}, **options)
 

@@ -27,7 +27,7 @@ class Run:
     graph: Graph
     sampling: object
     sigmas: list[float]
-    options: dict[str, Any]
+    options: dict[str, Any]  # as written, and the calibration that was used
     evaluations: int
     said: tuple[tuple[str, bool], ...]  # lines said while it ran, and whether they are warnings
 
@@ -42,28 +42,43 @@ class Model:
 
 _runs: OrderedDict[str, Run] = OrderedDict()
 _models: OrderedDict[str, Model] = OrderedDict()
-_said: ContextVar[list[tuple[str, bool]] | None] = ContextVar("said", default=None)
+_running: ContextVar[_Notes | None] = ContextVar("running", default=None)
+
+
+class _Notes:
+    """What the run going on has said and used."""
+
+    def __init__(self) -> None:
+        self.said: list[tuple[str, bool]] = []
+        self.used: dict[str, Any] = {}
 
 
 def note(text: str, level: int) -> None:
     """Keep a line that was said on the running node."""
-    said = _said.get()
-    if said is not None:
-        said.append((text, level >= logging.WARNING))
+    notes = _running.get()
+    if notes is not None:
+        notes.said.append((text, level >= logging.WARNING))
+
+
+def use(option: str, calibration: Any) -> None:
+    """Keep the calibration that the running solver was given for this option."""
+    notes = _running.get()
+    if notes is not None:
+        notes.used[option] = calibration
 
 
 def observed(function: Callable[..., Tensor], describe: Callable[[Any], Mapping[str, Any]] | None) -> Callable[..., Tensor]:
     """A sampler function that remembers its runs; `describe` says which model a guider samples, where that matters."""
 
     def sample(model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
-        counted, token = _Counted(model), _said.set([])
+        counted, notes = _Counted(model), _Notes()
+        token = _running.set(notes)
         try:
             result = function(counted, x, sigmas, extra_args, callback, disable, **options)
-            said = tuple(_said.get())
         finally:
-            _said.reset(token)
+            _running.reset(token)
         written = {name: value for name, value in options.items() if isinstance(value, (bool, int, float, str))}
-        _remember(model.inner_model, sigmas, written, counted.evaluations, said, describe)
+        _remember(model.inner_model, sigmas, written | notes.used, counted.evaluations, tuple(notes.said), describe)
         return result
 
     return sample

@@ -7,17 +7,18 @@ import importlib
 import json
 import types
 
+import numpy as np
 import pytest
 import torch
 
 from comfy_host import Model, pack, sampling_of
 from problems import smooth_statistics
-from samplers import FAMILIES, SAMPLERS, nfe
+from samplers import FAMILIES, SAMPLERS, Statistics, fitted_sigmas, nfe
 from samplers.schedule import find_path, levels
 from samplers.train import training_cost
 
 NAMES = {"lambda_2m": "dpmpp_2m", "lambda_3m": "dpmpp_3m", "lambda_2m_sde": "dpmpp_2m_sde", "lambda_3m_sde": "dpmpp_3m_sde",
-         "dpm_solver_v3": "dpm_solver_v3", "amed": "amed", "amed_dpmpp_2m": "amed_dpmpp_2m"}
+         "dpm_solver_v3": "dpm_solver_v3", "amed": "amed", "amed_dpmpp_2m": "amed_dpmpp_2m", "lambda_fitted": "fitted_chosen"}
 PROMPT = "prompt"
 
 
@@ -203,9 +204,9 @@ class Patcher:
 
 
 def run(graph: dict, name: str, steps: int, monkeypatch, describe=None, said: str = "",
-        family: str = "multistep", sigma_max: float | None = None, **options) -> list:
+        family: str = "multistep", sigma_max: float | None = None, use: dict | None = None, **options) -> list:
     """One run of a sampler of ours as the server does it; what was sent to the interface."""
-    runs, sent = module("runs"), []
+    runs, plan, sent = module("runs"), module("plan"), []
     from comfy_execution.utils import CurrentNodeContext
     from server import PromptServer
     server = types.SimpleNamespace(client_id="me", send_sync=lambda *event: sent.append(event), send_progress_text=lambda *a: None,
@@ -216,11 +217,13 @@ def run(graph: dict, name: str, steps: int, monkeypatch, describe=None, said: st
     if sigma_max:
         sampling.set_sigmas(sampling.sigmas * (sigma_max / sampling.sigma_max))
     model = Model(lambda x, sigma: x / 2, sampling)
-    function = module("host").sampler_function(module("plan").FAMILIES[family])  # the pack's own copy of the catalogue
+    function = module("host").sampler_function({**plan.SAMPLERS, **plan.FAMILIES}[family])  # the pack's own copies
 
     def sample(*args, **kwargs):
         if said:
             module("calibration").say(said)
+        for option, calibration in (use or {}).items():
+            runs.use(option, calibration)
         return function(*args, **kwargs)
 
     with CurrentNodeContext(PROMPT, name):
@@ -292,6 +295,35 @@ def test_before_a_run_the_status_says_what_is_known_and_what_not(monkeypatch, sa
     assert "note: no saved calibration serves this run: about 50 evaluations measure one first" in lines(far)
     far["5"]["inputs"]["calibration"] = "saved only"
     assert any(line.startswith("warn") and "no saved calibration serves this run, so it will stop" in line for line in lines(far))
+
+
+def test_a_solver_that_chooses_its_levels_shows_them_once_the_model_is_measured(monkeypatch, saved, tmp_path) -> None:
+    graph = ksampler(sampler_name="lambda_fitted", steps=5)
+    unknown = "note: of the scheduler only the range counts; the levels are chosen once the model is measured"
+    assert lines(graph)[0] == "count: model evaluations: 5" and unknown in lines(graph) and not ask(graph)["curve"]["points"]
+    run(ksampler(), "5", 12, monkeypatch, describe=lambda guider: {**ABOUT, "guidance": 5.0})
+    assert unknown in lines(graph) and any("about 73 evaluations measure one first" in line for line in lines(graph))
+
+    drawn = two_trajectories()
+    found = module("kinds").Statistics(drawn.lam, **drawn.curves(), root=drawn.root, about={**ABOUT, "guidance": 5.0})
+    found.save(tmp_path / "fitted.safetensors")
+    module("store").folder_paths.filename_list_cache.pop(module("store").FOLDER, None)
+    nodes = [f"{s:.3g}" for s in fitted_sigmas(drawn, 5, float(module("plan").usual("ve").sigma_max))[:-1]]
+    assert f"note: of the scheduler only the range counts; evaluated at sigma {', '.join(nodes)}" in lines(graph)
+    assert "good: a saved calibration serves this run: fitted.safetensors" in lines(graph)
+    answer = ask(graph)
+    assert len(answer["curve"]["points"]) == 5 and answer["curve"]["points"] == answer["curve"]["line"]
+    sent = run(graph, "5", 4, monkeypatch, describe=lambda guider: {**ABOUT, "guidance": 5.0}, family="fitted_chosen",
+               statistics=found, use={"statistics": found})
+    assert sent and any("evaluated at sigma 10, " in line for line in lines(graph))  # the run began at 10
+
+
+def two_trajectories():
+    """Statistics on the levels of Stable Diffusion with two trajectories, drawn."""
+    lam = np.linspace(-2.7, 3.6, 13)
+    curve = np.ones_like(lam)
+    root = np.random.default_rng(1).standard_normal((2, 27, 27))
+    return Statistics(lam, curve, 0 * curve, 0 * curve, damping=curve, root=root)
 
 
 def test_a_connected_file_is_compared_with_the_model(monkeypatch, saved) -> None:

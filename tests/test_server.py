@@ -17,7 +17,7 @@ from samplers import FAMILIES, SAMPLERS, nfe
 from comfyui_server import PromptRefused, Server
 
 NAMES = {"lambda_2m": "dpmpp_2m", "lambda_3m": "dpmpp_3m", "lambda_2m_sde": "dpmpp_2m_sde", "lambda_3m_sde": "dpmpp_3m_sde"}
-LISTED = [*NAMES, "dpm_solver_v3", "amed", "amed_dpmpp_2m"]
+LISTED = [*NAMES, "dpm_solver_v3", "amed", "amed_dpmpp_2m", "lambda_fitted"]
 EVERY_NAME = pytest.mark.parametrize("name", NAMES)
 EVERY_FAMILY = pytest.mark.parametrize("family", [name for name in FAMILIES if not FAMILIES[name].stand_ins])  # the others: test_server_v3, _amed
 STEPS = 8
@@ -71,10 +71,13 @@ class Graph:
     def family(self, name: str, sigmas: list | None = None, seed: int = 7, add_noise: bool = True, steps: int = STEPS,
                **options) -> "Graph":
         settings = {key: option.default for key, option in FAMILIES[name].options.items() if option.stand_in is None} | options
-        sampler = self.add("LambdaSampler" + name.capitalize(), **settings)
+        sampler = [self.add("LambdaSampler" + name.capitalize(), **settings), 0]
         sigmas = sigmas or [self.add("BasicScheduler", model=self.model, scheduler="karras", steps=steps, denoise=1.0), 0]
+        return self.custom(sampler, sigmas, seed, add_noise)
+
+    def custom(self, sampler: list, sigmas: list, seed: int = 7, add_noise: bool = True) -> "Graph":
         self.latent = [self.add("SamplerCustom", model=self.model, positive=self.positive, negative=self.negative,
-                                latent_image=self.latent, sampler=[sampler, 0], sigmas=sigmas, cfg=3.0, noise_seed=seed,
+                                latent_image=self.latent, sampler=sampler, sigmas=sigmas, cfg=3.0, noise_seed=seed,
                                 add_noise=add_noise), 0]
         return self
 

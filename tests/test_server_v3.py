@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import environment
 from comfyui_server import PromptRefused, Server
-from samplers import Statistics
+from samplers import Statistics, fitted_sigmas
 from test_server import STEPS, Graph, base, looks_like_an_image, server  # noqa: F401  (the fixtures)
 
 NAME = "dpm_solver_v3"
@@ -73,10 +73,31 @@ def test_the_fitted_solver_measures_a_file_of_its_own_beside_v3_s_once(server, f
         samples, run = graph.run(server)
         assert run.status == "success" and looks_like_an_image(samples), run.error
         assert len(graph.evaluations(server)) == spent + STEPS and len(files(folder)) == 2
+    graph = Graph("panda").counted().ksampler("lambda_fitted", seed=2)  # the same by its name in KSampler
+    assert torch.equal(graph.samples(server), samples) and len(graph.evaluations(server)) == STEPS
+    other = Graph("panda").counted().ksampler("lambda_fitted", seed=2, scheduler="exponential")  # of which only the range counts
+    torch.testing.assert_close(other.samples(server), samples, rtol=0, atol=1e-3)
     [fitted] = [other for other in files(folder) if other != name]
     assert "-fitted-cfg3-" in fitted and Statistics.load(folder / fitted).about["evaluations"] == 73
     graph = Graph("panda").counted().ksampler(NAME, seed=3)
     assert looks_like_an_image(graph.samples(server)) and len(graph.evaluations(server)) == STEPS
+
+
+def test_fitted_sigmas_are_a_schedule_for_any_sampler(server, folder) -> None:  # noqa: F811
+    graph = Graph("panda").counted()
+    statistics = estimate(graph, fitted=True)
+    sigmas = [graph.add("LambdaFittedSigmas", model=graph.model, statistics=statistics, steps=5, denoise=1.0), 0]
+    graph.add("LambdaSaveStatistics", statistics=statistics, name="fit", overwrite=False)
+    samples, run = graph.custom([graph.add("KSamplerSelect", sampler_name="dpmpp_2m"), 0], sigmas).run(server)
+    assert run.status == "success" and looks_like_an_image(samples), run.error
+    expected = fitted_sigmas(Statistics.load(folder / "fit.safetensors"), 5, 14.6146)
+    assert graph.evaluations(server)[-5:] == pytest.approx(expected[:-1], rel=1e-3)
+    part = Graph("panda").counted()
+    loaded = [part.add("LambdaLoadStatistics", name="fit.safetensors"), 0]
+    sigmas = [part.add("LambdaFittedSigmas", model=part.model, statistics=loaded, steps=3, denoise=0.5), 0]
+    part.custom([part.add("KSamplerSelect", sampler_name="euler"), 0], sigmas).samples(server)
+    seen = part.evaluations(server)
+    assert len(seen) == 3 and 1.0 < seen[0] < 3.0  # half of the timesteps: sigma 1.6
 
 
 def test_the_fitted_solver_refuses_statistics_that_were_measured_for_v3(server, folder) -> None:  # noqa: F811
