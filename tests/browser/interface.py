@@ -111,7 +111,7 @@ class Interface:
         """Press Run and wait for the end."""
         self.do("() => { window.seen.length = 0 }")
         self.page.locator('button[data-testid="queue-button"], div[data-testid="queue-button"] button').first.click()
-        self.page.wait_for_function("() => window.seen.some(([kind]) => kind.startsWith('execution_'))", timeout=120_000)
+        self.page.wait_for_function("() => window.seen.some(([kind]) => kind.startsWith('execution_'))", timeout=300_000)
         end, detail = self.do("() => window.seen.find(([kind]) => kind.startsWith('execution_'))")
         assert end == "execution_" + expect, detail
         if expect == "error":  # a dialog, in some versions
