@@ -306,7 +306,8 @@ def compare_samplers(canvas: Canvas) -> None:
     got = start(canvas)
     canvas.column("2  Compare", 420)
     node = canvas.add("LambdaCompareSamplers", model=got.model, positive=got.positive, negative=got.negative,
-                      latent_image=got.latent, vae=got.vae, seed=1, tall=920)
+                      latent_image=got.latent, vae=got.vae, seed=1, tall=720)
+    canvas.y += 200  # Nodes 2.0 stretches the text over all of the node, and adds the plot below
     canvas.column("3  Choice and figures", 520)
     canvas.add("PreviewAny", "The cheapest choice", tall=140, source=node[3])
     canvas.add("PreviewAny", "All figures", tall=420, source=node[2])
