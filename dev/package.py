@@ -16,6 +16,7 @@ import functools
 import http.server
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -29,6 +30,7 @@ import environment  # noqa: E402
 TOOLS = ["uv", "comfyui-manager==4.3", "comfy-cli==1.23.0", "comfy-test==0.4.15"]
 LEVELS = ["syntax", "javascript", "install", "registration", "validation", "warnings", "hazards"]
 NAME = "lambda-solvers"
+NAMES = runpy.run_path(str(environment.ROOT / "nodes" / "names.py"))["NAMES"]
 HOME = environment.HOME / "package"
 BIN = HOME / "venv" / "bin"
 THEIRS = ("user/", "temp/", "input/3d", "server.log", "custom_nodes/.disabled")  # ComfyUI's and the Manager's own
@@ -167,11 +169,11 @@ def check(place: environment.Environment, comfyui: Path, what: str, listed: bool
 
 
 def offered(server, what: str, listed: bool) -> None:
-    """Our nodes and names are offered by a server that was just started, or none of them."""
+    """Our nodes and all our names are offered by a server that was just started, or none of them."""
     info = server.get("/object_info")
     nodes = [name for name in info if name.startswith("Lambda")]
-    names = [name for name in info["KSampler"]["input"]["required"]["sampler_name"][0] if name.startswith("lambda_")]
-    if bool(nodes) != listed or bool(names) != listed:
+    names = [name for name in info["KSampler"]["input"]["required"]["sampler_name"][0] if name in NAMES]
+    if bool(nodes) != listed or len(names) != len(NAMES) * listed:
         raise SystemExit(f"{what}: {len(nodes)} nodes and {len(names)} names are offered; the log is {server.log}")
     print(f"{what}: {len(nodes)} nodes, {len(names)} names", flush=True)
 

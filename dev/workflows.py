@@ -33,6 +33,7 @@ MODELS = {name: {"name": name, "url": f"{HUB}{place}/resolve/main/{name}", "dire
     ("stable-diffusion-3.5-fp8", "sd3.5_large_fp8_scaled.safetensors"))}
 GAP, WIDTH = 40, 330
 PANEL = {"LambdaSampler": 200, "KSampler": 100}  # what web/js adds to the height of nodes whose class begins so
+PREVIEW = {"KSampler": 240, "SamplerCustom": 240}  # and the interface, once it shows the image while it is sampled
 
 
 class Output(NamedTuple):
@@ -102,8 +103,8 @@ class Canvas:
         stamp = OURS if kind.startswith("Lambda") else CORE
         models = {"models": [MODELS[value] for value in values if value in MODELS]}
         properties = {**stamp, **{key: value for key, value in models.items() if value}}
-        panel = sum(more for start, more in PANEL.items() if kind.startswith(start))
-        height = tall or 60 + 22 * max(len(slots), len(outputs)) + 26 * lines + panel
+        shown = sum(more for table in (PANEL, PREVIEW) for start, more in table.items() if kind.startswith(start))
+        height = tall or 60 + 22 * max(len(slots), len(outputs)) + 26 * lines + shown
         return self._place(kind, properties, slots, values, outputs, height, title)
 
     def saved(self) -> dict[str, Any]:
@@ -306,6 +307,7 @@ def compare_samplers(canvas: Canvas) -> None:
     canvas.column("2  Compare", 420)
     node = canvas.add("LambdaCompareSamplers", model=got.model, positive=got.positive, negative=got.negative,
                       latent_image=got.latent, vae=got.vae, seed=1, tall=720)
+    canvas.y += 200  # Nodes 2.0 stretches the text over all of the node, and adds the plot below
     canvas.column("3  Choice and figures", 520)
     canvas.add("PreviewAny", "The cheapest choice", tall=140, source=node[3])
     canvas.add("PreviewAny", "All figures", tall=420, source=node[2])

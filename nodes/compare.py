@@ -44,7 +44,7 @@ class CompareSamplers(io.ComfyNode):
                     "the steps")),
                 io.String.Input("schedulers", default="karras, sgm_uniform",
                                 tooltip="KSampler's schedulers, between commas"),
-                io.String.Input("evaluations", default="5, 8, 10", tooltip=(
+                io.String.Input("evaluations", default="5, 8, 12", tooltip=(
                     f"Budgets of model evaluations an image, between commas, from 1 to {MOST_EVALUATIONS}: every sampler "
                     "gets as many steps as fit")),
                 io.Float.Input("error", default=0.1, min=0.001, max=10.0, step=0.01, round=False, tooltip=(

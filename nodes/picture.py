@@ -12,15 +12,14 @@ from torch import Tensor
 from ..samplers import Amed, Statistics, fit_multistep
 
 COLOURS = {"l": (31, 119, 180), "s": (214, 39, 40), "b": (44, 160, 44), "gamma": (148, 103, 189), "damping": (200, 130, 0)}
-
-
 EXPECTED = (3, 4, 5, 6, 8, 10, 12, 15, 20)
 """Evaluations for which the error to expect is drawn."""
 
 
 def curves(statistics: Statistics, width: int = 480, height: int = 300) -> Tensor:
-    """l, s, b, gamma and damping over lambda, and for the fitted solver the error to expect, [1, H, W, 3]; of several channels, each a
-    thin line.
+    """l, s, b, gamma and damping over lambda, and below them the error to expect of the fitted solver if they serve it, [1, H, W, 3].
+
+    Of several channels each is a thin line.
     """
     expected = {} if statistics.root is None else {n: fit_multistep(statistics, n).error for n in EXPECTED}
     image = Image.new("RGB", (width, height + 220 if expected else height), "white")
@@ -36,14 +35,14 @@ def curves(statistics: Statistics, width: int = 480, height: int = 300) -> Tenso
         return list(zip(left + (x - lam[0]) / (lam[-1] - lam[0]) * (right - left),
                         bottom - (np.clip(y, low, high) - low) / (high - low) * (bottom - top)))
 
-    for value in np.linspace(low, high, 5):
+    for value in ticks(low, high):
         [(_, y), _] = at(lam[[0, -1]], np.array([value, value]))
         draw.line([(left, y), (right, y)], (225, 225, 225))
-        draw.text((6, y - 8), f"{value:.2g}", (90, 90, 90), font)
-    for value in np.linspace(lam[0], lam[-1], 6):
+        draw.text((left - 8, y), f"{value:g}", (90, 90, 90), font, anchor="rm")
+    for value in ticks(lam[0], lam[-1], 8):
         [(x, _)] = at(np.array([value]), np.array([low]))
-        draw.text((x - 12, bottom + 6), f"{value:.1f}", (90, 90, 90), font)
-    draw.text((right - 70, bottom + 20 - 6), "lambda", (90, 90, 90), font)
+        draw.text((x, bottom + 8), f"{value:g}", (90, 90, 90), font, anchor="mt")
+    draw.text((right, 10), "lambda", (90, 90, 90), font, anchor="ra")
     for name, line in lines.items():
         for channel in line.T:
             draw.line(at(lam, channel), COLOURS[name], 2)
@@ -63,11 +62,10 @@ def _expected(draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, errors: d
         return (left + math.log(n / EXPECTED[0]) / math.log(EXPECTED[-1] / EXPECTED[0]) * (right - left),
                 bottom - math.log(error / low) / math.log(high / low) * (bottom - top))
 
-    for value in (m * 10.0**k for k in range(-9, 4) for m in (1, 3)):
-        if low <= value <= high:
-            _, y = at(1, value)
-            draw.line([(left, y), (right, y)], (225, 225, 225))
-            draw.text((left - 6, y), f"{value:g}", (90, 90, 90), font, anchor="rm")
+    for value in log_ticks(low, high, 5):
+        _, y = at(1, value)
+        draw.line([(left, y), (right, y)], (225, 225, 225))
+        draw.text((left - 8, y), f"{value:g}", (90, 90, 90), font, anchor="rm")
     points = [at(n, error) for n, error in errors.items()]
     draw.line(points, COLOURS["l"], 2)
     for n, (x, y) in zip(errors, points):
@@ -75,6 +73,22 @@ def _expected(draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, errors: d
         draw.text((x, bottom + 8), str(n), (90, 90, 90), font, anchor="mt")
     draw.text((left, top - 22), "error to expect of lambda_fitted (rms)", COLOURS["l"], font)
     draw.text((right, top - 22), "evaluations", (90, 90, 90), font, anchor="ra")
+
+
+def ticks(low: float, high: float, most: int = 5) -> list[float]:
+    """Multiples of 1, 2 or 5 x 10^k from low to high: at most so many, of the smallest such step."""
+    for step in (m * 10.0**k for k in range(math.floor(math.log10(high - low)) - 2, 400) for m in (1, 2, 5)):
+        first, last = math.ceil(low / step), math.floor(high / step)
+        if last - first < most:
+            return [n * step for n in range(first, last + 1)]
+
+
+def log_ticks(low: float, high: float, most: int) -> list[float]:
+    """1, 2 and 5 x 10^k from low to high, or of these only 1 x 10^k if they are more than `most`; `ticks` in a range without two."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    found = [[value for k in decades for m in marks if low <= (value := m * 10.0**k) <= high] for marks in ((1, 2, 5), (1,))]
+    fine = found[0] if len(found[0]) <= most else found[1]
+    return fine if len(fine) > 1 else ticks(low, high, most)
 
 
 def tensor(image: Image.Image) -> Tensor:
@@ -100,10 +114,10 @@ def training(trained: Amed, width: int = 480, height: int = 320) -> Tensor:
         low, high = np.nanmin(values), np.nanmax(values)
         low, high = low - 0.1 * (high - low + 0.1), high + 0.1 * (high - low + 0.1)
         x = left + 16 + np.arange(steps) / max(steps - 1, 1) * (right - left - 32)
-        for value in np.linspace(low, high, 4):
-            y = bottom - (value - low) / (high - low) * (bottom - top)
+        for value in log_ticks(10**low, 10**high, 5) if log else ticks(low, high):
+            y = bottom - ((math.log10(value) if log else value) - low) / (high - low) * (bottom - top)
             draw.line([(left, y), (right, y)], (225, 225, 225))
-            draw.text((6, y - 8), f"{10**value if log else value:.2g}", (90, 90, 90), font)
+            draw.text((left - 8, y), f"{value:g}", (90, 90, 90), font, anchor="rm")
         place = left
         for (name, line), colour in zip(scaled.items(), colours):
             points = [(px, bottom - (value - low) / (high - low) * (bottom - top)) for px, value in zip(x, line)
@@ -114,8 +128,8 @@ def training(trained: Amed, width: int = 480, height: int = 320) -> Tensor:
             draw.text((place, top - 20), name, colour, font)
             place += draw.textlength(name, font) + 16
         draw.text((right, top - 20), title, (90, 90, 90), font, anchor="ra")
-        for px, step in zip(x, range(1, steps + 1)):
-            draw.text((px, bottom + 4), str(step), (90, 90, 90), font, anchor="ma")
+        for step in range(1, steps + 1, math.ceil(steps / 16)):
+            draw.text((x[step - 1], bottom + 4), str(step), (90, 90, 90), font, anchor="ma")
 
     blue, red, green, grey = *(COLOURS[name] for name in ("l", "s", "b")), (130, 130, 130)
     table = np.where(learned[:, None], trained.table, np.nan)
@@ -183,11 +197,10 @@ def errors(lines: Sequence[Line], good: float, doubt: float, width: int = 1000, 
         draw.rectangle([left, ground, right, bottom], DOUBT)
         if bottom - ground > 24 * z:
             draw.text((right - 8 * z, bottom - 8 * z), "the reference itself is not known better", GREY, small, anchor="rs")
-    for value in (m * 10.0**k for k in range(-8, 4) for m in (1, 2, 5)):
-        if y_low <= math.log(value) <= y_high:
-            _, y = at(1, value)
-            draw.line([(left, y), (right, y)], GRID, z)
-            draw.text((left - 10 * z, y), f"{value:g}", GREY, small, anchor="rm")
+    for value in log_ticks(math.exp(y_low), math.exp(y_high), 12):
+        _, y = at(1, value)
+        draw.line([(left, y), (right, y)], GRID, z)
+        draw.text((left - 10 * z, y), f"{value:g}", GREY, small, anchor="rm")
     taken = -math.inf
     for n in calls:
         x, _ = at(n, 1)

@@ -236,6 +236,18 @@ def test_the_cheapest_has_the_fewest_evaluations_within_the_error_and_else_the_n
     assert rows[4] == "| heun | karras | of 5 |  |  | failed: no |" and rows[5].startswith("| lambda_2m | karras | 8 | 8 | 0.0800 |")
 
 
+def test_axes_are_marked_at_a_few_round_numbers() -> None:
+    picture = module("picture")
+    assert picture.ticks(-0.65, 1.04) == [-0.5, 0.0, 0.5, 1.0] and picture.ticks(-2.7, 3.5, 8) == [-2, -1, 0, 1, 2, 3]
+    assert picture.log_ticks(0.07, 1.1, 5) == pytest.approx([0.1, 0.2, 0.5, 1.0])
+    assert picture.log_ticks(3e-4, 0.2, 5) == pytest.approx([1e-3, 1e-2, 1e-1])
+    assert picture.log_ticks(0.41, 0.49, 5) == pytest.approx([0.42, 0.44, 0.46, 0.48])  # no two of 1, 2, 5 are in it
+    random = np.random.default_rng(0)
+    for low, high in np.sort(random.normal(size=(200, 2)) * 10.0 ** random.integers(-6, 6, (200, 1)), axis=1):
+        marks = picture.ticks(low, high)
+        assert 2 <= len(marks) <= 5 and all(low <= mark <= high or math.isclose(mark, low) or math.isclose(mark, high) for mark in marks)
+
+
 def test_the_plot_puts_every_mark_in_its_colour_and_the_sheet_frames_the_good() -> None:
     picture = module("picture")
     lines = [picture.Line("euler", "karras", False, [(5, 0.5), (10, 0.2)]), picture.Line("deis", "karras", True, [(5, 0.3)]),

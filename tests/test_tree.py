@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from comfy_host import pack
 from samplers import SAMPLERS
@@ -92,3 +93,17 @@ def test_every_node_has_a_help_page_that_explains_its_widgets() -> None:
         for name, (kind, *_) in (spec for specs in node.INPUT_TYPES().values() for spec in specs.items()):
             if isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO") and name != "cfg":
                 assert f"`{name}`" in text, f"{page.name} does not explain {name}"
+
+
+def test_every_help_page_has_an_equation_a_picture_and_says_when_to_use_the_node() -> None:
+    pages = sorted((ROOT / "web" / "docs").glob("*.md"))
+    pictures = {ROOT / "web" / "docs" / "pictures" / f"{page.stem}.webp" for page in pages}
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        assert re.search(r"\n\n    .*(=|min ).*\n", text), f"{page.name} has no equation"
+        assert "Use it " in text, f"{page.name} does not say when to use the node"
+        words, picture = re.search(r"\n\n!\[(.+)\]\((.+)\)\n", text).groups()
+        assert picture == f"pictures/{page.stem}.webp" and words[0].isupper(), page
+        with Image.open(page.parent / picture) as image:
+            assert image.width > 500 and len(image.convert("L").getcolors()) > 20, f"{page.name}: {image.size}"
+    assert pictures == {path for path in published() if path.parent.name == "pictures"}, "run python dev/pictures.py"

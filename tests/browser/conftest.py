@@ -3,21 +3,18 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import sys
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import sync_playwright
 
 import environment
 import workflows
 from comfyui_server import Server
 
 sys.path.append(str(Path(__file__).parent))
-from interface import Interface  # noqa: E402
+from interface import CHROMIUM, Interface, browser  # noqa: E402
 
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 PICTURES = environment.HOME / "browser"
 """Where the tests leave their screenshots."""
 
@@ -44,11 +41,8 @@ def server(request, executable, tmp_path_factory):
 @pytest.fixture(scope="module")
 def chromium(server, executable):
     """After the server, and gone before the next: Playwright keeps an event loop running, beside which there is no other."""
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox", "--disable-gpu",
-                                                                               "--disable-dev-shm-usage", "--disable-quic"])
-        yield browser
-        browser.close()
+    with browser(executable) as running:
+        yield running
 
 
 @pytest.fixture(scope="module", params=["classic", "nodes2"])

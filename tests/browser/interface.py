@@ -2,13 +2,19 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import time
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
+
+from playwright.sync_api import sync_playwright
 
 import demo
 
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.InstalledVersion": "1.58.1", "Comfy.Workflow.Persist": False,
             "Comfy.EnableTooltips": False, "Comfy.VueNodes.AutoScaleLayout": False, "Comfy.Release.Status": "changelog seen",
             "Comfy.Notification.ShowVersionUpdates": False, "Comfy.Locale": "en"}
@@ -28,6 +34,14 @@ OVERLAPS = """(nodes2) => {
         if (a < b && x < u + s && u < x + w && y < v + t && v < y + h) found.push([a, b, Math.min(v + t - y, y + h - v)])
     return found
 }"""
+SPILT = """(nodes2) => app.graph.nodes.flatMap((node) => {
+    const group = app.graph.groups.find(({ _bounding: [x, y, w, h] }) =>
+        x <= node.pos[0] && node.pos[0] < x + w && y <= node.pos[1] && node.pos[1] < y + h)
+    const drawn = nodes2 && document.querySelector(`[data-node-id="${node.id}"]`)?.getBoundingClientRect()
+    const bottom = node.pos[1] + (drawn ? drawn.height / app.canvas.ds.scale - LiteGraph.NODE_TITLE_HEIGHT : node.size[1])
+    const below = bottom - group._bounding[1] - group._bounding[3]
+    return below > 0 ? [[node.title, below]] : []
+})"""
 WATCH = """() => {
     window.seen = []
     for (const kind of ['execution_success', 'execution_error', 'execution_interrupted', 'executed'])
@@ -35,11 +49,20 @@ WATCH = """() => {
 }"""
 
 
+@contextmanager
+def browser(executable: str | None = CHROMIUM) -> Iterator[Any]:
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox", "--disable-gpu",
+                                                                               "--disable-dev-shm-usage", "--disable-quic"])
+        yield running
+        running.close()
+
+
 class Interface:
-    def __init__(self, browser, server, nodes2: bool, pictures: Path) -> None:
+    def __init__(self, browser, server, nodes2: bool, pictures: Path, scale: int = 1) -> None:
         self.browser, self.server, self.nodes2, self.pictures = browser, server, nodes2, pictures
         self.logs: list[tuple[str, str]] = []
-        self.context = browser.new_context(viewport={"width": 1500, "height": 900}, locale="en-US")
+        self.context = browser.new_context(viewport={"width": 1500, "height": 900}, locale="en-US", device_scale_factor=scale)
         # Nothing outside this machine is asked for, so nothing waits for an answer.
         self.context.route(lambda url: not url.startswith((server.url, "data:", "blob:")), lambda route: route.abort())
         self.page = self.context.new_page()
@@ -88,7 +111,7 @@ class Interface:
         """Press Run and wait for the end."""
         self.do("() => { window.seen.length = 0 }")
         self.page.locator('button[data-testid="queue-button"], div[data-testid="queue-button"] button').first.click()
-        self.page.wait_for_function("() => window.seen.some(([kind]) => kind.startsWith('execution_'))", timeout=120_000)
+        self.page.wait_for_function("() => window.seen.some(([kind]) => kind.startsWith('execution_'))", timeout=300_000)
         end, detail = self.do("() => window.seen.find(([kind]) => kind.startsWith('execution_'))")
         assert end == "execution_" + expect, detail
         if expect == "error":  # a dialog, in some versions
@@ -115,6 +138,10 @@ class Interface:
         """Pairs of nodes that cover each other, and how far, once the interface has laid them out."""
         until("the nodes have come to rest", lambda: self._same(f"() => JSON.stringify(({OVERLAPS})({str(self.nodes2).lower()}))", 300))
         return self.do(OVERLAPS, self.nodes2)
+
+    def spilt(self) -> list:
+        """Nodes that reach below the group they stand in, and how far, after `overlaps` has waited."""
+        return self.do(SPILT, self.nodes2)
 
     def saved(self) -> dict:
         """The workflow as it is saved, once it does not change any more."""

@@ -20,6 +20,7 @@ def test_every_example_runs_by_the_run_button_and_shows_its_evaluations(ui, name
     opened(ui, name)
     assert ui.overlaps() == []
     ui.run()
+    assert ui.overlaps() == [] == ui.spilt()
     images = ui.images()
     assert images
     with Image.open(ui.server.file(images[-1])) as image:
@@ -215,6 +216,22 @@ def test_a_sampler_without_statistics_says_so_before_and_after(ui) -> None:
     ui.run()
     shown = ui.reads("good: statistics", "(last run)")
     assert not any("needs statistics" in line for line in shown["lines"])
+
+
+def test_the_help_of_a_node_shows_its_equation_and_its_picture(ui) -> None:
+    page = (environment.ROOT / "web" / "docs" / f"{SAMPLER}.md").read_text(encoding="utf-8")
+    equation = re.search(r"\n\n    (.+?)  ", page)[1]
+    ui.load("sampler_node")
+    try:
+        ui.do("(id) => app.canvas.selectNode(app.graph.getNodeById(id))", ui.node(SAMPLER))
+        ui.page.locator('[data-testid="info-button"]').click()
+        until("the picture is loaded", lambda: ui.do(
+            "(name) => document.querySelector(`img[src$='/docs/pictures/${name}.webp']`)?.naturalWidth > 500", SAMPLER))
+        assert equation in ui.page.inner_text("body")
+        ui.picture("help")
+        ui.logs[:] = [entry for entry in ui.logs if not entry[1].endswith(f"/{SAMPLER}/en.md")]  # which is asked for first
+    finally:
+        ui.open()
 
 
 def test_the_settings_say_whether_to_draw_and_to_measure(ui) -> None:

@@ -103,10 +103,10 @@ function around(start) {
 function element(height) {
   const el = document.createElement("div")
   el.className = "lambda-solvers-panel"
-  // The height in CSS too: Nodes 2.0 of frontend 1.32 asks nobody else. Clicks and the wheel go to the canvas below.
-  el.style.cssText = `display:flex;flex-direction:column;box-sizing:border-box;width:100%;height:100%;min-height:${height}px;` +
-    "pointer-events:none;overflow:hidden;border-radius:6px;padding:4px 6px;gap:3px;font:11px/14px sans-serif;" +
-    "color:var(--fg-color, #ddd);background:#0003"
+  // The heights in CSS too: Nodes 2.0 of frontend 1.32 asks nobody else. Clicks and the wheel go to the canvas below.
+  el.style.cssText = "display:flex;flex-direction:column;box-sizing:border-box;width:100%;height:100%;" +
+    `min-height:${height}px;max-height:${2 * height}px;pointer-events:none;overflow:hidden;border-radius:6px;` +
+    "padding:4px 6px;gap:3px;font:11px/14px sans-serif;color:var(--fg-color, #ddd);background:#0003"
   // One unit square stretched over the place there is; strokes keep their width.
   el.innerHTML = `<svg viewBox="0 0 1 1" preserveAspectRatio="none" overflow="visible" fill="none" stroke-linecap="round"
       style="display:none;width:calc(100% - 8px);margin:4px;flex:1 1 70px;min-height:0">
