@@ -190,7 +190,6 @@ def _status(line: Callable[..., None], graph: Graph, job: Job, name: str, model:
     """How the calibration stands before a run."""
     kind = KIND_OF[job.sampler.options[name].kind]
     planned = shown.settings, shown.path, shown.levels
-    cost = kind.cost(*planned) if shown.levels else 0
     scale = plan.guidance(graph, job.runs)
     about = model.about if model and scale is not None else None
     giver = plan.given(graph, job, name)
@@ -199,6 +198,10 @@ def _status(line: Callable[..., None], graph: Graph, job: Job, name: str, model:
     rule = graph[job.node]["inputs"].get("calibration", rule)
     if rule == "never":
         return line("warn", "none_given")
+    try:
+        cost = kind.cost(*planned) if shown.levels else 0
+    except ValueError as fault:  # nothing to learn, so the run would be refused
+        return line("warn", "unusable", fault=fault)
     if rule == "every prompt":
         return line("note", "every_prompt", count=cost)
     if about is None:

@@ -34,7 +34,7 @@ from .solver import Multistep, finite
 from .storage import Partial
 from .tensors import per_image
 
-PARTIAL = "lambda-solvers partial amed 1"
+PARTIAL = "lambda-solvers partial amed 2"
 LEARNED = ("r", "c", "a")
 TEACHER = 5        # its steps in every interval
 BUDGET = 15        # evaluations of the table's training, in those of one run: as many rounds together as fit
@@ -100,70 +100,19 @@ def fit_amed(model: Callable[..., Tensor], x: Tensor, sigmas: Sequence[float] | 
     schedule = levels(torch.as_tensor(sigmas).tolist(), gaussian)
     _check(base, form, first_step, teacher, learn, held_out, len(x), features)
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    steps = len(schedule) - 1
     trainable = _trainable(schedule)
-    if not trainable:
-        raise ValueError(f"sigmas = {[level.sigma for level in schedule]} has no interval between two positive levels inside "
-                         "the path, and AMED learns nothing of others: use more steps")
     together, total = _effort(schedule, form, first_step, teacher, learn, budget, rounds)
-    done, loss = 0, math.nan
-
-    def denoise(x_now: Tensor, sigma: float | np.ndarray) -> Tensor:
-        nonlocal done
-        answer = model(x_now, per_image(sigma, x_now), **dict(extra_args or {})).detach().to(x.dtype)
-        done += 1
-        if progress:
-            progress(min(done, total), total, loss)
-        return answer
-
     key = {"lam": [level.lam for level in schedule], "shape": list(x.shape), "path": path, "base": base, "seed": seed,
-           "first_step": first_step, "teacher": teacher, "learn": list(learn), "held_out": held_out, "about": dict(about or {})}
-    state = Partial(partial, PARTIAL, key, partial_seconds, x.device)
-    kept, finished = state.read()
-
-    def keep(following: int, at_once: bool = False) -> None:
-        kept["done"] = torch.tensor(done)
-        state.write(kept, following, at_once)
-
-    if kept:
-        done = int(kept["done"])
-    else:
-        kept = {f"target.{j}": value for j, value in _teacher(denoise, x, schedule, teacher, gaussian).items()}
-        keep(0, at_once=True)
-    targets = {int(name[7:]): value for name, value in kept.items() if name.startswith("target.")}
-    solver = Insertion(Amed.untrained(first_step=first_step), BASES[base])
-    student = Student(denoise, solver, schedule, gaussian, targets, learn)
+           "first_step": first_step, "teacher": teacher, "learn": list(learn), "held_out": held_out, "about": dict(about or {}),
+           "together": together}
+    course = Course(model, extra_args, x.dtype, Partial(partial, PARTIAL, key, partial_seconds, x.device), progress, total)
+    targets = course.targets(lambda: _teacher(course.denoise, x, schedule, teacher, gaussian))
+    student = Student(course.denoise, Insertion(Amed.untrained(first_step=first_step), BASES[base]), schedule, gaussian, targets, learn)
     training = slice(0, len(x) - held_out)
     guess = unbounded(np.array([[GUESS.get(base, 0.5) if "r" in learn else 0.5, 1.0, 1.0]]))
-    us = list(kept["u"].cpu().numpy()) if "u" in kept else [guess if i in trainable else 0 * guess for i in range(steps)]
-    try:
-        first = student.run(student.start(x), lambda i: np.zeros((1, 3)), steps)
-        untrained = student.errors(first)
-        places = [first[0]._replace(values={0: first[0].values[0]})]
-        for i in range(steps):
-            if finished <= i and i in trainable:
-                known = first[:2] if i == 0 and not guess.any() else None
-                ahead, (us[i],) = _gauss_newton(student, places[-1], [us[i]], training, ALONE, known)
-                loss = student.rms(ahead[-1], training)
-                kept["u"] = torch.from_numpy(np.stack(us))
-                keep(i + 1)
-            else:
-                ahead = student.run(places[-1], us.__getitem__, i + 1)
-            places[-1:] = ahead
-        for done_together in range(max(0, finished - steps), together):
-            places, us = _gauss_newton(student, places[0], us, training, 1, places)
-            loss = student.rms(places[-1], training)
-            kept["u"] = torch.from_numpy(np.stack(us))
-            keep(steps + 1 + done_together)
-    except BaseException:  # cancelled: the steps that are done are kept
-        keep(state.following, at_once=True)
-        raise
-    losses = {"untrained": untrained, "trained": student.errors(places)}
-    ends = [losses[name][-1][training] for name in ("trained", "untrained")]
-    floor = FLOOR * ends[1].mean() + 1e-30
-    if typical(ends[0], floor) > typical(ends[1], floor):
-        us, losses["trained"] = [np.zeros((1, 3)) for _ in range(steps)], untrained
-    table = bounded(np.concatenate(us))
+    with course:
+        us, losses = _fit_table(student, x, [guess if i in trainable else 0 * guess for i in range(len(schedule) - 1)],
+                                together, training, course)
     network = None
     if form == "predictor":
         losses["table"] = losses["trained"]
@@ -171,23 +120,23 @@ def fit_amed(model: Callable[..., Tensor], x: Tensor, sigmas: Sequence[float] | 
     shown = {name: {part: [math.sqrt(row[where].mean()) for row in rows]
                     for part, where in (("training", training), ("held out", slice(training.stop, len(x))))
                     if part == "training" or held_out} for name, rows in losses.items()}
-    result = Amed(np.array([level.lam for level in schedule]), table, base, first_step, network, about={
+    result = Amed(np.array(key["lam"]), bounded(np.concatenate(us)), base, first_step, network, about={
         **(about or {}), "path": path, "form": form, "learn": list(learn), "teacher": teacher, "samples": len(x) - held_out,
-        "held_out": held_out, "shape": list(x.shape[1:]), "seed": seed, "evaluations": done, "losses": shown,
+        "held_out": held_out, "shape": list(x.shape[1:]), "seed": seed, "evaluations": course.spent, "losses": shown,
         "sigmas": [level.sigma for level in schedule], "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
-    state.remove()
+    course.file.remove()
     return result
 
 
 def training_cost(schedule: Sequence[Level], form: str = "table", first_step: str = "evaluate", teacher: int = TEACHER,
                   learn: Sequence[str] = LEARNED, budget: float = BUDGET, rounds: int = ROUNDS) -> int:
-    """The most model evaluations that `fit_amed` makes."""
+    """The most model evaluations that `fit_amed` makes (an iteration that fails spares its slopes); ValueError where it refuses."""
     return _effort(schedule, form, first_step, teacher, learn, budget, rounds)[1]
 
 
 def _effort(schedule: Sequence[Level], form: str, first_step: str, teacher: int, learn: Sequence[str], budget: float,
-            rounds: int) -> tuple[int, int]:
-    """How many rounds all steps learn together, and the evaluations of it all."""
+            rounds: int) -> tuple[list[int], int]:
+    """The interval from which on each round's steps learn together, and the evaluations of it all."""
     steps, trainable = len(schedule) - 1, _trainable(schedule)
     skipped = first_step != "evaluate"
     cost = [1 + (i in trainable) for i in range(steps)]
@@ -200,11 +149,88 @@ def _effort(schedule: Sequence[Level], form: str, first_step: str, teacher: int,
     total = fixed + together * each
     if form == "predictor":
         total += rounds * (run + linearised) + run
-    return together, total
+    return [0] * together, total
 
 
 def _trainable(schedule: Sequence[Level]) -> list[int]:
-    return [i for i, ends in enumerate(pairwise(schedule)) if finite(*ends)]
+    found = [i for i, ends in enumerate(pairwise(schedule)) if finite(*ends)]
+    if not found:
+        raise ValueError(f"sigmas = {[level.sigma for level in schedule]} has no interval between two positive levels inside "
+                         "the path, and AMED learns nothing of others: use more steps")
+    return found
+
+
+class Course:
+    """What a training has spent and found; a file keeps it, so that one that was cut short goes on.
+
+    Its parts are the teacher, every step by itself and every round together, counted from 0 by how many are done.
+    """
+
+    def __init__(self, model: Callable[..., Tensor], extra_args: Mapping[str, Any] | None, dtype: torch.dtype, file: Partial,
+                 progress: Callable[[int, int, float], None] | None, total: int) -> None:
+        self.model, self.extra_args, self.dtype = model, dict(extra_args or {}), dtype
+        self.file, self.progress, self.total = file, progress, total
+        self.kept, self.done = file.read()
+        self.spent, self.loss = int(self.kept.get("spent", 0)), math.nan
+
+    def denoise(self, x: Tensor, sigma: float | np.ndarray) -> Tensor:
+        answer = self.model(x, per_image(sigma, x), **self.extra_args).detach().to(self.dtype)
+        self.spent += 1
+        if self.progress:
+            self.progress(min(self.spent, self.total), self.total, self.loss)
+        return answer
+
+    def targets(self, teach: Callable[[], Mapping[int, Tensor]]) -> dict[int, Tensor]:
+        """The teacher's states, kept or made."""
+        if not self.done:
+            self.keep(1, at_once=True, **{f"target.{j}": value for j, value in teach().items()})
+        return {int(name[7:]): value for name, value in self.kept.items() if name.startswith("target.")}
+
+    def us(self, guess: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """u [1, 3] of every interval as far as it was learned."""
+        return list(self.kept["u"].cpu().numpy()) if "u" in self.kept else list(guess)
+
+    def learned(self, done: int, us: Sequence[np.ndarray], loss: float) -> None:
+        self.loss = loss
+        self.keep(done, u=torch.from_numpy(np.stack(us)))
+
+    def keep(self, done: int, at_once: bool = False, **found: Tensor) -> None:
+        self.done = done
+        self.kept |= {**found, "spent": torch.tensor(self.spent)}
+        self.file.write(self.kept, done, at_once)
+
+    def __enter__(self) -> Course:
+        return self
+
+    def __exit__(self, *fault: Any) -> None:
+        if fault[0]:  # cancelled: the parts that are done are kept
+            self.file.write(self.kept, self.done, at_once=True)
+
+
+def _fit_table(student: Student, x: Tensor, guess: Sequence[np.ndarray], together: Sequence[int], training: slice,
+               course: Course) -> tuple[list[np.ndarray], dict[str, list[np.ndarray]]]:
+    """The u [1, 3] of every interval: each by itself, then together from every interval of `together` on; `Student.errors`."""
+    steps, us = len(guess), course.us(guess)
+    first = student.run(student.start(x), lambda i: np.zeros((1, 3)), steps)
+    places = [first[0]._replace(values={0: first[0].values[0]})]
+    for i in range(steps):
+        if course.done <= 1 + i and i in student.trainable:
+            known = first[:2] if i == 0 and not guess[0].any() else None
+            ahead, (us[i],) = _gauss_newton(student, places[-1], [us[i]], training, ALONE, known)
+            course.learned(2 + i, us, student.rms(ahead[-1], training))
+        else:
+            ahead = student.run(places[-1], us.__getitem__, i + 1)
+        places[-1:] = ahead
+    for done, i in enumerate(together, 1 + steps):
+        if course.done <= done:
+            places[i:], us[i:] = _gauss_newton(student, places[i], us[i:], training, 1, places[i:])
+            course.learned(1 + done, us, student.rms(places[-1], training))
+    losses = {"untrained": student.errors(first), "trained": student.errors(places)}
+    ends = [losses[name][-1][training] for name in ("trained", "untrained")]
+    floor = FLOOR * ends[1].mean() + 1e-30
+    if typical(ends[0], floor) > typical(ends[1], floor):
+        us, losses["trained"] = [np.zeros((1, 3)) for _ in us], losses["untrained"]
+    return us, losses
 
 
 class Student:

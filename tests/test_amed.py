@@ -151,8 +151,15 @@ def test_another_base_or_first_step_than_the_trained_one_is_refused() -> None:
 def test_what_cannot_be_trained_is_refused(how: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fit_amed(reference_mixture("ve")[0], noises(4), SIGMAS, **how)
-    with pytest.raises(ValueError, match="no interval between two positive levels"):
-        fit_amed(reference_mixture("ve")[0], noises(4), [60.0, 0.0])
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_schedule_with_nothing_to_learn_is_refused_and_has_no_cost(path: str) -> None:
+    sigmas = [1.0, 0.0]
+    for refused in (lambda: fit_amed(reference_mixture(path)[0], noises(4), sigmas, path=path),
+                    lambda: training_cost(levels(sigmas, PATHS[path]))):
+        with pytest.raises(ValueError, match="no interval between two positive levels"):
+            refused()
 
 
 class Cancelled(Exception):
