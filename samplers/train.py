@@ -37,7 +37,7 @@ from .tensors import per_image
 PARTIAL = "lambda-solvers partial amed 2"
 LEARNED = ("r", "c", "a")
 TEACHER = 5        # its steps in every interval
-BUDGET = 15        # evaluations of the table's training, in those of one run: as many rounds together as fit
+BUDGET = 15        # evaluations of the table's training, at most, in those of one run: learning together takes what the rest leaves
 ALONE = 2          # iterations of every step by itself
 MOST_TOGETHER = 3
 GUESS = {"amed": 0.3}  # r to begin with, where it is not 1/2: AMED's own rule always went below, to 0.13-0.46
@@ -136,20 +136,29 @@ def training_cost(schedule: Sequence[Level], form: str = "table", first_step: st
 
 def _effort(schedule: Sequence[Level], form: str, first_step: str, teacher: int, learn: Sequence[str], budget: float,
             rounds: int) -> tuple[list[int], int]:
-    """The interval from which on each round's steps learn together, and the evaluations of it all."""
+    """The interval from which on each round's steps learn together, and the evaluations of it all.
+
+    A round of all steps costs about 3/2 of their number in runs. As many of the last steps as the budget leaves take part, so
+    that short and long schedules spend alike.
+    """
     steps, trainable = len(schedule) - 1, _trainable(schedule)
-    skipped = first_step != "evaluate"
     cost = [1 + (i in trainable) for i in range(steps)]
-    run = sum(cost) - skipped
-    slopes, asked = len({"r", "a"} & {*learn}), len(learn)
-    linearised = sum(asked * sum(cost[i + 1:]) + slopes for i in trainable)
-    fixed = teacher * steps + run + sum(cost[1:]) + 1 + len(trainable) * ALONE * (slopes + 1)
-    each = linearised + run - (not skipped)
-    together = max(0, min(MOST_TOGETHER, int((budget * run - fixed) // each))) if steps > 1 else 0
-    total = fixed + together * each
+    run = sum(cost) - (first_step != "evaluate")
+    slopes = len({"r", "a"} & {*learn})
+
+    def linearised(first: int) -> int:
+        return sum(len(learn) * sum(cost[i + 1:]) + slopes for i in trainable if i >= first)
+
+    together, total = [], teacher * steps + run + sum(cost[1:]) + 1 + len(trainable) * ALONE * (slopes + 1)
+    for _ in range(MOST_TOGETHER):
+        each = {i: linearised(i) + sum(cost[i:]) - 1 for i in trainable[:max(1, len(trainable) - 1)]}
+        fitting = [i for i in each if total + each[i] <= budget * run]
+        if fitting:
+            together.append(fitting[0])
+            total += each[fitting[0]]
     if form == "predictor":
-        total += rounds * (run + linearised) + run
-    return [0] * together, total
+        total += rounds * (run + linearised(0)) + run
+    return together, total
 
 
 def _trainable(schedule: Sequence[Level]) -> list[int]:

@@ -97,7 +97,15 @@ def test_the_cost_is_told_beforehand(steps: int, first_step: str, learn: tuple) 
     model = Counted(reference_mixture("ve")[0])
     trained = fit_amed(model, noises(4), sigmas, first_step=first_step, learn=learn)
     told = training_cost(levels(sigmas, PATHS["ve"]), first_step=first_step, learn=learn)
-    assert model.calls == trained.about["evaluations"] <= told <= BUDGET * (2 * steps - 1 - (first_step == "afs")) + steps
+    assert model.calls == trained.about["evaluations"] <= told <= BUDGET * (2 * steps - 1 - (first_step == "afs"))
+
+
+@pytest.mark.parametrize("first_step", ["evaluate", "afs"])
+def test_short_and_long_schedules_spend_alike(first_step: str) -> None:
+    for steps in range(2, 21):
+        schedule = levels([14.0 * (0.03 / 14.0) ** (i / (steps - 1)) for i in range(steps)] + [0.0], PATHS["ve"])
+        run = 2 * steps - 1 - (first_step == "afs")
+        assert 0.7 * BUDGET * run < training_cost(schedule, first_step=first_step) <= BUDGET * run
 
 
 def test_only_what_is_to_be_learned_moves() -> None:
