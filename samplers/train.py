@@ -8,8 +8,9 @@ of the squared error,
 
 which is all that training needs: damped Gauss-Newton for one u a step (the table), and gradient steps on the small network
 that predicts u from the image (the predictor), whose chain rule ends at g + G d. First every step learns by itself to land
-where the teacher does, from where the steps before it lead; then all learn together to end where the teacher ends, which
-lets one make good what another cannot. The teacher is the same trajectory in finer steps. Over images the mean of log(|R|^2 + floor) is lowered.
+where the teacher does, from where the steps before it lead; then they learn together to end where the teacher ends, which
+lets one make good what another cannot, and go half way there, since what must be made good differs between prompts. The teacher
+is the same trajectory in finer steps. Over images the mean of log(|R|^2 + floor) is lowered.
 """
 from __future__ import annotations
 
@@ -40,6 +41,8 @@ TEACHER = 5        # its steps in every interval
 BUDGET = 15        # evaluations of the table's training, at most, in those of one run: learning together takes what the rest leaves
 ALONE = 2          # iterations of every step by itself
 MOST_TOGETHER = 3
+DAMPING = {"alone": 0.03, "together": 1.0}
+"""In the curvature of each number: 1 halves a step. Figures in dev/NOTES.md."""
 GUESS = {"amed": 0.3}  # r to begin with, where it is not 1/2: AMED's own rule always went below, to 0.13-0.46
 ROUNDS, EPOCHS = 4, 300  # for the predictor: how often the run is linearised, and steps of Adam on each
 FLOOR = 0.3  # in mean squared errors
@@ -225,14 +228,14 @@ def _fit_table(student: Student, x: Tensor, guess: Sequence[np.ndarray], togethe
     for i in range(steps):
         if course.done <= 1 + i and i in student.trainable:
             known = first[:2] if i == 0 and not guess[0].any() else None
-            ahead, (us[i],) = _gauss_newton(student, places[-1], [us[i]], training, ALONE, known)
+            ahead, (us[i],) = _gauss_newton(student, places[-1], [us[i]], training, ALONE, DAMPING["alone"], known)
             course.learned(2 + i, us, student.rms(ahead[-1], training))
         else:
             ahead = student.run(places[-1], us.__getitem__, i + 1)
         places[-1:] = ahead
     for done, i in enumerate(together, 1 + steps):
         if course.done <= done:
-            places[i:], us[i:] = _gauss_newton(student, places[i], us[i:], training, 1, places[i:])
+            places[i:], us[i:] = _gauss_newton(student, places[i], us[i:], training, 1, DAMPING["together"], places[i:])
             course.learned(1 + done, us, student.rms(places[-1], training))
     losses = {"untrained": student.errors(first), "trained": student.errors(places)}
     ends = [losses[name][-1][training] for name in ("trained", "untrained")]
@@ -324,7 +327,7 @@ class Student:
 
 
 def _gauss_newton(student: Student, place: Place, us: Sequence[np.ndarray], training: slice, iterations: int,
-                  known: Sequence[Place] | None = None) -> tuple[list[Place], list[np.ndarray]]:
+                  damping: float, known: Sequence[Place] | None = None) -> tuple[list[Place], list[np.ndarray]]:
     """The u [1, 3] of some intervals on, for all images, that lower the error where they end; the places they lead to.
 
     known: the places that these u lead to, if they were run already.
@@ -333,7 +336,7 @@ def _gauss_newton(student: Student, place: Place, us: Sequence[np.ndarray], trai
     end, before = start + len(us), list(student.before)[:start]
     places = list(known) if known else student.run(place, lambda i: us[i - start], end, before=before)
     floor = FLOOR * student.squared(places[-1])[training].mean() + 1e-30
-    damping, quadratic = 0.03, None
+    quadratic = None
     for _ in range(iterations):
         student.before = [*before, *us]
         quadratic = quadratic or student.quadratic(places, us)
