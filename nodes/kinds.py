@@ -152,8 +152,8 @@ def summary(trained: Amed) -> str:
     losses = trained.about["losses"]
     before, after = losses["untrained"]["held out"][-1], losses["trained"]["held out"][-1]
     ratio = carry_over(trained)
-    warning = "" if ratio <= WARN_ABOVE else (f". Warning: against the untrained error that is {100 * (ratio - 1):.0f} % more than on the "
-                                              "training images: use more samples, or fewer steps")
+    warning = "" if ratio <= WARN_ABOVE else (f". Warning: against the untrained error that is {100 * (ratio - 1):.0f} % more "
+                                              "than on the training images: use more samples, or fewer steps")
     return (f"AMED trained in {trained.about['evaluations']} evaluations: error at the last step {before:.3g} untrained, "
             f"{after:.3g} trained, on images held out{warning}")
 

@@ -38,11 +38,11 @@ from .tensors import per_image
 PARTIAL = "lambda-solvers partial amed 2"
 LEARNED = ("r", "c", "a")
 TEACHER = 5        # its steps in every interval
-BUDGET = 15        # evaluations of the table's training, at most, in those of one run: learning together takes what the rest leaves
+BUDGET = 15        # evaluations of the table's training in those of one run: learning together takes what the rest leaves
 ALONE = 2          # iterations of every step by itself
 MOST_TOGETHER = 3
 DAMPING = {"alone": 0.03, "together": 1.0}
-"""In the curvature of each number: 1 halves a step. Figures in dev/NOTES.md."""
+"""In the curvature of each number: 1 halves a step, where more than one step learns. Figures in dev/NOTES.md."""
 GUESS = {"amed": 0.3}  # r to begin with, where it is not 1/2: AMED's own rule always went below, to 0.13-0.46
 ROUNDS, EPOCHS = 4, 300  # for the predictor: how often the run is linearised, and steps of Adam on each
 FLOOR = 0.3  # in mean squared errors
@@ -110,7 +110,8 @@ def fit_amed(model: Callable[..., Tensor], x: Tensor, sigmas: Sequence[float] | 
            "together": together}
     course = Course(model, extra_args, x.dtype, Partial(partial, PARTIAL, key, partial_seconds, x.device), progress, total)
     targets = course.targets(lambda: _teacher(course.denoise, x, schedule, teacher, gaussian))
-    student = Student(course.denoise, Insertion(Amed.untrained(first_step=first_step), BASES[base]), schedule, gaussian, targets, learn)
+    solver = Insertion(Amed.untrained(first_step=first_step), BASES[base])
+    student = Student(course.denoise, solver, schedule, gaussian, targets, learn)
     training = slice(0, len(x) - held_out)
     guess = unbounded(np.array([[GUESS.get(base, 0.5) if "r" in learn else 0.5, 1.0, 1.0]]))
     with course:
@@ -133,7 +134,7 @@ def fit_amed(model: Callable[..., Tensor], x: Tensor, sigmas: Sequence[float] | 
 
 def training_cost(schedule: Sequence[Level], form: str = "table", first_step: str = "evaluate", teacher: int = TEACHER,
                   learn: Sequence[str] = LEARNED, budget: float = BUDGET, rounds: int = ROUNDS) -> int:
-    """The most model evaluations that `fit_amed` makes (an iteration that fails spares its slopes); ValueError where it refuses."""
+    """The most model evaluations that `fit_amed` makes (fewer where an iteration fails); ValueError where it refuses."""
     return _effort(schedule, form, first_step, teacher, learn, budget, rounds)[1]
 
 
@@ -175,7 +176,7 @@ def _trainable(schedule: Sequence[Level]) -> list[int]:
 class Course:
     """What a training has spent and found; a file keeps it, so that one that was cut short goes on.
 
-    Its parts are the teacher, every step by itself and every round together, counted from 0 by how many are done.
+    Its parts are the teacher, every step by itself and every round together; `done` is how many are behind it.
     """
 
     def __init__(self, model: Callable[..., Tensor], extra_args: Mapping[str, Any] | None, dtype: torch.dtype, file: Partial,
@@ -235,7 +236,8 @@ def _fit_table(student: Student, x: Tensor, guess: Sequence[np.ndarray], togethe
         places[-1:] = ahead
     for done, i in enumerate(together, 1 + steps):
         if course.done <= done:
-            places[i:], us[i:] = _gauss_newton(student, places[i], us[i:], training, 1, DAMPING["together"], places[i:])
+            damping = DAMPING["together" if i < max(student.trainable) else "alone"]
+            places[i:], us[i:] = _gauss_newton(student, places[i], us[i:], training, 1, damping, places[i:])
             course.learned(1 + done, us, student.rms(places[-1], training))
     losses = {"untrained": student.errors(first), "trained": student.errors(places)}
     ends = [losses[name][-1][training] for name in ("trained", "untrained")]
