@@ -311,8 +311,8 @@ class Emoji:
     shape = (3, 32, 32)
     dtype = torch.float32
     remembers = True
-    calibration_noises = 2  # the nodes' defaults for latents of this size
-    training_noises = 5
+    calibration_noises = 2  # the nodes' default for latents of this size
+    training_noises = 5     # half of the nodes' default
     calibration_prompt = CALIBRATION_PROMPT
 
     def __init__(self, prompts: tuple[str, ...], guidances: tuple[float, ...], noises: int) -> None:

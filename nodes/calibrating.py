@@ -118,7 +118,7 @@ class TrainAmed(io.ComfyNode):
             display_name="Train AMED",
             category=CATEGORY,
             description="Learns where AMED evaluates inside every step of one schedule, at one prompt and guidance: by forward "
-                        "evaluations alone, 7 to 15 times those of one image, on a small batch.",
+                        "evaluations alone, 11 to 15 times those of one image, on a small batch.",
             inputs=[
                 *_model("what is learned serves other prompts less well"),
                 io.Sigmas.Input("sigmas", tooltip="The schedule to train for, as it will be sampled. AMED evaluates twice in "
@@ -127,7 +127,7 @@ class TrainAmed(io.ComfyNode):
                     "The rule that steps to the learned node and on: AMED's own, or another solver's (AMED-Plugin)")),
                 io.Combo.Input("form", options=["table", "predictor"], default="table", tooltip=(
                     "table: one (r, c, a) for every step; predictor: a small network on top of it that looks at the image, for "
-                    "U-Nets, at 2 to 9 times the cost")),
+                    "U-Nets, at 2 to 6 times the cost")),
                 io.Boolean.Input("afs", default=False, tooltip=(
                     "The analytic first step: one evaluation less, worth it for models with a very high sigma_max")),
                 io.Int.Input("seed", default=0, min=0, max=2**32 - 1, tooltip="Of the noise it is trained on"),

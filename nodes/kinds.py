@@ -141,21 +141,22 @@ def _first_step(options: Mapping[str, Any]) -> str:
 STATISTICS_KIND, AMED_KIND = KINDS = (StatisticsKind(), AmedKind())
 
 WARN_ABOVE = 1.15
-"""Held-out error over training error from which a training is said not to carry over."""
+"""`carry_over` from which a training is said not to carry over."""
 
 
 def carry_over(trained: Amed) -> float:
-    """The error at the last level on images held out, as a ratio to that on the training images."""
-    last = trained.about["losses"]["trained"]
-    return last["held out"][-1] / last["training"][-1]
+    """What is left of the untrained error at the last level: on images held out, as a ratio to that on the training images."""
+    losses = trained.about["losses"]
+    held_out, training = (losses["trained"][part][-1] / losses["untrained"][part][-1] for part in ("held out", "training"))
+    return held_out / training
 
 
 def summary(trained: Amed) -> str:
     losses = trained.about["losses"]
     before, after = losses["untrained"]["held out"][-1], losses["trained"]["held out"][-1]
     ratio = carry_over(trained)
-    warning = "" if ratio <= WARN_ABOVE else (f". Warning: that is {100 * (ratio - 1):.0f} % more than on the training images: use "
-                                              "more samples, or fewer steps")
+    warning = "" if ratio <= WARN_ABOVE else (f". Warning: against the untrained error that is {100 * (ratio - 1):.0f} % more "
+                                              "than on the training images: use more samples, or fewer steps")
     return (f"AMED trained in {trained.about['evaluations']} evaluations: error at the last step {before:.3g} untrained, "
             f"{after:.3g} trained, on images held out{warning}")
 

@@ -230,7 +230,6 @@ def _status(line: Callable[..., None], graph: Graph, job: Job, name: str, model:
             saved: Saved | None) -> None:
     """How the calibration stands before a run."""
     kind = KIND_OF[job.sampler.options[name].kind]
-    cost = kind.cost(shown.settings, shown.path, shown.levels) if shown.levels else 0
     about = _about(graph, job, model)
     giver = plan.given(graph, job, name)
     if giver is not None:
@@ -238,6 +237,10 @@ def _status(line: Callable[..., None], graph: Graph, job: Job, name: str, model:
     rule = _rule(graph, job, rule)
     if rule == "never":
         return line("warn", "none_given")
+    try:
+        cost = kind.cost(shown.settings, shown.path, shown.levels) if shown.levels else 0
+    except ValueError as fault:  # nothing to learn, so the run would be refused
+        return line("warn", "unusable", fault=fault)
     if rule == "every prompt":
         return line("note", "every_prompt", count=cost)
     if about is None:

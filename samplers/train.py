@@ -8,8 +8,9 @@ of the squared error,
 
 which is all that training needs: damped Gauss-Newton for one u a step (the table), and gradient steps on the small network
 that predicts u from the image (the predictor), whose chain rule ends at g + G d. First every step learns by itself to land
-where the teacher does, from where the steps before it lead; then all learn together to end where the teacher ends, which
-lets one make good what another cannot. The teacher is the same trajectory in finer steps. Over images the mean of log(|R|^2 + floor) is lowered.
+where the teacher does, from where the steps before it lead; then they learn together to end where the teacher ends, which
+lets one make good what another cannot, and go half way there, since what must be made good differs between prompts. The teacher
+is the same trajectory in finer steps. Over images the mean of log(|R|^2 + floor) is lowered.
 """
 from __future__ import annotations
 
@@ -34,12 +35,14 @@ from .solver import Multistep, finite
 from .storage import Partial
 from .tensors import per_image
 
-PARTIAL = "lambda-solvers partial amed 1"
+PARTIAL = "lambda-solvers partial amed 2"
 LEARNED = ("r", "c", "a")
 TEACHER = 5        # its steps in every interval
-BUDGET = 15        # evaluations of the table's training, in those of one run: as many rounds together as fit
+BUDGET = 15        # evaluations of the table's training in those of one run: learning together takes what the rest leaves
 ALONE = 2          # iterations of every step by itself
 MOST_TOGETHER = 3
+DAMPING = {"alone": 0.03, "together": 1.0}
+"""In the curvature of each number: 1 halves a step, where more than one step learns. Figures in dev/NOTES.md."""
 GUESS = {"amed": 0.3}  # r to begin with, where it is not 1/2: AMED's own rule always went below, to 0.13-0.46
 ROUNDS, EPOCHS = 4, 300  # for the predictor: how often the run is linearised, and steps of Adam on each
 FLOOR = 0.3  # in mean squared errors
@@ -100,70 +103,20 @@ def fit_amed(model: Callable[..., Tensor], x: Tensor, sigmas: Sequence[float] | 
     schedule = levels(torch.as_tensor(sigmas).tolist(), gaussian)
     _check(base, form, first_step, teacher, learn, held_out, len(x), features)
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    steps = len(schedule) - 1
     trainable = _trainable(schedule)
-    if not trainable:
-        raise ValueError(f"sigmas = {[level.sigma for level in schedule]} has no interval between two positive levels inside "
-                         "the path, and AMED learns nothing of others: use more steps")
     together, total = _effort(schedule, form, first_step, teacher, learn, budget, rounds)
-    done, loss = 0, math.nan
-
-    def denoise(x_now: Tensor, sigma: float | np.ndarray) -> Tensor:
-        nonlocal done
-        answer = model(x_now, per_image(sigma, x_now), **dict(extra_args or {})).detach().to(x.dtype)
-        done += 1
-        if progress:
-            progress(min(done, total), total, loss)
-        return answer
-
     key = {"lam": [level.lam for level in schedule], "shape": list(x.shape), "path": path, "base": base, "seed": seed,
-           "first_step": first_step, "teacher": teacher, "learn": list(learn), "held_out": held_out, "about": dict(about or {})}
-    state = Partial(partial, PARTIAL, key, partial_seconds, x.device)
-    kept, finished = state.read()
-
-    def keep(following: int, at_once: bool = False) -> None:
-        kept["done"] = torch.tensor(done)
-        state.write(kept, following, at_once)
-
-    if kept:
-        done = int(kept["done"])
-    else:
-        kept = {f"target.{j}": value for j, value in _teacher(denoise, x, schedule, teacher, gaussian).items()}
-        keep(0, at_once=True)
-    targets = {int(name[7:]): value for name, value in kept.items() if name.startswith("target.")}
+           "first_step": first_step, "teacher": teacher, "learn": list(learn), "held_out": held_out, "about": dict(about or {}),
+           "together": together}
+    course = Course(model, extra_args, x.dtype, Partial(partial, PARTIAL, key, partial_seconds, x.device), progress, total)
+    targets = course.targets(lambda: _teacher(course.denoise, x, schedule, teacher, gaussian))
     solver = Insertion(Amed.untrained(first_step=first_step), BASES[base])
-    student = Student(denoise, solver, schedule, gaussian, targets, learn)
+    student = Student(course.denoise, solver, schedule, gaussian, targets, learn)
     training = slice(0, len(x) - held_out)
     guess = unbounded(np.array([[GUESS.get(base, 0.5) if "r" in learn else 0.5, 1.0, 1.0]]))
-    us = list(kept["u"].cpu().numpy()) if "u" in kept else [guess if i in trainable else 0 * guess for i in range(steps)]
-    try:
-        first = student.run(student.start(x), lambda i: np.zeros((1, 3)), steps)
-        untrained = student.errors(first)
-        places = [first[0]._replace(values={0: first[0].values[0]})]
-        for i in range(steps):
-            if finished <= i and i in trainable:
-                known = first[:2] if i == 0 and not guess.any() else None
-                ahead, (us[i],) = _gauss_newton(student, places[-1], [us[i]], training, ALONE, known)
-                loss = student.rms(ahead[-1], training)
-                kept["u"] = torch.from_numpy(np.stack(us))
-                keep(i + 1)
-            else:
-                ahead = student.run(places[-1], us.__getitem__, i + 1)
-            places[-1:] = ahead
-        for done_together in range(max(0, finished - steps), together):
-            places, us = _gauss_newton(student, places[0], us, training, 1, places)
-            loss = student.rms(places[-1], training)
-            kept["u"] = torch.from_numpy(np.stack(us))
-            keep(steps + 1 + done_together)
-    except BaseException:  # cancelled: the steps that are done are kept
-        keep(state.following, at_once=True)
-        raise
-    losses = {"untrained": untrained, "trained": student.errors(places)}
-    ends = [losses[name][-1][training] for name in ("trained", "untrained")]
-    floor = FLOOR * ends[1].mean() + 1e-30
-    if typical(ends[0], floor) > typical(ends[1], floor):
-        us, losses["trained"] = [np.zeros((1, 3)) for _ in range(steps)], untrained
-    table = bounded(np.concatenate(us))
+    with course:
+        us, losses = _fit_table(student, x, [guess if i in trainable else 0 * guess for i in range(len(schedule) - 1)],
+                                together, training, course)
     network = None
     if form == "predictor":
         losses["table"] = losses["trained"]
@@ -171,40 +124,127 @@ def fit_amed(model: Callable[..., Tensor], x: Tensor, sigmas: Sequence[float] | 
     shown = {name: {part: [math.sqrt(row[where].mean()) for row in rows]
                     for part, where in (("training", training), ("held out", slice(training.stop, len(x))))
                     if part == "training" or held_out} for name, rows in losses.items()}
-    result = Amed(np.array([level.lam for level in schedule]), table, base, first_step, network, about={
+    result = Amed(np.array(key["lam"]), bounded(np.concatenate(us)), base, first_step, network, about={
         **(about or {}), "path": path, "form": form, "learn": list(learn), "teacher": teacher, "samples": len(x) - held_out,
-        "held_out": held_out, "shape": list(x.shape[1:]), "seed": seed, "evaluations": done, "losses": shown,
+        "held_out": held_out, "shape": list(x.shape[1:]), "seed": seed, "evaluations": course.spent, "losses": shown,
         "sigmas": [level.sigma for level in schedule], "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
-    state.remove()
+    course.file.remove()
     return result
 
 
 def training_cost(schedule: Sequence[Level], form: str = "table", first_step: str = "evaluate", teacher: int = TEACHER,
                   learn: Sequence[str] = LEARNED, budget: float = BUDGET, rounds: int = ROUNDS) -> int:
-    """The most model evaluations that `fit_amed` makes."""
+    """The most model evaluations that `fit_amed` makes (fewer where an iteration fails); ValueError where it refuses."""
     return _effort(schedule, form, first_step, teacher, learn, budget, rounds)[1]
 
 
 def _effort(schedule: Sequence[Level], form: str, first_step: str, teacher: int, learn: Sequence[str], budget: float,
-            rounds: int) -> tuple[int, int]:
-    """How many rounds all steps learn together, and the evaluations of it all."""
+            rounds: int) -> tuple[list[int], int]:
+    """The interval from which on each round's steps learn together, and the evaluations of it all.
+
+    A round of all steps costs about 3/2 of their number in runs. As many of the last steps as the budget leaves take part, so
+    that short and long schedules spend alike.
+    """
     steps, trainable = len(schedule) - 1, _trainable(schedule)
-    skipped = first_step != "evaluate"
     cost = [1 + (i in trainable) for i in range(steps)]
-    run = sum(cost) - skipped
-    slopes, asked = len({"r", "a"} & {*learn}), len(learn)
-    linearised = sum(asked * sum(cost[i + 1:]) + slopes for i in trainable)
-    fixed = teacher * steps + run + sum(cost[1:]) + 1 + len(trainable) * ALONE * (slopes + 1)
-    each = linearised + run - (not skipped)
-    together = max(0, min(MOST_TOGETHER, int((budget * run - fixed) // each))) if steps > 1 else 0
-    total = fixed + together * each
+    run = sum(cost) - (first_step != "evaluate")
+    slopes = len({"r", "a"} & {*learn})
+
+    def linearised(first: int) -> int:
+        return sum(len(learn) * sum(cost[i + 1:]) + slopes for i in trainable if i >= first)
+
+    together, total = [], teacher * steps + run + sum(cost[1:]) + 1 + len(trainable) * ALONE * (slopes + 1)
+    for _ in range(MOST_TOGETHER):
+        each = {i: linearised(i) + sum(cost[i:]) - 1 for i in trainable[:max(1, len(trainable) - 1)]}
+        fitting = [i for i in each if total + each[i] <= budget * run]
+        if fitting:
+            together.append(fitting[0])
+            total += each[fitting[0]]
     if form == "predictor":
-        total += rounds * (run + linearised) + run
+        total += rounds * (run + linearised(0)) + run
     return together, total
 
 
 def _trainable(schedule: Sequence[Level]) -> list[int]:
-    return [i for i, ends in enumerate(pairwise(schedule)) if finite(*ends)]
+    found = [i for i, ends in enumerate(pairwise(schedule)) if finite(*ends)]
+    if not found:
+        raise ValueError(f"sigmas = {[level.sigma for level in schedule]} has no interval between two positive levels inside "
+                         "the path, and AMED learns nothing of others: use more steps")
+    return found
+
+
+class Course:
+    """What a training has spent and found; a file keeps it, so that one that was cut short goes on.
+
+    Its parts are the teacher, every step by itself and every round together; `done` is how many are behind it.
+    """
+
+    def __init__(self, model: Callable[..., Tensor], extra_args: Mapping[str, Any] | None, dtype: torch.dtype, file: Partial,
+                 progress: Callable[[int, int, float], None] | None, total: int) -> None:
+        self.model, self.extra_args, self.dtype = model, dict(extra_args or {}), dtype
+        self.file, self.progress, self.total = file, progress, total
+        self.kept, self.done = file.read()
+        self.spent, self.loss = int(self.kept.get("spent", 0)), math.nan
+
+    def denoise(self, x: Tensor, sigma: float | np.ndarray) -> Tensor:
+        answer = self.model(x, per_image(sigma, x), **self.extra_args).detach().to(self.dtype)
+        self.spent += 1
+        if self.progress:
+            self.progress(min(self.spent, self.total), self.total, self.loss)
+        return answer
+
+    def targets(self, teach: Callable[[], Mapping[int, Tensor]]) -> dict[int, Tensor]:
+        """The teacher's states, kept or made."""
+        if not self.done:
+            self.keep(1, at_once=True, **{f"target.{j}": value for j, value in teach().items()})
+        return {int(name[7:]): value for name, value in self.kept.items() if name.startswith("target.")}
+
+    def us(self, guess: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """u [1, 3] of every interval as far as it was learned."""
+        return list(self.kept["u"].cpu().numpy()) if "u" in self.kept else list(guess)
+
+    def learned(self, done: int, us: Sequence[np.ndarray], loss: float) -> None:
+        self.loss = loss
+        self.keep(done, u=torch.from_numpy(np.stack(us)))
+
+    def keep(self, done: int, at_once: bool = False, **found: Tensor) -> None:
+        self.done = done
+        self.kept |= {**found, "spent": torch.tensor(self.spent)}
+        self.file.write(self.kept, done, at_once)
+
+    def __enter__(self) -> Course:
+        return self
+
+    def __exit__(self, *fault: Any) -> None:
+        if fault[0]:  # cancelled: the parts that are done are kept
+            self.file.write(self.kept, self.done, at_once=True)
+
+
+def _fit_table(student: Student, x: Tensor, guess: Sequence[np.ndarray], together: Sequence[int], training: slice,
+               course: Course) -> tuple[list[np.ndarray], dict[str, list[np.ndarray]]]:
+    """The u [1, 3] of every interval: each by itself, then together from every interval of `together` on; `Student.errors`."""
+    steps, us = len(guess), course.us(guess)
+    first = student.run(student.start(x), lambda i: np.zeros((1, 3)), steps)
+    places = [first[0]._replace(values={0: first[0].values[0]})]
+    for i in range(steps):
+        if course.done <= 1 + i and i in student.trainable:
+            known = first[:2] if i == 0 and not guess[0].any() else None
+            ahead, (us[i],) = _gauss_newton(student, places[-1], [us[i]], training, ALONE, DAMPING["alone"], known)
+            course.learned(2 + i, us, student.rms(ahead[-1], training))
+        else:
+            ahead = student.run(places[-1], us.__getitem__, i + 1)
+        places[-1:] = ahead
+    for done, i in enumerate(together, 1 + steps):
+        if course.done <= done:
+            damping = DAMPING["together" if i < max(student.trainable) else "alone"]
+            places[i:], us[i:] = _gauss_newton(student, places[i], us[i:], training, 1, damping, places[i:])
+            course.learned(1 + done, us, student.rms(places[-1], training))
+    losses = {"untrained": student.errors(first), "trained": student.errors(places)}
+    ends = [losses[name][-1][training] for name in ("trained", "untrained")]
+    floor = FLOOR * ends[1].mean() + 1e-30
+    if typical(ends[0], floor) > typical(ends[1], floor):
+        us, losses["trained"] = [np.zeros((1, 3)) for _ in us], losses["untrained"]
+    return us, losses
 
 
 class Student:
@@ -289,7 +329,7 @@ class Student:
 
 
 def _gauss_newton(student: Student, place: Place, us: Sequence[np.ndarray], training: slice, iterations: int,
-                  known: Sequence[Place] | None = None) -> tuple[list[Place], list[np.ndarray]]:
+                  damping: float, known: Sequence[Place] | None = None) -> tuple[list[Place], list[np.ndarray]]:
     """The u [1, 3] of some intervals on, for all images, that lower the error where they end; the places they lead to.
 
     known: the places that these u lead to, if they were run already.
@@ -298,7 +338,7 @@ def _gauss_newton(student: Student, place: Place, us: Sequence[np.ndarray], trai
     end, before = start + len(us), list(student.before)[:start]
     places = list(known) if known else student.run(place, lambda i: us[i - start], end, before=before)
     floor = FLOOR * student.squared(places[-1])[training].mean() + 1e-30
-    damping, quadratic = 0.03, None
+    quadratic = None
     for _ in range(iterations):
         student.before = [*before, *us]
         quadratic = quadratic or student.quadratic(places, us)

@@ -97,7 +97,15 @@ def test_the_cost_is_told_beforehand(steps: int, first_step: str, learn: tuple) 
     model = Counted(reference_mixture("ve")[0])
     trained = fit_amed(model, noises(4), sigmas, first_step=first_step, learn=learn)
     told = training_cost(levels(sigmas, PATHS["ve"]), first_step=first_step, learn=learn)
-    assert model.calls == trained.about["evaluations"] <= told <= BUDGET * (2 * steps - 1 - (first_step == "afs")) + steps
+    assert model.calls == trained.about["evaluations"] <= told <= BUDGET * (2 * steps - 1 - (first_step == "afs"))
+
+
+@pytest.mark.parametrize("first_step", ["evaluate", "afs"])
+def test_short_and_long_schedules_spend_alike(first_step: str) -> None:
+    for steps in range(2, 21):
+        schedule = levels([14.0 * (0.03 / 14.0) ** (i / (steps - 1)) for i in range(steps)] + [0.0], PATHS["ve"])
+        run = 2 * steps - 1 - (first_step == "afs")
+        assert 0.7 * BUDGET * run < training_cost(schedule, first_step=first_step) <= BUDGET * run
 
 
 def test_only_what_is_to_be_learned_moves() -> None:
@@ -151,8 +159,15 @@ def test_another_base_or_first_step_than_the_trained_one_is_refused() -> None:
 def test_what_cannot_be_trained_is_refused(how: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fit_amed(reference_mixture("ve")[0], noises(4), SIGMAS, **how)
-    with pytest.raises(ValueError, match="no interval between two positive levels"):
-        fit_amed(reference_mixture("ve")[0], noises(4), [60.0, 0.0])
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_schedule_with_nothing_to_learn_is_refused_and_has_no_cost(path: str) -> None:
+    sigmas = [1.0, 0.0]
+    for refused in (lambda: fit_amed(reference_mixture(path)[0], noises(4), sigmas, path=path),
+                    lambda: training_cost(levels(sigmas, PATHS[path]))):
+        with pytest.raises(ValueError, match="no interval between two positive levels"):
+            refused()
 
 
 class Cancelled(Exception):

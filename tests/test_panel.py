@@ -383,6 +383,12 @@ def test_amed_says_what_its_training_costs_and_whether_one_is_saved(monkeypatch,
                     else measured.format(cost(steps))) in lines(graph)
 
 
+def test_amed_of_a_schedule_with_nothing_to_learn_is_said_to_be_refused() -> None:
+    found = lines(amed(1))
+    assert any(text.startswith("warn: warning: sigmas = [14.6") and text.endswith("use more steps") for text in found), found
+    assert not any("measure one" in text for text in found)
+
+
 def test_amed_in_a_file_is_compared_with_the_schedule_and_the_base(monkeypatch, trained) -> None:
     """On its node, and attached to KSampler's model."""
     loaded = {"12": node("LambdaLoadAmed", name="amed.safetensors")}
