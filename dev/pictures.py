@@ -98,7 +98,7 @@ def laid(kind: str, info: dict) -> tuple[dict, int, int | None]:
     for node, text in zip((node for node in canvas.nodes if node["type"] == "CLIPTextEncode"), (demo.PROMPTS[1], "")):
         node["widgets_values"] = [text]
     amed = "Amed" in kind
-    chosen = {"cfg": demo.GUIDANCE, "noise_seed": demo.SEED, "seed": [*info].index(kind),  # one's own: nothing comes from a cache
+    chosen = {"cfg": demo.GUIDANCE, "fitted": True, "noise_seed": demo.SEED, "seed": [*info].index(kind),  # one's own: nothing comes from a cache
               "scheduler": "karras", "steps": 3 if amed else STEPS, "sampler_name": "amed" if amed else "dpm_solver_v3",
               "name": ("amed" if amed else "statistics") + "-panda" + (".safetensors" if "Load" in kind else "")}
     known = {**got._asdict(), "MODEL": got.model, "LATENT": got.latent, "VAE": got.vae}

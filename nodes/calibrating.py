@@ -9,6 +9,7 @@ from comfy_api.latest import io, ui
 from ..samplers import fitted_sigmas
 from ..samplers.amed import BASES
 from ..samplers.calibrate import INTERVALS
+from ..samplers.refit import FEWEST, LARGEST
 from ..samplers.train import TEACHER
 from . import calibration, picture, store
 from .calibration import Kind, Run
@@ -108,6 +109,36 @@ class FittedSigmas(io.ComfyNode):
         sampling = model.get_model_object("model_sampling")
         start = float(sampling.sigma_max) if denoise == 1.0 else float(sampling.percent_to_sigma(1.0 - denoise))
         return io.NodeOutput(torch.tensor(fitted_sigmas(statistics, steps, start, path_of(sampling))))
+
+
+class RefitStatistics(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LambdaRefitStatistics",
+            display_name="Refit Fitted Multistep",
+            category=CATEGORY,
+            description="Learns levels and weights of lambda_fitted for one number of steps from its own runs on the model: by forward "
+                        "evaluations alone, at most 127 of a small batch for 5 steps and 250 for 8, after the measurement.",
+            inputs=[
+                *_model("what is learned is used for this prompt only"),
+                SOCKETS[STATISTICS_KIND].Input("statistics", tooltip=(
+                    f"From {STATISTICS_KIND.makes} with fitted on, or Load {STATISTICS_KIND.title}")),
+                io.Int.Input("steps", default=5, min=FEWEST, max=LARGEST + 1, tooltip=(
+                    "KSampler's steps that it is for: other numbers stay as they were")),
+                io.Int.Input("seed", default=0, min=0, max=2**32 - 1, tooltip="Of the noise it learns from"),
+                advanced(io.Int.Input("samples", default=0, min=0, max=64, tooltip=(
+                    "Images, evaluated as one batch; the last one only tests. 0: 3 to 5 by the latent's size"))),
+            ],
+            outputs=_outputs(STATISTICS_KIND, "Statistics", f"the Fitted Multistep node, Save or Apply {STATISTICS_KIND.title}"),
+        )
+
+    @classmethod
+    def execute(cls, model, positive, negative, cfg, latent_image, statistics, steps, seed, samples) -> io.NodeOutput:
+        result = calibration.measured(model, positive, negative, cfg, latent_image["samples"], seed, None,
+                                      lambda run: STATISTICS_KIND.refit(run, statistics, steps, seed=seed, samples=samples))
+        image = picture.curves(result)
+        return io.NodeOutput(result, image, ui=ui.PreviewImage(image, cls=cls))
 
 
 class TrainAmed(io.ComfyNode):
@@ -231,5 +262,5 @@ def _kept(kind: StatisticsKind | AmedKind, word: str, node: str, serves: str, dr
 
 
 NODES: list[type[io.ComfyNode]] = [
-    EstimateStatistics, FittedSigmas, *_kept(STATISTICS_KIND, "Statistics", "DPM-Solver-v3", "dpm_solver_v3 and lambda_fitted", picture.curves),
+    EstimateStatistics, RefitStatistics, FittedSigmas, *_kept(STATISTICS_KIND, "Statistics", "DPM-Solver-v3", "dpm_solver_v3 and lambda_fitted", picture.curves),
     TrainAmed, *_kept(AMED_KIND, "Amed", "AMED", "amed and amed_dpmpp_2m", picture.training)]

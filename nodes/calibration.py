@@ -100,8 +100,7 @@ def calibration_for(kind: Kind, run: Run, given: Any, how: str) -> Any:
     """
     found = given or run.patcher.get_attachment(kind.attachment)
     if found is not None:
-        for fault in faults(found.about, description(run.guider)):
-            say(f"warning: the {kind.noun} may not fit: {fault}. Measure anew with {kind.makes}", logging.WARNING)
+        warn(kind, found, run)
         return found
     if how == "never":
         raise ValueError(f"this sampler needs {kind.noun}, and measuring is switched off: add the node Load {kind.title} or "
@@ -184,6 +183,12 @@ def faults(about: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     if not store.near(float(about.get("guidance", math.nan)), wanted["guidance"]):
         found.append(f"measured for guidance {about.get('guidance', 'unknown')}, and this is {wanted['guidance']:g}")
     return found
+
+
+def warn(kind: Kind, found: Any, run: Run) -> None:
+    """Say why a calibration that was given may not fit the run, if it may not."""
+    for fault in faults(found.about, description(run.guider)):
+        say(f"warning: the {kind.noun} may not fit: {fault}. Measure anew with {kind.makes}", logging.WARNING)
 
 
 class Measuring(comfy.samplers.Sampler):

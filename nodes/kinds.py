@@ -11,13 +11,14 @@ from typing import Any, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from ..samplers import Amed, Statistics, estimate_statistics, fit_amed
+from ..samplers import Amed, Statistics, estimate_statistics, fit_amed, refit_multistep
 from ..samplers.calibrate import INTERVALS
 from ..samplers.first_step import FULL
-from ..samplers.schedule import Level
+from ..samplers.schedule import Level, find_path
+from ..samplers.solver import finite
 from ..samplers.train import training_cost
 from . import identity
-from .calibration import Progress, Run, say
+from .calibration import Progress, Run, say, warn
 from .host import noise_scale
 from .middle_block import MiddleBlock
 
@@ -56,6 +57,23 @@ class StatisticsKind:
             raise
         say(f"statistics measured in {result.about['evaluations']} evaluations")
         return result
+
+    def refit(self, run: Run, found: Statistics, steps: int, *, seed: int = 0, samples: int = 0) -> Statistics:
+        """The statistics with levels and weights for so many steps of the fitted solver, learned from its runs."""
+        warn(self, found, run)
+        prompt = identity.conditions(run.guider)
+        found = self.suited(found, prompt)
+        sampling = run.patcher.get_model_object("model_sampling")
+        noise = pure_noise(run, samples or max(3, min(5, training_images(run.x.shape) + 1)), seed)
+        highest = find_path(run.path).level(float(sampling.sigma_max))
+        result = refit_multistep(run.denoise, noise, found, steps, path=run.path, start=None if finite(highest) else highest.sigma,
+                                 progress=Progress("refitting the solver"))
+        told = result.about["refits"][str(steps - (not finite(highest)))]
+        before, after = told["held out"]
+        say(f"refitted for {steps} steps in {told['evaluations']} evaluations: error {before:.3g} before, {after:.3g} after, on an "
+            f"image held out" if told["kept"] else f"the refit for {steps} steps was no better on an image held out (error {before:.3g} "
+            f"before, {after:.3g} after) and is not kept")
+        return replace(result, about={**result.about, "conditions": prompt})
 
     def suited(self, found: Statistics, conditions: str) -> Statistics:
         return found if found.about.get("conditions") == conditions else found.for_another_prompt()

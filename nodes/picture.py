@@ -49,14 +49,17 @@ def curves(statistics: Statistics, width: int = 480, height: int = 300) -> Tenso
     for i, name in enumerate(lines):
         draw.text((left + 70 * i, 10), name, COLOURS[name], font)
     if expected and min(expected.values()) > 0:
-        _expected(draw, font, expected, (left, height + 30, right, height + 186))
+        told = statistics.about.get("refits", {})
+        refitted = {n: told[str(n)]["held out"][1] for n in statistics.plans if str(n) in told}
+        _expected(draw, font, expected, refitted, (left, height + 30, right, height + 186))
     return tensor(image)
 
 
-def _expected(draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, errors: dict[int, float], box: tuple) -> None:
-    """The fitted solver's error against evaluations, both logarithmic."""
+def _expected(draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, errors: dict[int, float], refitted: dict[int, float],
+              box: tuple) -> None:
+    """The fitted solver's error against evaluations, both logarithmic, and a square where it was refitted."""
     left, top, right, bottom = box
-    low, high = 0.8 * min(errors.values()), 1.25 * max(errors.values())
+    low, high = (factor * pick([*errors.values(), *refitted.values()]) for factor, pick in ((0.8, min), (1.25, max)))
 
     def at(n: float, error: float) -> tuple[float, float]:
         return (left + math.log(n / EXPECTED[0]) / math.log(EXPECTED[-1] / EXPECTED[0]) * (right - left),
@@ -71,7 +74,12 @@ def _expected(draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, errors: d
     for n, (x, y) in zip(errors, points):
         draw.ellipse((x - 3, y - 3, x + 3, y + 3), COLOURS["l"])
         draw.text((x, bottom + 8), str(n), (90, 90, 90), font, anchor="mt")
+    for n, error in refitted.items():
+        x, y = at(n, error)
+        draw.rectangle((x - 4, y - 4, x + 4, y + 4), COLOURS["b"])
     draw.text((left, top - 22), "error to expect of lambda_fitted (rms)", COLOURS["l"], font)
+    if refitted:
+        draw.text((left, bottom - 4), "refitted: on an image held out", COLOURS["b"], font, anchor="lb")
     draw.text((right, top - 22), "evaluations", (90, 90, 90), font, anchor="ra")
 
 

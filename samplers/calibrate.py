@@ -102,7 +102,7 @@ def estimate_statistics(model: Callable[..., Tensor], x: Tensor, sigmas: Sequenc
         kept["x"] = x
     steps = Multistep(DataPrediction(), 2, midpoint, "off").steps(grid, gaussian)
     signs = _Signs(x, seed)
-    sample = _Sample(x, seed)
+    sample = Sampled(x, seed)
     try:
         for i, level in enumerate(grid[first:], first):
             denoised = denoise(kept["x"], level)
@@ -207,8 +207,8 @@ def _late(kept: dict[str, Tensor], grid: Sequence[Level], i: int, denoised: Tens
         kept["late.denoised"] = late
 
 
-class _Sample:
-    """The elements of a trajectory that its inner products are taken over: all, or a random choice that is always the same."""
+class Sampled:
+    """The elements of a latent that are looked at on the host: all, or a random choice that is always the same."""
 
     def __init__(self, x: Tensor, seed: int) -> None:
         size = x[0].numel()

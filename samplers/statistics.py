@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Mapping
@@ -30,6 +31,7 @@ from .storage import CalibrationError, read_checked, write_whole
 FORMAT = "lambda-solvers statistics 1"
 CURVES = ("l", "s", "b")
 OPTIONAL_CURVES = ("gamma", "damping")
+PLAN = re.compile("plan[.][1-9][0-9]{0,3}")
 SLACK = 0.01  # in lam: schedules are computed in float32, and end a little beside the model's own last level
 
 
@@ -43,6 +45,8 @@ class Statistics:
     Two more for the fitted solver, or None: damping [N+1], the rate - d log|error| / dlam at which a solver's own error dies out;
     and root [K, M, M], M = 2N + 3, for each trajectory a matrix whose columns have the inner products (per element) of the
     tensors y_0 .. y_N, D_0 .. D_N, 1, y = x / alpha: |V c|^2 = |root c|^2 for every combination c of them.
+
+    plans: for a number n of evaluations that was refitted, its steps, [n, 5] (fitted.Plan has the columns).
     """
 
     lam: np.ndarray
@@ -52,6 +56,7 @@ class Statistics:
     gamma: np.ndarray | None = None
     damping: np.ndarray | None = None
     root: np.ndarray | None = None
+    plans: Mapping[int, np.ndarray] = field(default_factory=dict)
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -66,7 +71,12 @@ class Statistics:
         size = 2 * len(self.lam) + 1
         if self.root is not None and (self.root.ndim != 3 or self.root.shape[1:] != (size, size)):
             raise CalibrationError(f"root has shape {list(self.root.shape)}: it must be [trajectories, {size}, {size}]")
-        for name, curve in {"lam": self.lam, **self.curves(), **self.roots()}.items():
+        for n, rows in self.plans.items():
+            if rows.shape != (n, 5):
+                raise CalibrationError(f"plan.{n} has shape {list(rows.shape)}: it must be [{n}, 5]")
+            if (np.diff(rows[:, 0]) <= 0).any() or rows[0, 0] < self.lam[0] - SLACK or rows[-1, 0] > self.lam[-1] + SLACK:
+                raise CalibrationError(f"plan.{n} has levels that do not rise within lam")
+        for name, curve in {"lam": self.lam, **self.curves(), **self.more()}.items():
             if not np.isfinite(curve).all():
                 raise CalibrationError(f"{name} has {int((~np.isfinite(curve)).sum())} values that are not finite")
         falls = np.flatnonzero(np.diff(self.lam) <= 0)
@@ -78,8 +88,9 @@ class Statistics:
     def curves(self) -> dict[str, np.ndarray]:
         return {name: getattr(self, name) for name in (*CURVES, *OPTIONAL_CURVES) if getattr(self, name) is not None}
 
-    def roots(self) -> dict[str, np.ndarray]:
-        return {} if self.root is None else {"root": self.root}
+    def more(self) -> dict[str, np.ndarray]:
+        """What the fitted solver has beside the curves."""
+        return {**({} if self.root is None else {"root": self.root}), **{f"plan.{n}": rows for n, rows in self.plans.items()}}
 
     @classmethod
     def constant(cls, l: float = 1.0, s: float = 0.0, b: float = 0.0, lam: tuple[float, float] = (-40.0, 40.0)) -> Statistics:
@@ -87,12 +98,13 @@ class Statistics:
         return cls(np.array(lam), *(np.full(2, value) for value in (l, s, b)))
 
     def for_another_prompt(self) -> Statistics:
-        """l and s alone: b is the mean of what the model does, which belongs to the prompt it was measured on.
+        """Without b and plans: b is the mean of what the model does, which belongs to the prompt it was measured on.
 
         Measured on the emoji model (rms as a ratio to DPM-Solver++(2M), 5 to 15 evaluations, guidance 3 and 7): with the
-        statistics of the prompt itself 0.76, with all of another prompt's 1.18, with another prompt's l and s 0.94.
+        statistics of the prompt itself 0.76, with all of another prompt's 1.18, with another prompt's l and s 0.94. Plans too are
+        left out: those of one prompt helped all others, those of another some and harmed some.
         """
-        return replace(self, b=np.zeros_like(self.b), about={**self.about, "b": "left out"})
+        return replace(self, b=np.zeros_like(self.b), plans={}, about={**self.about, "b": "left out"})
 
     def on(self, lam: np.ndarray) -> Statistics:
         """The same curves on another grid, without what a fit needs."""
@@ -121,7 +133,7 @@ class Statistics:
 
     def save(self, path: str | os.PathLike, overwrite: bool = False) -> None:
         """Write the file whole or not at all; FileExistsError if it exists, unless told to overwrite."""
-        tensors = {"lam": self.lam, **self.curves(), **self.roots()}
+        tensors = {"lam": self.lam, **self.curves(), **self.more()}
         content = save({name: np.ascontiguousarray(value) for name, value in tensors.items()},
                        metadata={"format": FORMAT, "about": json.dumps(dict(self.about), sort_keys=True)})
         write_whole(Path(path), content, overwrite)
@@ -135,7 +147,8 @@ class Statistics:
             raise CalibrationError(f"{path}: the tensor {missing[0]!r} is missing; it has {', '.join(sorted(tensors)) or 'none'}")
         try:
             known = ("lam", *CURVES, *OPTIONAL_CURVES, "root")
-            return cls(**{name: tensors[name].astype(np.float64) for name in known if name in tensors}, about=about)
+            return cls(**{name: tensors[name].astype(np.float64) for name in known if name in tensors}, about=about,
+                       plans={int(name[5:]): rows.astype(np.float64) for name, rows in tensors.items() if PLAN.fullmatch(name)})
         except CalibrationError as fault:
             raise CalibrationError(f"{path}: {fault}") from None
 

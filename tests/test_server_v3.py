@@ -100,6 +100,30 @@ def test_fitted_sigmas_are_a_schedule_for_any_sampler(server, folder) -> None:  
     assert len(seen) == 3 and 1.0 < seen[0] < 3.0  # half of the timesteps: sigma 1.6
 
 
+def test_a_refit_is_used_for_its_number_of_steps_alone(server, folder) -> None:  # noqa: F811
+    graph = Graph("panda")
+    plain = estimate(graph, fitted=True)
+    refitted = [graph.add("LambdaRefitStatistics", model=graph.model, positive=graph.positive, negative=graph.negative, cfg=3.0,
+                          latent_image=graph.latent, statistics=plain, steps=4, seed=0, samples=3), 0]
+    graph.add("LambdaSaveStatistics", statistics=plain, name="plain", overwrite=False)
+    graph.add("LambdaSaveStatistics", statistics=refitted, name="refitted", overwrite=False)
+    samples, run = graph.family("fitted", calibration="never", nodes="chosen", statistics=refitted, steps=4).run(server)
+    assert run.status == "success" and looks_like_an_image(samples), run.error
+    assert any(re.search("refitted for 4 steps in [0-9]+ evaluations: error|the refit for 4 steps was no better", text) for text in run.texts)
+    assert not any("may not fit" in text for text in run.texts)
+    loaded = Statistics.load(folder / "refitted.safetensors")
+    assert loaded.about["refits"]["4"]["kept"] == bool(loaded.plans)
+    for steps in (4, 5):
+        found = {}
+        for name in ("plain", "refitted"):
+            graph = Graph("panda").counted()
+            model = [graph.add("LambdaApplyStatistics", model=graph.model, statistics=[
+                graph.add("LambdaLoadStatistics", name=f"{name}.safetensors"), 0]), 0]
+            graph.ksampler("lambda_fitted", steps=steps, model=model).samples(server)
+            found[name] = graph.evaluations(server)
+        assert (found["plain"] != found["refitted"]) == (steps == 4 and bool(loaded.plans))
+
+
 def test_the_fitted_solver_refuses_statistics_that_were_measured_for_v3(server, folder) -> None:  # noqa: F811
     graph = Graph("panda")
     samples, run = graph.family("fitted", calibration="never", statistics=estimate(graph)).run(server)

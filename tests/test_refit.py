@@ -1,0 +1,138 @@
+"""The fitted solver refitted on the model itself: what it learns, what it costs, and where it is used."""
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from problems import Gaussian
+from samplers import CalibrationError, Statistics, fit_multistep, k_diffusion_sampler, refit_multistep
+from samplers.refit import DIFFERENCES, Shape, _Runs, refit_cost
+from samplers.schedule import PATHS
+from test_fitted import calibration, mixture, noise
+
+SIGMAS = torch.tensor([14.6, 5.0, 1.5, 0.4, 0.0], dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def found() -> Statistics:
+    return calibration(x=noise(8))
+
+
+@pytest.fixture(scope="module")
+def refitted(found) -> Statistics:
+    return refit_multistep(mixture(), noise(9, seed=3), found, 4)
+
+
+def converged(x: torch.Tensor) -> torch.Tensor:
+    fine = torch.tensor([14.6 * (0.03 / 14.6) ** (i / 600) for i in range(601)] + [0.0], dtype=torch.float64)
+    return k_diffusion_sampler("dpmpp_2m")(mixture(), x, fine, disable=True)
+
+
+def result(statistics: Statistics, x: torch.Tensor, sigmas: torch.Tensor = SIGMAS, **options) -> torch.Tensor:
+    return k_diffusion_sampler("fitted_chosen", statistics=statistics, **options)(mixture(), x, sigmas, disable=True)
+
+
+def test_it_errs_less_on_noises_it_has_not_seen(found, refitted) -> None:
+    x = noise(32, seed=11)
+    goal = converged(x)
+    before, after = (float((result(s, x) - goal).square().mean(dim=(1, 2, 3)).log().mean().exp()) ** 0.5 for s in (found, refitted))
+    assert after < 0.95 * before
+    told = refitted.about["refits"]["4"]
+    assert told["kept"] and told["held out"][1] < told["held out"][0] and told["training"][1] < told["training"][0]
+
+
+def test_it_costs_what_was_said_beforehand(refitted) -> None:
+    for n, rounds in ((3, 2), (5, 1), (5, 2)):
+        seen: list[tuple[int, int]] = []
+        told = refit_multistep(mixture(), noise(3, seed=3), calibration(), n, rounds=rounds,
+                               progress=lambda done, total, error: seen.append((done, total))).about["refits"][str(n)]
+        assert told["evaluations"] == len(seen) <= refit_cost(n, rounds) == seen[0][1]
+    assert refit_cost(5) == 127 and refit_cost(8) == 250
+
+
+def test_a_restarted_run_is_the_whole_run(found) -> None:
+    """Slopes start where a number first matters; from the very start they are the same."""
+    plain, x = found.for_another_prompt(), noise(3, seed=3)
+    lam = np.array(fit_multistep(plain, 5).lam)
+    shape = Shape(lam, np.zeros(5), np.zeros(5), float(plain.lam[-1]))
+    model = mixture()
+    run = _Runs(lambda x, sigma: model(x, x.new_full((len(x),), sigma)), plain, PATHS["ve"], converged(x))
+    places, residual = run.of(shape, x)
+    kinds, slopes = run.slopes(shape, places)
+    assert len(kinds) == len(slopes) == 12
+    for (kind, k), slope in zip(kinds, slopes):
+        by = DIFFERENCES[kind] * (-1 if (kind, k) == ("nu", 4) else 1)
+        whole = run.of(shape.moved([(kind, k)], np.array([by])), x)[1]
+        np.testing.assert_allclose((whole - residual) / by, slope, atol=1e-9)
+
+
+def test_only_whole_runs_of_that_many_steps_use_it(found, refitted) -> None:
+    x = noise(2, seed=5)
+    assert not torch.equal(result(refitted, x), result(found, x))
+    others = [SIGMAS[1:], torch.cat([SIGMAS[:1], SIGMAS[2:]]), SIGMAS[:-1]]  # image to image, fewer steps, leftover noise
+    for sigmas in others:
+        torch.testing.assert_close(result(refitted, x, sigmas), result(found, x, sigmas), rtol=0, atol=1e-12)
+    torch.testing.assert_close(result(refitted, x, order=1), result(found, x, order=1), rtol=0, atol=1e-12)
+
+
+def test_another_prompt_does_without_it(refitted) -> None:
+    other = refitted.for_another_prompt()
+    assert not other.plans and not other.b.any()
+    x = noise(2, seed=5)
+    assert not torch.equal(result(other, x), result(refitted, x))
+
+
+def test_flow_learns_what_ve_does() -> None:
+    """The same denoiser after x / alpha; and from pure noise, where the first evaluation leads to the grid."""
+    found = calibration(intervals=8)
+    first = PATHS["flow"].at(float(found.lam[0]))
+    x = noise(4, seed=3)
+    ve = refit_multistep(mixture(), x, found, 4)
+    flow = refit_multistep(mixture(path="flow"), x * first.alpha, found, 4, path="flow")
+    np.testing.assert_allclose(flow.plans[4], ve.plans[4], atol=1e-6)
+    pure = refit_multistep(mixture(path="flow"), x / x.std(), found, 4, path="flow", start=1.0)
+    assert list(pure.about["refits"]) == ["3"] and pure.about["refits"]["3"]["evaluations"] <= refit_cost(4, opening=True)
+
+
+def test_what_does_not_hold_on_an_image_held_out_is_not_kept() -> None:
+    """The last image is of a Gaussian, whose own l leaves nothing to gain; the others, of a mixture, pull elsewhere."""
+    def model(x, sigma):
+        return torch.cat([mixture()(x[:-1], sigma[:-1]), Gaussian(mean=0.0)(x[-1:], sigma[-1:])])
+
+    found = calibration(model=Gaussian(mean=0.0), x=noise(4))
+    same = refit_multistep(model, noise(5, seed=3), found, 6)
+    told = same.about["refits"]["6"]
+    assert told["training"][1] < told["training"][0] and told["held out"][1] > told["held out"][0]
+    assert not told["kept"] and not same.plans
+
+
+def test_a_file_keeps_the_plan_and_a_damaged_one_is_refused(tmp_path, refitted) -> None:
+    refitted.save(tmp_path / "a.safetensors")
+    loaded = Statistics.load(tmp_path / "a.safetensors")
+    np.testing.assert_array_equal(loaded.plans[4], refitted.plans[4])
+    x = noise(2, seed=5)
+    assert torch.equal(result(loaded, x), result(refitted, x))
+    rows = refitted.plans[4]
+    for bad, words in ((rows[:3], "must be .4, 5."), (rows[::-1], "do not rise within lam"), (rows * [1, math.nan, 1, 1, 1], "not finite")):
+        with pytest.raises(CalibrationError, match=words):
+            replace(refitted, plans={4: bad})
+
+
+def test_cancelled_it_leaves_nothing_and_what_cannot_be_fitted_is_refused(found) -> None:
+    def stop(done: int, total: int, error: float) -> None:
+        if done == 60:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        refit_multistep(mixture(), noise(4, seed=3), found, 5, progress=stop)
+    assert not found.plans and "refits" not in found.about
+    with pytest.raises(ValueError, match="evaluations = 2 is out of range: choose from 3 to 15"):
+        refit_multistep(mixture(), noise(4), found, 2)
+    with pytest.raises(ValueError, match="at least two to learn from and one to test"):
+        refit_multistep(mixture(), noise(2), found, 4)
+    with pytest.raises(ValueError, match="measure again with fitted = True"):
+        refit_multistep(mixture(), noise(4), replace(found, root=None), 4)
