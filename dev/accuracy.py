@@ -692,7 +692,8 @@ def oracle_table(rows: Sequence[dict[str, Any]], size: Size) -> str:
         for guidance in sorted({row["guidance"] for row in rows}):
             found: dict[tuple[str, str], list[tuple[int, float]]] = defaultdict(list)
             for row in rows:
-                if row["guidance"] == guidance and row[what] > 0 and not row["variant"]:
+                plain = not row["variant"] or row["sampler"].endswith("own prompt")
+                if row["guidance"] == guidance and row[what] > 0 and plain:
                     found[row["sampler"], row["scheduler"]].append((row["budget"], row[what] / best[place(row)]))
             full = max(map(len, found.values()))
             means = {key: mean(r for _, r in pairs) for key, pairs in found.items() if len(pairs) == full}
