@@ -33,7 +33,7 @@ MODELS = {name: {"name": name, "url": f"{HUB}{place}/resolve/main/{name}", "dire
     ("stable-diffusion-3.5-fp8", "sd3.5_large_fp8_scaled.safetensors"))}
 GAP, WIDTH = 40, 330
 PANEL = {"LambdaSampler": 200, "KSampler": 100}  # what web/js adds to the height of nodes whose class begins so
-PREVIEW = {"KSampler": 240, "SamplerCustom": 240}  # and the interface, once it shows the image while it is sampled
+PREVIEW = {"KSampler": 320, "SamplerCustom": 320}  # and the interface, once it shows the image while it is sampled
 
 
 class Output(NamedTuple):
@@ -266,7 +266,7 @@ def calibrate_and_share(canvas: Canvas) -> None:
     got = start(canvas)
     canvas.column("2  Measure and save")
     measured = canvas.add("LambdaEstimateStatistics", model=got.model, positive=got.positive, negative=got.negative,
-                          latent_image=got.latent, tall=420)
+                          latent_image=got.latent, tall=540)
     canvas.add("LambdaSaveStatistics", statistics=measured[0])
     canvas.column("3  Sample with it")
     model = canvas.add("LambdaApplyStatistics", model=got.model, statistics=measured[0])

@@ -72,6 +72,11 @@ class Interface:
         self.set(**SETTINGS, **{"Comfy.VueNodes.Enabled": nodes2})
         self.open()
 
+    @property
+    def keeps_places(self) -> bool:
+        """Whether nodes stay where a workflow has them: Nodes 2.0 of frontend 1.32.9 scales and moves them by itself."""
+        return not self.nodes2 or self.server.frontend != "pinned"
+
     def close(self) -> None:
         self.context.close()
 
