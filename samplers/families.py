@@ -209,7 +209,7 @@ DPM_SOLVER_PP = "Lu et al. 2022, DPM-Solver++ (arXiv:2211.01095)"
 @family("DPM-Solver Multistep", f"{DPM_SOLVER_PP}; {DPM_SOLVER}", {
     "dpmpp_1m": Preset("DPM-Solver++(1M), DDIM", "a first-order reference: DDIM, Euler in sigma",
                        {"order": 1, "prediction": "data"}),
-    "dpmpp_2m": Preset("DPM-Solver++(2M)", "the best on average up to 10 evaluations in our measurements",
+    "dpmpp_2m": Preset("DPM-Solver++(2M)", "of those that measure nothing the best on average up to 10 evaluations",
                        {"order": 2, "prediction": "data"}),
     "dpmpp_3m": Preset("DPM-Solver++(3M)", "many steps: up to 20 evaluations dpmpp_2m was better on average in our measurements",
                        {"order": 3, "prediction": "data"}),
