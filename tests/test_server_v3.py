@@ -124,6 +124,24 @@ def test_a_refit_is_used_for_its_number_of_steps_alone(server, folder) -> None: 
         assert (found["plain"] != found["refitted"]) == (steps == 4 and bool(loaded.plans))
 
 
+def test_a_flow_model_is_fitted_and_refitted_from_pure_noise(server, folder) -> None:  # noqa: F811
+    """The first evaluation, at sigma = 1, leads to the grid; the others are chosen."""
+    graph = Graph("red heart").through("TinyEmojiAsFlow").counted()
+    refitted = [graph.add("LambdaRefitStatistics", model=graph.model, positive=graph.positive, negative=graph.negative, cfg=3.0,
+                          latent_image=graph.latent, statistics=estimate(graph, fitted=True), steps=6, seed=0, samples=3), 0]
+    graph.add("LambdaSaveStatistics", statistics=refitted, name="flow", overwrite=False)
+    samples, run = graph.family("fitted", calibration="never", nodes="chosen", statistics=refitted, steps=6).run(server)
+    assert run.status == "success" and looks_like_an_image(samples), run.error
+    redness = samples.mean((0, 2, 3))
+    assert redness[0] > redness[1] + 0.2
+    used = graph.evaluations(server)[-6:]
+    assert used[0] == pytest.approx(1.0) and all(b < a for a, b in zip(used, used[1:]))
+    loaded = Statistics.load(folder / "flow.safetensors")
+    assert list(loaded.about["refits"]) == ["5"]  # of 6 evaluations 5 are on the grid
+    listed = Graph("red heart").through("TinyEmojiAsFlow").counted().ksampler("lambda_fitted", steps=6, scheduler="simple")
+    assert looks_like_an_image(listed.samples(server))
+
+
 def test_the_fitted_solver_refuses_statistics_that_were_measured_for_v3(server, folder) -> None:  # noqa: F811
     graph = Graph("panda")
     samples, run = graph.family("fitted", calibration="never", statistics=estimate(graph)).run(server)
