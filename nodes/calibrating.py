@@ -1,10 +1,11 @@
 """Nodes that measure, save, load and attach what solvers need to know of a model."""
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Callable
 
 import torch
 from comfy_api.latest import io, ui
+from torch import Tensor
 
 from ..samplers import fitted_sigmas
 from ..samplers.amed import BASES
@@ -48,6 +49,12 @@ def _partial(run: Run, kind: Kind, about: dict[str, Any], *settings: object) -> 
     return store.place("partial/" + "-".join([about["model"], kind.name(about), *map(str, settings)])).with_suffix(".part")
 
 
+def _shown(cls: type[io.ComfyNode], result: Any, draw: Callable[[Any], Tensor]) -> io.NodeOutput:
+    """What was measured, and its picture, which the node shows too."""
+    image = draw(result)
+    return io.NodeOutput(result, image, ui=ui.PreviewImage(image, cls=cls))
+
+
 class EstimateStatistics(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -80,8 +87,7 @@ class EstimateStatistics(io.ComfyNode):
                                            seed=seed, intervals=intervals, samples=samples, pool=pool)
 
         result = calibration.measured(model, positive, negative, cfg, latent_image["samples"], seed, None, measure)
-        image = picture.curves(result)
-        return io.NodeOutput(result, image, ui=ui.PreviewImage(image, cls=cls))
+        return _shown(cls, result, picture.curves)
 
 
 class FittedSigmas(io.ComfyNode):
@@ -137,8 +143,7 @@ class RefitStatistics(io.ComfyNode):
     def execute(cls, model, positive, negative, cfg, latent_image, statistics, steps, seed, samples) -> io.NodeOutput:
         result = calibration.measured(model, positive, negative, cfg, latent_image["samples"], seed, None,
                                       lambda run: STATISTICS_KIND.refit(run, statistics, steps, seed=seed, samples=samples))
-        image = picture.curves(result)
-        return io.NodeOutput(result, image, ui=ui.PreviewImage(image, cls=cls))
+        return _shown(cls, result, picture.curves)
 
 
 class TrainAmed(io.ComfyNode):
@@ -180,8 +185,7 @@ class TrainAmed(io.ComfyNode):
                                      samples=samples, form=form, teacher=teacher)
 
         result = calibration.measured(model, positive, negative, cfg, latent_image["samples"], seed, sigmas, measure)
-        image = picture.training(result)
-        return io.NodeOutput(result, image, ui=ui.PreviewImage(image, cls=cls))
+        return _shown(cls, result, picture.training)
 
 
 def _kept(kind: StatisticsKind | AmedKind, word: str, node: str, serves: str, draw: Any) -> list[type[io.ComfyNode]]:

@@ -7,11 +7,10 @@ what counts. Three numbers of every step are free, from DPM-Solver-v3's weights 
 
 (scale, extrapolation and place), and forward differences of the run in each of them make the residual at the end linear,
 R + J u. Damped Gauss-Newton, one or two rounds, lowers its square over a few images of one prompt. The teacher is the same
-solver in many steps. b of the statistics is left out: what is learned without it held on other prompts too.
+solver in many steps. b of the statistics is left out: what is learned without it was better on its own prompt and on others.
 """
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
@@ -24,10 +23,9 @@ from .fitted import Plan, Weights, check, fit_multistep, planned
 from .integrand import DataPrediction
 from .sample import Denoiser, combine, evaluate, sample
 from .schedule import Path, find_path
-from .solver import Step, ddim, finite
+from .solver import Step, ddim
 from .statistics import Statistics
-from .tensors import per_image
-from .train import FLOOR, typical
+from .train import FLOOR, Counted, typical
 
 TEACHER = 40  # its evaluations
 ROUNDS = 2
@@ -88,7 +86,7 @@ def refit_multistep(model: Callable[..., Tensor], x: Tensor, calibration: Statis
     than three images, and for a calibration that was not measured for fitting.
     """
     check(calibration)
-    total, n, done, error = refit_cost(evaluations, rounds, start is not None), evaluations - (start is not None), 0, math.nan
+    n = evaluations - (start is not None)
     if not FEWEST <= n <= LARGEST:
         raise ValueError(f"evaluations = {evaluations} is out of range: choose from {FEWEST + evaluations - n} to "
                          f"{LARGEST + evaluations - n}; fewer leave nothing to fit, and more need none")
@@ -96,29 +94,21 @@ def refit_multistep(model: Callable[..., Tensor], x: Tensor, calibration: Statis
         raise ValueError(f"x has {len(x)} images with held_out = {held_out}: give at least two to learn from and one to test")
     gaussian = find_path(path)
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-
-    def denoise(x_now: Tensor, sigma: float) -> Tensor:
-        nonlocal done
-        answer = model(x_now, per_image(sigma, x_now), **dict(extra_args or {})).detach().to(x.dtype)
-        done += 1
-        if progress:
-            progress(min(done, total), total, error)
-        return answer
-
+    counted = Counted(model, extra_args, x.dtype, progress, refit_cost(evaluations, rounds, start is not None))
     plain = calibration.for_another_prompt()
     if start is not None:
         first = gaussian.at(float(calibration.lam[0]))
-        x = sample(denoise, x, [ddim(DataPrediction(), gaussian.level(start), first)])
-    target = sample(denoise, x, planned(plain, fit_multistep(plain, TEACHER).lam).steps(gaussian))
+        x = sample(counted.denoise, x, [ddim(DataPrediction(), gaussian.level(start), first)])
+    target = sample(counted.denoise, x, planned(plain, fit_multistep(plain, TEACHER).lam).steps(gaussian))
     training = slice(0, len(x) - held_out)
     shape = Shape(np.array(fit_multistep(plain, n).lam), np.zeros(n), np.zeros(n), float(calibration.lam[-1]))
-    run = _Runs(denoise, plain, gaussian, target)
+    run = _Runs(counted.denoise, plain, gaussian, target)
     places, residual = run.of(shape, x)
     before = best = _squares(residual)
     floor = FLOOR * best[training].mean()
     for _ in range(rounds):
-        error = float(np.sqrt(best[training].mean()))
-        kinds, jacobian = run.slopes(shape, places)
+        counted.loss = float(np.sqrt(best[training].mean()))
+        kinds, jacobian = run.slopes(shape, places, residual)
         u = _step(jacobian[:, training], residual[training], best[training] + floor)
         for share in (1.0, 0.5, 0.25):
             tried = shape.moved(kinds, share * u)
@@ -132,7 +122,7 @@ def refit_multistep(model: Callable[..., Tensor], x: Tensor, calibration: Statis
     parts = {"training": training, "held out": slice(training.stop, len(x))}
     losses = {name: [float(np.sqrt(rows[part].mean())) for rows in (before, best)] for name, part in parts.items()}
     better = all(typical(best[part], floor) < typical(before[part], floor) for part in parts.values())
-    refits = {**calibration.about.get("refits", {}), str(n): {**losses, "kept": better, "evaluations": done, "images": len(x)}}
+    refits = {**calibration.about.get("refits", {}), str(n): {**losses, "kept": better, "evaluations": counted.spent, "images": len(x)}}
     plans = {key: rows for key, rows in calibration.plans.items() if key != n}
     if better:
         plans[n] = shape.plan(plain).rows()
@@ -159,17 +149,17 @@ class _Runs:
         places = [Place(x, (evaluate(self.denoise, x, steps[0].evaluations[0]),))]
         return places, self._ahead(steps, 0, places)
 
-    def slopes(self, shape: Shape, places: Sequence[Place]) -> tuple[list[tuple[str, int]], np.ndarray]:
+    def slopes(self, shape: Shape, places: Sequence[Place],
+               residual: np.ndarray) -> tuple[list[tuple[str, int]], np.ndarray]:
         """The derivative of the residual in every free number, [numbers, B, elements]: runs from where it first matters."""
         n = len(shape.lam)
         kinds = [*(("a", k) for k in range(n - 1)), *(("b", k) for k in range(1, n)), *(("nu", k) for k in range(1, n))]
-        here = self._ahead(shape.plan(self.calibration).steps(self.path), n - 1, list(places))
         rows = []
         for kind, k in kinds:
             by = DIFFERENCES[kind] * (-1.0 if (kind, k) == ("nu", n - 1) else 1.0)  # the last level stays in the grid
             steps = shape.moved([(kind, k)], np.array([by])).plan(self.calibration).steps(self.path)
             first = k - (kind == "nu")
-            rows.append((self._ahead(steps, first, list(places[:first + 1])) - here) / by)
+            rows.append((self._ahead(steps, first, list(places[:first + 1])) - residual) / by)
         return kinds, np.stack(rows)
 
     def _ahead(self, steps: Sequence[Step], first: int, places: list[Place]) -> np.ndarray:

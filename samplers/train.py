@@ -173,18 +173,15 @@ def _trainable(schedule: Sequence[Level]) -> list[int]:
     return found
 
 
-class Course:
-    """What a training has spent and found; a file keeps it, so that one that was cut short goes on.
-
-    Its parts are the teacher, every step by itself and every round together; `done` is how many are behind it.
+class Counted:
+    """A model as the loop's denoiser. Every evaluation is counted and told to progress(done, total, the last loss), which may
+    raise to cancel.
     """
 
-    def __init__(self, model: Callable[..., Tensor], extra_args: Mapping[str, Any] | None, dtype: torch.dtype, file: Partial,
+    def __init__(self, model: Callable[..., Tensor], extra_args: Mapping[str, Any] | None, dtype: torch.dtype,
                  progress: Callable[[int, int, float], None] | None, total: int) -> None:
         self.model, self.extra_args, self.dtype = model, dict(extra_args or {}), dtype
-        self.file, self.progress, self.total = file, progress, total
-        self.kept, self.done = file.read()
-        self.spent, self.loss = int(self.kept.get("spent", 0)), math.nan
+        self.progress, self.total, self.spent, self.loss = progress, total, 0, math.nan
 
     def denoise(self, x: Tensor, sigma: float | np.ndarray) -> Tensor:
         answer = self.model(x, per_image(sigma, x), **self.extra_args).detach().to(self.dtype)
@@ -192,6 +189,20 @@ class Course:
         if self.progress:
             self.progress(min(self.spent, self.total), self.total, self.loss)
         return answer
+
+
+class Course(Counted):
+    """What a training has spent and found; a file keeps it, so that one that was cut short goes on.
+
+    Its parts are the teacher, every step by itself and every round together; `done` is how many are behind it.
+    """
+
+    def __init__(self, model: Callable[..., Tensor], extra_args: Mapping[str, Any] | None, dtype: torch.dtype, file: Partial,
+                 progress: Callable[[int, int, float], None] | None, total: int) -> None:
+        super().__init__(model, extra_args, dtype, progress, total)
+        self.file = file
+        self.kept, self.done = file.read()
+        self.spent = int(self.kept.get("spent", 0))
 
     def targets(self, teach: Callable[[], Mapping[int, Tensor]]) -> dict[int, Tensor]:
         """The teacher's states, kept or made."""

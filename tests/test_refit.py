@@ -62,7 +62,7 @@ def test_a_restarted_run_is_the_whole_run(found) -> None:
     model = mixture()
     run = _Runs(lambda x, sigma: model(x, x.new_full((len(x),), sigma)), plain, PATHS["ve"], converged(x))
     places, residual = run.of(shape, x)
-    kinds, slopes = run.slopes(shape, places)
+    kinds, slopes = run.slopes(shape, places, residual)
     assert len(kinds) == len(slopes) == 12
     for (kind, k), slope in zip(kinds, slopes):
         by = DIFFERENCES[kind] * (-1 if (kind, k) == ("nu", 4) else 1)
