@@ -88,7 +88,7 @@ def of_node(ui, kind: str, info: dict):
         ui.run()
     ui.page.wait_for_timeout(1500)
     picture = photograph(ui, [node] if neighbour is None or ui.do(SHOWS, node) else [node, neighbour])
-    return picture.resize((picture.width * 3 // 4, picture.height * 3 // 4))  # all are shipped: together some 250 kB
+    return picture.resize((picture.width * 3 // 4, picture.height * 3 // 4))  # all are shipped: together some 300 kB
 
 
 def laid(kind: str, info: dict) -> tuple[dict, int, int | None]:
