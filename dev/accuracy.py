@@ -2,9 +2,11 @@
 
     python dev/benchmark.py accuracy            every scheduler, more than an hour beside other work
     python dev/benchmark.py accuracy --few      two schedulers, two prompts, guidance 3 and 7, every budget from 3 to 10, and AMED
+    python dev/benchmark.py accuracy --best     every scheduler, 4 images a prompt: ComfyUI's samplers and ours that calibrate, about two hours
     python dev/benchmark.py accuracy --quick    three schedulers, two prompts, 5, 8 and 10 evaluations, about 3 minutes
 
-Writes accuracy.csv (a row a cell), accuracy.md (tables) and accuracy.png (error against evaluations) to --out.
+Writes accuracy.csv (a row a cell), accuracy.md (tables) and accuracy.png (error against evaluations) to --out. A run that was cut
+short goes on there: what accuracy.csv has is not measured again.
 
 Problems
     gaussians   exact denoiser: 50 Gaussians in 3x16x16, float64; guidance towards 10 of them
@@ -33,7 +35,7 @@ import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Callable, Iterable, Mapping, NamedTuple, Sequence
+from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Sequence
 
 import comfy_host
 import environment
@@ -50,7 +52,8 @@ from comfy.extra_samplers import uni_pc  # noqa: E402
 MAIN = ("karras", "sgm_uniform", "exponential")
 BASELINE = "comfy/dpmpp_2m"
 MOVING_START = "ddim_uniform"
-CALIBRATION_PROMPT = "panda"
+REFIT_PROMPTS = ("ghost", "pizza", "green heart", "sun", "crying face", "penguin", "hamburger", "cactus", "fox", "tomato", "clown face",
+                 "evergreen tree")  # none is evaluated
 
 
 @dataclass(frozen=True)
@@ -65,11 +68,16 @@ class Size:
     noises: int                     # images a prompt
     exact_noises: int
     own_prompt: bool                # calibrate on every evaluated prompt too
+    catalogue: bool = True          # the samplers of ours that calibrate nothing, and the variants
+    refits: bool = False            # the fitted solver refitted too
+    calibration_prompt: str = "panda"
 
 
 FULL = Size(tuple(comfy.samplers.SCHEDULER_NAMES), ("red heart", "panda", "strawberry", "doughnut"), (4, 5, 6, 8, 10, 15, 20),
             (4, 5, 6, 8, 10), (3.0, 7.0, 1.0), 1, 32, True)
 FEW = Size(("karras", "sgm_uniform"), ("red heart", "panda"), tuple(range(3, 11)), (), (3.0, 7.0), 2, 16, True)
+BEST = Size(tuple(name for name in FULL.schedulers if name != MOVING_START), FULL.prompts, FULL.other_budgets, FULL.other_budgets, FULL.guidances, 4, 32, True, catalogue=False,
+            refits=True, calibration_prompt="ghost")
 QUICK = Size(MAIN, ("red heart", "panda"), (5, 8, 10), (), (3.0,), 1, 16, True)
 
 
@@ -89,6 +97,7 @@ class Entry:
     discards: bool = False          # KSampler drops the last sigma above 0 for it
     calibrate: Callable[[comfy_host.Model, Tensor, Tensor, str], Mapping[str, Any]] | None = None
     own_prompt: bool = False        # calibrated on the prompt that is evaluated
+    several: bool = False           # calibrated on REFIT_PROMPTS, where prompts differ
     train: Callable[..., Mapping[str, Any]] | None = None  # a calibration of every schedule by itself: main schedulers only
 
     @property
@@ -113,14 +122,15 @@ def core(name: str, cost: Callable[[int], int] = lambda n: n, discards: bool = F
     return Entry("comfy/" + name, run, cost, discards=discards)
 
 
-def ours(name: str, about: str = "", calibrate=None, own_prompt: bool = False, train=None, **options: Any) -> Entry:
+def ours(name: str, about: str = "", calibrate=None, own_prompt: bool = False, train=None, several: bool = False,
+         **options: Any) -> Entry:
     def run(model, x, sigmas, **calibrated):
         return samplers.k_diffusion_sampler(name, **options, **calibrated)(model, x, sigmas, extra_args={}, disable=True)
 
     def cost(n):  # of an AMED the same whatever was learned
         return n if calibrate else samplers.nfe(name, n, **options)
 
-    return Entry(" ".join(["lambda/" + name, about]).strip(), run, cost, bool(about), False, calibrate, own_prompt, train)
+    return Entry(" ".join(["lambda/" + name, about]).strip(), run, cost, bool(about), False, calibrate, own_prompt, several, train)
 
 
 CORE = [
@@ -145,12 +155,21 @@ VARIANTS = [  # name, what is different, options
 ]
 
 
-def dpm_solver_v3_statistics(model: comfy_host.Model, x: Tensor, sigmas: Tensor, path: str) -> Mapping[str, Any]:
-    return {"statistics": samplers.estimate_statistics(model, x, sigmas, path=path)}
+def dpm_solver_v3_statistics(model: comfy_host.Model, x: Tensor, sigmas: Tensor, samples: int) -> Mapping[str, Any]:
+    return {"statistics": samplers.estimate_statistics(model, x[:samples], sigmas)}
 
 
-def fitted_statistics(model: comfy_host.Model, x: Tensor, sigmas: Tensor, path: str) -> Mapping[str, Any]:
-    return {"statistics": samplers.estimate_statistics(model, x, sigmas, path=path, fitted=True)}
+def fitted_statistics(model: comfy_host.Model, x: Tensor, sigmas: Tensor, samples: int) -> Mapping[str, Any]:
+    return {"statistics": samplers.estimate_statistics(model, x[:samples], sigmas, fitted=True)}
+
+
+def refitted(model: comfy_host.Model, x: Tensor, sigmas: Tensor, samples: int) -> Mapping[str, Any]:
+    """Statistics refitted for every budget, a quarter of the images held out."""
+    found = fitted_statistics(model, x, sigmas, samples)["statistics"]
+    prompts = {"prompts": len(REFIT_PROMPTS) if len(x) == len(REFIT_PROMPTS) else 1}
+    for budget in BEST.budgets:
+        found = samplers.refit_multistep(model, x, found, budget, held_out=len(x) // 4, about=prompts)
+    return {"statistics": found}
 
 
 CALIBRATED = [  # name, what is different, options, calibration
@@ -160,9 +179,9 @@ CALIBRATED = [  # name, what is different, options, calibration
     ("fitted", "", {}, fitted_statistics),
     ("fitted_chosen", "", {}, fitted_statistics),
 ]
-"""Solvers that first see the model: the calibration is called with (model, x at sigmas[0], sigmas, path) on noises that
-are not evaluated, once for each problem and guidance, and returns options for k_diffusion_sampler. On the emoji it sees
-CALIBRATION_PROMPT and is used for all prompts, as the nodes do it (Statistics.for_another_prompt); "own prompt" saw the
+"""Solvers that first see the model: the calibration is called with (model, x at sigmas[0], sigmas, how many images statistics
+take) on noises that are not evaluated, once for each problem and guidance, and returns options for k_diffusion_sampler. On the
+emoji it sees Size.calibration_prompt and is used for all prompts, as the nodes do it (Statistics.for_another_prompt); "own prompt" saw the
 prompt that is evaluated."""
 
 
@@ -186,19 +205,19 @@ TRAINED = [  # name, what is different, options, training
     ("amed_ipndm", "", {}, amed()),
     ("dpmpp_2m", "afs", {"first_step": "afs"}, None),
 ]
-"""AMED is trained for every schedule by itself, on noises that are not evaluated, of CALIBRATION_PROMPT, for all prompts; with
+"""AMED is trained for every schedule by itself, on noises that are not evaluated, of Size.calibration_prompt, for all prompts; with
 --few only, since the training of twenty schedules takes longer than everything else."""
 
 CALIBRATED_NAMES = {name for name, *_ in CALIBRATED}
 TRAINED_NAMES = {name for name in samplers.SAMPLERS if "trained" in samplers.SAMPLERS[name].options}
 
 
-def entries(own_prompt: bool, trains: bool) -> list[Entry]:
+def entries(size: Size) -> list[Entry]:
     result = list(CORE)
-    for name, sampler in samplers.SAMPLERS.items():
+    for name, sampler in samplers.SAMPLERS.items() if size.catalogue else ():
         if name not in CALIBRATED_NAMES | TRAINED_NAMES and "eta" not in sampler.options and sampler.evaluations_per_step is not None:
             result.append(ours(name))
-    for name, about, options in VARIANTS:
+    for name, about, options in VARIANTS if size.catalogue else ():
         default = all(samplers.SAMPLERS[name].options[key].default == value for key, value in options.items())
         if not default:
             result.append(ours(name, about, **options))
@@ -206,10 +225,14 @@ def entries(own_prompt: bool, trains: bool) -> list[Entry]:
         if name not in samplers.SAMPLERS:
             print(f"NOTE: {name} is not measured: it is not in the catalogue yet")
             continue
-        result.append(ours(name, about, calibrate, **options))
-        if own_prompt and not about:
+        if size.catalogue or not about:
+            result.append(ours(name, about, calibrate, **options))
+        if size.own_prompt and not about:
             result.append(ours(name, "own prompt", calibrate, own_prompt=True, **options))
-    for name, about, options, train in TRAINED if trains else ():
+    if size.refits:
+        result += [ours("fitted_chosen", "refitted, several prompts", refitted, several=True),
+                   ours("fitted_chosen", "refitted, own prompt", refitted, own_prompt=True)]
+    for name, about, options, train in TRAINED if size is FEW else ():
         result.append(ours(name, about, train=train, **options))
     return result
 
@@ -258,15 +281,12 @@ class Exact:
     reference_steps: int = 2000
     remembers: bool = False
     calibration_noises: int = 32
+    refit_noises: int = 32
     training_noises: int = 40
 
     @property
     def prompts(self) -> tuple[str, ...]:
         return (self.prompt,)
-
-    @property
-    def calibration_prompt(self) -> str:
-        return self.prompt
 
     def middle_block(self) -> None:
         """There is none."""
@@ -311,9 +331,8 @@ class Emoji:
     shape = (3, 32, 32)
     dtype = torch.float32
     remembers = True
-    calibration_noises = 2  # the nodes' default for latents of this size
+    calibration_noises, refit_noises = 2, 8  # the nodes' defaults for latents of this size
     training_noises = 5     # half of the nodes' default
-    calibration_prompt = CALIBRATION_PROMPT
 
     def __init__(self, prompts: tuple[str, ...], guidances: tuple[float, ...], noises: int) -> None:
         self.prompts, self.guidances, self.noises = prompts, guidances, noises
@@ -440,6 +459,11 @@ def reference(problem: Problem, model: comfy_host.Model, noise: Tensor, start: f
     return Reference(x, None if other is None else rms(other - x))
 
 
+def reference_name(problem: Problem, guidance: float, noise: Tensor) -> str:
+    """What the files of a run begin with that keep its references; sigma follows."""
+    return f"reference_{problem.name}_{guidance:g}_{len(noise)}_"
+
+
 def rms(x: Tensor) -> float:
     return float(x.square().mean().sqrt())
 
@@ -452,12 +476,27 @@ class Table:
     rows: list[dict[str, Any]] = field(default_factory=list)
     agreements: list[tuple[str, float, float]] = field(default_factory=list)
     started: float = field(default_factory=time.perf_counter)
+    kept: set[tuple] = field(default_factory=set)  # the cells of a run before
     COLUMNS = ("problem", "prompt", "guidance", "scheduler", "budget", "evaluations", "steps", "sampler", "variant", "start",
                "rms", "median", "images", "reason")
 
     def __post_init__(self) -> None:
+        before = list(csv.DictReader(self.path.open(newline=""))) if self.path.exists() else []
+        for row in before:
+            row |= {key: float(row[key]) for key in ("guidance", "rms", "median", "start") if row[key]}
+            row |= {key: int(row[key]) for key in ("budget", "evaluations", "steps", "variant") if row[key]}
         with self.path.open("w", newline="") as file:
             csv.DictWriter(file, self.COLUMNS).writeheader()
+        self.add(before)
+        self.kept = {(row["prompt"], *self.place(row)) for row in before}
+
+    @staticmethod
+    def place(row: Mapping[str, Any]) -> tuple:
+        return tuple(row[key] for key in ("problem", "guidance", "scheduler", "budget", "sampler"))
+
+    def has(self, row: Mapping[str, Any], prompts: Iterable[str]) -> bool:
+        """Whether a run before has measured a cell for all these prompts."""
+        return all((prompt, *self.place(row)) in self.kept for prompt in prompts)
 
     def add(self, rows: Iterable[dict[str, Any]]) -> None:
         rows = list(rows)
@@ -476,44 +515,56 @@ def measure(problem: Problem, size: Size, solvers: Sequence[Entry], table: Table
     rows = [prompt for prompt in problem.prompts for _ in range(problem.noises)]
     several = each > 1
     for guidance in problem.guidances:
-        references: dict[float, Reference] = {}
-        shared = [e for e in solvers if not e.own_prompt]
-        options = calibrated(problem, shared, guidance, problem.calibration_prompt, several, table)
+        def left(prompts: Sequence[str], own_prompt: bool) -> list[Entry]:
+            """The entries with a cell that no run before has measured."""
+            found = [row for row in cells_of(problem, size, [e for e in solvers if e.own_prompt == own_prompt], guidance)
+                     if not table.has(row, prompts)]
+            return [entry for entry in solvers if any(row["sampler"] == entry.label for row in found)]
+
+        begins = reference_name(problem, guidance, noise)
+        references = {float(file.stem.removeprefix(begins)): Reference(*torch.load(file))
+                      for file in table.path.parent.glob(f"{begins}*.pt")}
+        shared = left(problem.prompts, own_prompt=False)
+        other = [size.calibration_prompt] if several else [problem.prompts[0]]
+        options = calibrated(problem, shared, guidance, other, several, table)
         with problem.middle_block() or contextlib.nullcontext() as block:
             options |= trained(problem, size, shared, guidance, block, table)
             problem.session(rows, guidance, lambda model: cells(
                 problem, size, shared, options, guidance, model, noise, rows, references, table))
-        apart = [e for e in solvers if e.own_prompt and several]
-        for prompt in problem.prompts if apart else ():
+        for prompt in problem.prompts if several else ():
+            apart = left([prompt], own_prompt=True)
             at = [i for i, row in enumerate(rows) if row == prompt]
-            own = calibrated(problem, apart, guidance, prompt, False, table)
+            own = calibrated(problem, apart, guidance, [prompt], False, table)
             problem.session([prompt] * len(at), guidance, lambda model: cells(
                 problem, size, apart, own, guidance, model, noise[at], [prompt] * len(at),
                 {start: Reference(known.x[at], None) for start, known in references.items()}, table))
 
 
-def calibrated(problem: Problem, solvers: Sequence[Entry], guidance: float, prompt: str, elsewhere: bool,
+def calibrated(problem: Problem, solvers: Sequence[Entry], guidance: float, prompts: Sequence[str], elsewhere: bool,
                table: Table) -> dict[str, Mapping[str, Any] | Exception]:
     """Options of every entry that calibrates, from noises that are not evaluated; entries with one calibration share it."""
-    wanted = {entry.label: entry.calibrate for entry in solvers if entry.calibrate}
-    noise = starting_noise(problem, problem.calibration_noises, seed=7)
+    wanted = {entry.label: (entry.calibrate, REFIT_PROMPTS if entry.several and elsewhere else tuple(prompts))
+              for entry in solvers if entry.calibrate}
     sigmas = model_sampling().sigmas.flip(0).to(problem.dtype)
+    result: dict[Any, Any] = {}
+    for calibrate, seen in dict.fromkeys(wanted.values()):
+        count = max(len(seen), problem.refit_noises if calibrate is refitted else problem.calibration_noises)
+        noise = starting_noise(problem, count, seed=7)
 
-    def body(model):
-        result: dict[Any, Any] = {}
-        for calibrate in dict.fromkeys(wanted.values()):
+        def body(model):
             counted = Counted(model, remembers=False)
             try:
-                result[calibrate] = dict(calibrate(counted, starting_x(model, noise, sigmas[0]), sigmas, "ve"))
-                if elsewhere and "statistics" in result[calibrate]:
-                    result[calibrate]["statistics"] = result[calibrate]["statistics"].for_another_prompt()
+                found = dict(calibrate(counted, starting_x(model, noise, sigmas[0]), sigmas, problem.calibration_noises))
+                if elsewhere and "statistics" in found:
+                    found["statistics"] = found["statistics"].for_another_prompt()
             except Exception as error:  # a solver in the making must not end the run: its cells say why they are empty
-                result[calibrate] = error
-            table.say(f"{problem.name}, guidance {guidance:g}: {calibrate.__name__} of {prompt}, {counted.calls} evaluations of "
-                      f"{len(noise)} images")
-        return {label: result[calibrate] for label, calibrate in wanted.items()}
+                found = error
+            table.say(f"{problem.name}, guidance {guidance:g}: {calibrate.__name__} of {', '.join(seen)}, {counted.calls} evaluations of "
+                      f"{count} images")
+            return found
 
-    return problem.session([prompt] * len(noise), guidance, body) if wanted else {}
+        result[calibrate, seen] = problem.session([seen[k % len(seen)] for k in range(count)], guidance, body)
+    return {label: result[key] for label, key in wanted.items()}
 
 
 def trained(problem: Problem, size: Size, solvers: Sequence[Entry], guidance: float, block: Any,
@@ -541,31 +592,44 @@ def trained(problem: Problem, size: Size, solvers: Sequence[Entry], guidance: fl
                       f"{', '.join(dict.fromkeys(spent))}")
         return result
 
-    return problem.session([problem.calibration_prompt] * len(noise), guidance, body) if wanted else {}
+    prompt = size.calibration_prompt if len(problem.prompts) > 1 else problem.prompts[0]
+    return problem.session([prompt] * len(noise), guidance, body) if wanted else {}
 
 
-def cells(problem: Problem, size: Size, solvers: Sequence[Entry], options: Mapping[str, Any], guidance: float,
-          model: comfy_host.Model, noise: Tensor, prompts: Sequence[str], references: dict[float, Reference],
-          table: Table) -> None:
-    """The cells of one guidance: every scheduler, budget and entry."""
+def cells_of(problem: Problem, size: Size, solvers: Sequence[Entry], guidance: float) -> Iterator[dict[str, Any]]:
+    """Every cell of these entries, as the beginning of its row."""
     for scheduler in size.schedulers:
         main = scheduler in MAIN
         for budget in size.budgets if main else size.other_budgets:
-            memory = Counted(model, problem.remembers)
             for entry in solvers:
                 n = entry.steps(budget)
                 if n is None or ((entry.variant or entry.train) and not main):
                     continue
                 if scheduler == MOVING_START and (entry.discards or n != budget):
                     continue  # starts elsewhere than the baseline does
-                row = {"problem": problem.name, "guidance": guidance, "scheduler": scheduler, "budget": budget,
+                yield {"problem": problem.name, "guidance": guidance, "scheduler": scheduler, "budget": budget,
                        "sampler": entry.label, "variant": int(entry.variant), "steps": n}
-                own = options.get(entry.label, {})
-                own = own[scheduler, n] if entry.train else own
-                looks = isinstance(own, Mapping) and getattr(own.get("trained"), "predictor", None)
-                counted = Counted(model, remembers=False) if looks else memory  # what is remembered has no middle block
-                table.add(cell(problem, entry, own, counted, noise, prompts, references, table, row))
-        table.say(f"{problem.name}, guidance {guidance:g}, {scheduler}: done")
+
+
+def cells(problem: Problem, size: Size, solvers: Sequence[Entry], options: Mapping[str, Any], guidance: float,
+          model: comfy_host.Model, noise: Tensor, prompts: Sequence[str], references: dict[float, Reference],
+          table: Table) -> None:
+    """The cells of one guidance that no run before has measured: every scheduler, budget and entry."""
+    entries_by_label = {entry.label: entry for entry in solvers}
+    of_budget: dict[tuple, Counted] = {}
+    for row in cells_of(problem, size, solvers, guidance):
+        if table.has(row, prompts):
+            continue
+        at = row["scheduler"], row["budget"]
+        if at not in of_budget:
+            of_budget = {at: Counted(model, problem.remembers)}
+            table.say(f"{problem.name}, guidance {guidance:g}, {row['scheduler']}, {row['budget']} evaluations")
+        entry = entries_by_label[row["sampler"]]
+        own = options.get(entry.label, {})
+        own = own[row["scheduler"], row["steps"]] if entry.train else own
+        looks = isinstance(own, Mapping) and getattr(own.get("trained"), "predictor", None)
+        counted = Counted(model, remembers=False) if looks else of_budget[at]  # what is remembered has no middle block
+        table.add(cell(problem, entry, own, counted, noise, prompts, references, table, row))
 
 
 def cell(problem: Problem, entry: Entry, options: Any, model: Counted, noise: Tensor, prompts: Sequence[str],
@@ -588,6 +652,7 @@ def cell(problem: Problem, entry: Entry, options: Any, model: Counted, noise: Te
     key = round(start, 4)
     if key not in references:
         references[key] = reference(problem, model.__class__(model, remembers=False), noise, start)
+        torch.save(tuple(references[key]), table.path.with_name(f"{reference_name(problem, row['guidance'], noise)}{key:g}.pt"))
         if references[key].agreement is not None:
             table.agreements.append((problem.name, row["guidance"], references[key].agreement))
             table.say(f"{problem.name}, guidance {row['guidance']:g}: two references differ by {references[key].agreement:.2g}")
@@ -629,7 +694,7 @@ def ratios(rows: Sequence[dict[str, Any]], what: str = "rms") -> dict[str, list[
 
 def report(table: Table, size: Size, seconds: float) -> str:
     problems = unique([row["problem"] for row in table.rows])
-    parts = [f"# Error at equal evaluations\n\nWritten by `python dev/benchmark.py accuracy{ {QUICK: ' --quick', FEW: ' --few'}.get(size, '') }`"
+    parts = [f"# Error at equal evaluations\n\nWritten by `python dev/benchmark.py accuracy{ {QUICK: ' --quick', FEW: ' --few', BEST: ' --best'}.get(size, '') }`"
              f" in {seconds / 60:.0f} minutes; {len(table.rows)} cells in accuracy.csv. What is measured and how: "
              "`dev/accuracy.py`. `comfy/` is ComfyUI's sampler, `lambda/` ours. Errors are rms over pixels; values are in "
              "-1 to 1.", "## Summary", summary_table(table.rows, problems), agreement_table(table)]
@@ -799,7 +864,7 @@ def accuracy(size: Size, out: Path) -> None:
     torch.set_num_threads(1)
     out.mkdir(parents=True, exist_ok=True)
     table = Table(out / "accuracy.csv")
-    solvers = entries(size.own_prompt, size is FEW)
+    solvers = entries(size)
     print(f"{len(solvers)} samplers, {len(size.schedulers)} schedulers, evaluations {', '.join(map(str, size.budgets))}")
     with torch.inference_mode():
         for problem in (lambda: gaussians(size.exact_noises), lambda: digits(size.exact_noises),

@@ -29,14 +29,15 @@ def main() -> None:
     parser.add_argument("what", choices=["overhead", "accuracy"])
     parser.add_argument("--rounds", type=int, default=15, help="timed runs of each, taken in turn (default 15)")
     parser.add_argument("--few", action="store_true", help="accuracy: every budget from 3 to 10, with AMED, on two schedulers")
+    parser.add_argument("--best", action="store_true", help="accuracy: ComfyUI's samplers and ours that calibrate, 4 images a prompt")
     parser.add_argument("--quick", action="store_true", help="accuracy: a small part of it, about 3 minutes instead of over an hour")
     parser.add_argument("--out", type=Path, default=environment.HOME / "accuracy", help="accuracy: folder (default .dev/accuracy)")
     options = parser.parse_args()
     environment.enter("test")
     sys.path += [str(environment.ROOT), str(environment.ROOT / "tests")]
     if options.what == "accuracy":
-        from accuracy import FEW, FULL, QUICK, accuracy
-        accuracy(QUICK if options.quick else FEW if options.few else FULL, options.out)
+        from accuracy import BEST, FEW, FULL, QUICK, accuracy
+        accuracy(QUICK if options.quick else FEW if options.few else BEST if options.best else FULL, options.out)
     else:
         overhead(options.rounds)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..samplers import fitted_sigmas
 from ..samplers.amed import BASES
 from ..samplers.calibrate import INTERVALS
-from ..samplers.refit import FEWEST, LARGEST
+from ..samplers.refit import FEWEST, LARGEST, refit_cost
 from ..samplers.train import TEACHER
 from . import calibration, picture, store
 from .calibration import Kind, Run
@@ -86,7 +86,7 @@ class EstimateStatistics(io.ComfyNode):
             return STATISTICS_KIND.measure(run, about, _partial(run, STATISTICS_KIND, about, seed, intervals, samples, pool),
                                            seed=seed, intervals=intervals, samples=samples, pool=pool)
 
-        result = calibration.measured(model, positive, negative, cfg, latent_image["samples"], seed, None, measure)
+        result = calibration.measured(model, [positive], negative, cfg, latent_image["samples"], seed, None, measure)
         return _shown(cls, result, picture.curves)
 
 
@@ -124,26 +124,49 @@ class RefitStatistics(io.ComfyNode):
             node_id="LambdaRefitStatistics",
             display_name="Refit Fitted Multistep",
             category=CATEGORY,
-            description="Learns levels and weights of lambda_fitted for one number of steps from its own runs on the model: by forward "
-                        "evaluations alone, at most 127 of a small batch for 5 steps and 250 for 8, after the measurement.",
+            description="Learns levels and weights of lambda_fitted for one number of steps from its own runs on the model, for one prompt "
+                        f"or, given several, for all: by forward evaluations alone, at most {refit_cost(5)} of a small batch for 5 steps "
+                        f"and {refit_cost(8)} for 8, after the measurement.",
             inputs=[
-                *_model("what is learned is used for this prompt only"),
+                *_model("what is learned is used for this prompt only, unless there are more prompts below"),
                 SOCKETS[STATISTICS_KIND].Input("statistics", tooltip=(
                     f"From {STATISTICS_KIND.makes} with fitted on, or Load {STATISTICS_KIND.title}")),
                 io.Int.Input("steps", default=5, min=FEWEST, max=LARGEST + 1, tooltip=(
                     "KSampler's steps that it is for: other numbers stay as they were")),
                 io.Int.Input("seed", default=0, min=0, max=2**32 - 1, tooltip="Of the noise it learns from"),
                 advanced(io.Int.Input("samples", default=0, min=0, max=64, tooltip=(
-                    "Images, evaluated as one batch; the last one only tests. 0: 3 to 5 by the latent's size"))),
+                    "Images, evaluated as one batch; the last quarter only tests. 0: 4 to 8 by the latent's size, and at least one for "
+                    "each prompt"))),
+                io.Clip.Input("clip", optional=True, tooltip="Reads the prompts below; what else the positive input has (guidance, sizes, "
+                                                             "ControlNet) they get from it"),
+                io.String.Input("prompts", default="", multiline=True, optional=True, tooltip=(
+                    "More prompts, one a line, six or more. What is learned from several is used for every prompt, if it helps on those "
+                    "held out")),
             ],
             outputs=_outputs(STATISTICS_KIND, "Statistics", f"the Fitted Multistep node, Save or Apply {STATISTICS_KIND.title}"),
         )
 
     @classmethod
-    def execute(cls, model, positive, negative, cfg, latent_image, statistics, steps, seed, samples) -> io.NodeOutput:
-        result = calibration.measured(model, positive, negative, cfg, latent_image["samples"], seed, None,
-                                      lambda run: STATISTICS_KIND.refit(run, statistics, steps, seed=seed, samples=samples))
+    def execute(cls, model, positive, negative, cfg, latent_image, statistics, steps, seed, samples, clip=None, prompts="") -> io.NodeOutput:
+        positives = [positive, *_read(prompts, clip, positive)]
+
+        def measure(run: Run) -> Any:
+            about = {**calibration.description(run.guider), "prompts": len(positives)}
+            return STATISTICS_KIND.refit(run, statistics, steps, about, _partial(run, STATISTICS_KIND, about, "refit", steps, seed, samples),
+                                         seed=seed, samples=samples)
+
+        result = calibration.measured(model, positives, negative, cfg, latent_image["samples"], seed, None, measure)
         return _shown(cls, result, picture.curves)
+
+
+def _read(prompts: str, clip: Any, like: Any) -> list[Any]:
+    """Conditions for every line, with what else `like` has."""
+    lines = [line.strip() for line in prompts.splitlines() if line.strip()]
+    if lines and clip is None:
+        raise ValueError(f"prompts has {len(lines)} lines and nothing reads them: connect the checkpoint's CLIP to clip, or leave prompts "
+                         "empty")
+    return [[[tensor, {**like[0][1], **more}] for tensor, more in clip.encode_from_tokens_scheduled(clip.tokenize(line))]
+            for line in lines]
 
 
 class TrainAmed(io.ComfyNode):

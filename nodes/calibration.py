@@ -11,7 +11,7 @@ import os
 import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Callable, Mapping, Protocol
+from typing import Any, Callable, Mapping, Protocol, Sequence
 
 import comfy.model_management
 import comfy.sample
@@ -203,11 +203,28 @@ class Measuring(comfy.samplers.Sampler):
         return noise
 
 
-def measured(model: Any, positive: Any, negative: Any, cfg: float, latent: Tensor, seed: int, sigmas: Tensor | None,
+class SeveralPrompts(comfy.samplers.CFGGuider):
+    """A guider that knows a prompt for every image of a batch: the k-th has the prompt k modulo their number."""
+
+    def set_prompts(self, positives: Sequence[Any], negative: Any) -> None:
+        self.names = ["positive", *(f"positive.{k}" for k in range(1, len(positives)))]
+        self.inner_set_conds({"negative": negative, **dict(zip(self.names, positives))})
+
+    def predict_noise(self, x, timestep, model_options={}, seed=None):
+        result = torch.empty_like(x)
+        for k, name in enumerate(self.names[:len(x)]):
+            own = slice(k, None, len(self.names))
+            result[own] = comfy.samplers.sampling_function(
+                self.inner_model, x[own], timestep[own], self.conds["negative"], self.conds[name], self.cfg,
+                model_options=model_options, seed=seed)
+        return result
+
+
+def measured(model: Any, positives: Sequence[Any], negative: Any, cfg: float, latent: Tensor, seed: int, sigmas: Tensor | None,
              measure: Callable[[Run], Any]) -> Any:
     """What `measure` makes of a model under these conditions, in a run of ComfyUI's own."""
-    guider = comfy.samplers.CFGGuider(model)
-    guider.set_conds(positive, negative)
+    guider = SeveralPrompts(model)
+    guider.set_prompts(positives, negative)
     guider.set_cfg(cfg)
     latent = comfy.sample.fix_empty_latent_channels(model, latent)[:1]
     sampling = model.get_model_object("model_sampling")

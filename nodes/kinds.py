@@ -58,22 +58,31 @@ class StatisticsKind:
         say(f"statistics measured in {result.about['evaluations']} evaluations")
         return result
 
-    def refit(self, run: Run, found: Statistics, steps: int, *, seed: int = 0, samples: int = 0) -> Statistics:
-        """The statistics with levels and weights for so many steps of the fitted solver, learned from its runs."""
+    def refit(self, run: Run, found: Statistics, steps: int, about: dict[str, Any], partial: Any, *, seed: int = 0,
+              samples: int = 0) -> Statistics:
+        """The statistics with levels and weights for so many steps of the fitted solver, learned from its runs.
+
+        On one prompt, they become that prompt's; what several taught is for all, whichever was measured.
+        """
         warn(self, found, run)
-        prompt = identity.conditions(run.guider)
-        found = self.suited(found, prompt)
-        sampling = run.patcher.get_model_object("model_sampling")
-        noise = pure_noise(run, samples or max(3, min(5, training_images(run.x.shape) + 1)), seed)
-        highest = find_path(run.path).level(float(sampling.sigma_max))
-        result = refit_multistep(run.denoise, noise, found, steps, path=run.path, start=None if finite(highest) else highest.sigma,
-                                 progress=Progress("refitting the solver"))
+        if about["prompts"] == 1:
+            found = self.suited(found, about["conditions"])
+            found = replace(found, about={**found.about, "conditions": about["conditions"]})
+        count = samples or max(refit_images(run.x.shape), about["prompts"])
+        noise = pure_noise(run, count, seed)
+        highest = find_path(run.path).level(float(run.patcher.get_model_object("model_sampling").sigma_max))
+        try:
+            result = refit_multistep(run.denoise, noise, found, steps, path=run.path, start=None if finite(highest) else highest.sigma,
+                                     held_out=max(1, count // 4), progress=Progress("refitting the solver"), about=about, partial=partial)
+        except BaseException:
+            say("the refit was interrupted; the next run goes on from there")
+            raise
         told = result.about["refits"][str(steps - (not finite(highest)))]
         before, after = told["held out"]
-        say(f"refitted for {steps} steps in {told['evaluations']} evaluations: error {before:.3g} before, {after:.3g} after, on an "
-            f"image held out" if told["kept"] else f"the refit for {steps} steps was no better on an image held out (error {before:.3g} "
-            f"before, {after:.3g} after) and is not kept")
-        return replace(result, about={**result.about, "conditions": prompt})
+        say(f"refitted for {steps} steps in {told['evaluations']} evaluations: error {before:.3g} before, {after:.3g} after, on "
+            f"images held out" if told["kept"] else f"the refit for {steps} steps found nothing better than the error {before:.3g} on images "
+            "held out, and changes nothing")
+        return result
 
     def suited(self, found: Statistics, conditions: str) -> Statistics:
         return found if found.about.get("conditions") == conditions else found.for_another_prompt()
@@ -198,6 +207,11 @@ def table(sampling: Any) -> list[float]:
 def trajectories(shape: torch.Size, fewest: int = 1) -> int:
     """How many an estimate takes. The fitted solver corrects only what holds on one that was left out, so it needs two."""
     return max(fewest, min(MOST, math.ceil(ELEMENTS / math.prod(shape[1:]))))
+
+
+def refit_images(shape: torch.Size) -> int:
+    """How many images a refit looks at, those held out among them."""
+    return max(4, min(8, math.ceil(16 * ELEMENTS / math.prod(shape[1:]))))
 
 
 def training_images(shape: torch.Size) -> int:

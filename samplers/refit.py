@@ -6,12 +6,14 @@ what counts. Three numbers of every step are free, from DPM-Solver-v3's weights 
     c_1 = c_1 + b C,   c_0 = (1 + a) C - c_1,   C = c_0 + c_1,        lam = lam + nu gap
 
 (scale, extrapolation and place), and forward differences of the run in each of them make the residual at the end linear,
-R + J u. Damped Gauss-Newton, one or two rounds, lowers its square over a few images of one prompt. The teacher is the same
-solver in many steps. b of the statistics is left out: what is learned without it was better on its own prompt and on others.
+R + J u. A few rounds of damped Gauss-Newton lower its square over a few images. The teacher is the same solver in many steps.
+b of the statistics is left out: what is learned without it was better on its own prompt and on others.
 """
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
+from pathlib import Path as File
 from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
 import numpy as np
@@ -25,10 +27,12 @@ from .sample import Denoiser, combine, evaluate, sample
 from .schedule import Path, find_path
 from .solver import Step, ddim
 from .statistics import Statistics
-from .train import FLOOR, Counted, typical
+from .storage import Partial
+from .train import FLOOR, Course, typical
 
+PARTIAL = "lambda-solvers partial refit 1"
 TEACHER = 40  # its evaluations
-ROUNDS = 2
+ROUNDS, AGAIN = 2, 3  # how often slopes are taken, and how often they serve again
 FEWEST, LARGEST = 3, 15
 DAMPING = 0.1  # of u, in mean squared errors
 MOST = 0.4     # of a number in one round: neighbouring levels cannot meet
@@ -74,16 +78,17 @@ class Place(NamedTuple):
 
 def refit_multistep(model: Callable[..., Tensor], x: Tensor, calibration: Statistics, evaluations: int, *, path: str = "ve",
                     start: float | None = None, held_out: int = 1, rounds: int = ROUNDS,
-                    extra_args: Mapping[str, Any] | None = None,
-                    progress: Callable[[int, int, float], None] | None = None) -> Statistics:
+                    extra_args: Mapping[str, Any] | None = None, progress: Callable[[int, int, float], None] | None = None,
+                    about: Mapping[str, Any] | None = None, partial: File | str | None = None) -> Statistics:
     """The calibration with a plan for so many evaluations from full noise to x0, fitted to runs of `model`.
 
     model(x, sigma[B], **extra_args) returns the denoised x; x [K, ...] is noise at the calibration's first level, or at
     sigma = start above it (1 of a flow), from which the first of the evaluations leads there. The last `held_out` images only
-    test. The plan is kept if it lowers the mean of log(error^2 + floor) of those and of the others; else the calibration is
-    returned without one, and its `about` says so. Forward evaluations alone: at most `refit_cost` of them, each announced by
-    progress(done, total, error), which may raise to cancel. ValueError for a number that leaves nothing to fit, for fewer
-    than three images, and for a calibration that was not measured for fitting.
+    test: of all plans on the way, each better than the one before on the others, the one that is best on those is kept, and none if
+    that is the first. By the mean of log(error^2 + floor); `about` of the result has the errors. Forward evaluations alone: at most `refit_cost` of them, each announced by
+    progress(done, total, error), which may raise to cancel; `partial` names a file that keeps the teacher and every round that is
+    done, for a call with the same arguments and the same `about` to go on from. ValueError for a number that leaves nothing to
+    fit, for fewer than three images, and for a calibration that was not measured for fitting.
     """
     check(calibration)
     n = evaluations - (start is not None)
@@ -94,38 +99,50 @@ def refit_multistep(model: Callable[..., Tensor], x: Tensor, calibration: Statis
         raise ValueError(f"x has {len(x)} images with held_out = {held_out}: give at least two to learn from and one to test")
     gaussian = find_path(path)
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    counted = Counted(model, extra_args, x.dtype, progress, refit_cost(evaluations, rounds, start is not None))
     plain = calibration.for_another_prompt()
+    key = {"evaluations": evaluations, "path": path, "start": start, "held_out": held_out, "rounds": rounds, "about": dict(about or {}),
+           "of": _digest(x.cpu().numpy(), plain.lam, plain.l, plain.s, plain.damping, plain.root)}
+    course = Course(model, extra_args, x.dtype, Partial(partial, PARTIAL, key, 0.0, x.device), progress,
+                    refit_cost(evaluations, rounds, start is not None))
     if start is not None:
         first = gaussian.at(float(calibration.lam[0]))
-        x = sample(counted.denoise, x, [ddim(DataPrediction(), gaussian.level(start), first)])
-    target = sample(counted.denoise, x, planned(plain, fit_multistep(plain, TEACHER).lam).steps(gaussian))
-    training = slice(0, len(x) - held_out)
+        x = sample(course.denoise, x, [ddim(DataPrediction(), gaussian.level(start), first)])
+    training, held = slice(0, len(x) - held_out), slice(len(x) - held_out, len(x))
     shape = Shape(np.array(fit_multistep(plain, n).lam), np.zeros(n), np.zeros(n), float(calibration.lam[-1]))
-    run = _Runs(counted.denoise, plain, gaussian, target)
-    places, residual = run.of(shape, x)
-    before = best = _squares(residual)
-    floor = FLOOR * best[training].mean()
-    for _ in range(rounds):
-        counted.loss = float(np.sqrt(best[training].mean()))
-        kinds, jacobian = run.slopes(shape, places, residual)
-        u = _step(jacobian[:, training], residual[training], best[training] + floor)
-        for share in (1.0, 0.5, 0.25):
-            tried = shape.moved(kinds, share * u)
-            ahead = run.of(tried, x)
-            squares = _squares(ahead[1])
-            if typical(squares[training], floor) < typical(best[training], floor):
-                shape, (places, residual), best = tried, ahead, squares
+    with course:
+        target = course.targets(lambda: {0: sample(
+            course.denoise, x, planned(plain, fit_multistep(plain, TEACHER).lam).steps(gaussian))})[0]
+        run = _Runs(course.denoise, plain, gaussian, target)
+        before = now = best = run.of(shape, x)
+        floor = FLOOR * before.squares[training].mean()
+        if course.done > 1:
+            now, best = (run.of(shape._replace(lam=lam, a=a, b=b), x) for lam, a, b in np.split(np.array(course.us(())), 2))
+
+        def left(state: State, part: slice) -> float:
+            return typical(state.squares[part], floor)
+
+        for done in range(course.done, rounds + 1):
+            start_of_round, slopes = now, run.slopes(now)
+            for again in range(1 + AGAIN):
+                course.loss = float(np.sqrt(now.squares[training].mean()))
+                u = _step(slopes.values[:, training], now.residual[training], now.squares[training] + floor)
+                tried = (run.of(now.shape.moved(slopes.of, share * u), x) for share in ((1.0,) if again else (1.0, 0.5, 0.25)))
+                found = next((state for state in tried if left(state, training) < left(now, training)), None)
+                if found is None:
+                    break
+                now = found
+                best = min(best, now, key=lambda state: left(state, held))
+            if now is start_of_round:
                 break
-        else:
-            break
-    parts = {"training": training, "held out": slice(training.stop, len(x))}
-    losses = {name: [float(np.sqrt(rows[part].mean())) for rows in (before, best)] for name, part in parts.items()}
-    better = all(typical(best[part], floor) < typical(before[part], floor) for part in parts.values())
-    refits = {**calibration.about.get("refits", {}), str(n): {**losses, "kept": better, "evaluations": counted.spent, "images": len(x)}}
+            course.learned(done + 1, [*now.shape[:3], *best.shape[:3]], course.loss)
+    losses = {name: [float(np.sqrt(state.squares[part].mean())) for state in (before, best)]
+              for name, part in (("training", training), ("held out", held))}
+    refits = {**calibration.about.get("refits", {}), str(n): {
+        **losses, "prompts": dict(about or {}).get("prompts", 1), "kept": best is not before, "evaluations": course.spent, "images": len(x)}}
     plans = {key: rows for key, rows in calibration.plans.items() if key != n}
-    if better:
-        plans[n] = shape.plan(plain).rows()
+    if best is not before:
+        plans[n] = best.shape.plan(plain).rows()
+    course.file.remove()
     return replace(calibration, plans=plans, about={**calibration.about, "refits": refits})
 
 
@@ -133,43 +150,60 @@ def refit_cost(evaluations: int, rounds: int = ROUNDS, opening: bool = False) ->
     """The most evaluations that refit_multistep makes."""
     n = evaluations - opening
     slopes = sum(n - 1 - k for k in range(n - 1)) + sum(n - 1 - k for k in range(1, n)) + sum(n - k for k in range(1, n))
-    return opening + TEACHER + n + rounds * (slopes + 3 * n)
+    return opening + TEACHER + n + rounds * (slopes + (3 + AGAIN) * n)
+
+
+class State(NamedTuple):
+    """A run of a shape: where it was, and what it missed of the target, [B, elements that are looked at]."""
+
+    shape: Shape
+    places: tuple[Place, ...]
+    residual: np.ndarray
+
+    @property
+    def squares(self) -> np.ndarray:
+        """The mean squared error of every image."""
+        return np.square(self.residual).mean(1)
+
+
+class Slopes(NamedTuple):
+    """How the residual depends on each free number (kind, step): values [numbers, B, elements]."""
+
+    of: tuple[tuple[str, int], ...]
+    values: np.ndarray
 
 
 class _Runs:
-    """Runs of a shape from its start, or from any place on, and what they miss of the target."""
+    """Runs of a shape from its start, or from any place on."""
 
     def __init__(self, denoise: Denoiser, calibration: Statistics, path: Path, target: Tensor) -> None:
         self.denoise, self.calibration, self.path, self.target = denoise, calibration, path, target
         self.sampled = Sampled(target, 0)
 
-    def of(self, shape: Shape, x: Tensor) -> tuple[list[Place], np.ndarray]:
-        """Every place of the run from x, and the residual [B, elements that are looked at] at its end."""
+    def of(self, shape: Shape, x: Tensor) -> State:
         steps = shape.plan(self.calibration).steps(self.path)
-        places = [Place(x, (evaluate(self.denoise, x, steps[0].evaluations[0]),))]
-        return places, self._ahead(steps, 0, places)
+        return State(shape, *self._ahead(steps, 0, (Place(x, (evaluate(self.denoise, x, steps[0].evaluations[0]),)),)))
 
-    def slopes(self, shape: Shape, places: Sequence[Place],
-               residual: np.ndarray) -> tuple[list[tuple[str, int]], np.ndarray]:
-        """The derivative of the residual in every free number, [numbers, B, elements]: runs from where it first matters."""
-        n = len(shape.lam)
+    def slopes(self, state: State) -> Slopes:
+        """By forward differences: runs from where a number first matters."""
+        n = len(state.shape.lam)
         kinds = [*(("a", k) for k in range(n - 1)), *(("b", k) for k in range(1, n)), *(("nu", k) for k in range(1, n))]
         rows = []
         for kind, k in kinds:
             by = DIFFERENCES[kind] * (-1.0 if (kind, k) == ("nu", n - 1) else 1.0)  # the last level stays in the grid
-            steps = shape.moved([(kind, k)], np.array([by])).plan(self.calibration).steps(self.path)
+            steps = state.shape.moved([(kind, k)], np.array([by])).plan(self.calibration).steps(self.path)
             first = k - (kind == "nu")
-            rows.append((self._ahead(steps, first, list(places[:first + 1])) - residual) / by)
-        return kinds, np.stack(rows)
+            rows.append((self._ahead(steps, first, state.places[:first + 1])[1] - state.residual) / by)
+        return Slopes(tuple(kinds), np.stack(rows))
 
-    def _ahead(self, steps: Sequence[Step], first: int, places: list[Place]) -> np.ndarray:
-        """The residual at the end of a run from the place of step `first` on; the places are entered."""
+    def _ahead(self, steps: Sequence[Step], first: int, places: tuple[Place, ...]) -> tuple[tuple[Place, ...], np.ndarray]:
+        """The places, with those of a run from the place of step `first` on, and the residual at its end."""
         for step, following in zip(steps[first:], [*steps[first + 1:], None]):
             x, past = places[-1]
             x = combine(x, step.updates[0], {-k: value for k, value in enumerate(past)})
             if following:
-                places.append(Place(x, (evaluate(self.denoise, x, following.evaluations[0]), past[0])))
-        return self.sampled.of(x - self.target)[0].double().numpy()
+                places += (Place(x, (evaluate(self.denoise, x, following.evaluations[0]), past[0])),)
+        return places, self.sampled.of(x - self.target)[0].double().numpy()
 
 
 def _step(jacobian: np.ndarray, residual: np.ndarray, scale: np.ndarray) -> np.ndarray:
@@ -181,6 +215,5 @@ def _step(jacobian: np.ndarray, residual: np.ndarray, scale: np.ndarray) -> np.n
     return np.clip(-np.linalg.solve(normal + damping * np.eye(len(slope)), slope), -MOST, MOST)
 
 
-def _squares(residual: np.ndarray) -> np.ndarray:
-    """The mean squared error of every image."""
-    return np.square(residual).mean(1)
+def _digest(*arrays: np.ndarray) -> str:
+    return hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)).hexdigest()[:16]

@@ -98,13 +98,15 @@ class Statistics:
         return cls(np.array(lam), *(np.full(2, value) for value in (l, s, b)))
 
     def for_another_prompt(self) -> Statistics:
-        """Without b and plans: b is the mean of what the model does, which belongs to the prompt it was measured on.
+        """Without b and without plans that one prompt taught. b is the mean of what the model does on the measured prompt.
 
         Measured on the emoji model (rms as a ratio to DPM-Solver++(2M), 5 to 15 evaluations, guidance 3 and 7): with the
-        statistics of the prompt itself 0.76, with all of another prompt's 1.18, with another prompt's l and s 0.94. Plans too are
-        left out: those of one prompt helped all others, those of another some and harmed some.
+        statistics of the prompt itself 0.76, with all of another prompt's 1.18, with another prompt's l and s 0.94. Plans of one
+        prompt helped all others, of another some and harmed some; those that several prompts taught helped on the whole.
         """
-        return replace(self, b=np.zeros_like(self.b), plans={}, about={**self.about, "b": "left out"})
+        refits = self.about.get("refits", {})
+        plans = {n: rows for n, rows in self.plans.items() if refits.get(str(n), {}).get("prompts", 1) > 1}
+        return replace(self, b=np.zeros_like(self.b), plans=plans, about={**self.about, "b": "left out"})
 
     def on(self, lam: np.ndarray) -> Statistics:
         """The same curves on another grid, without what a fit needs."""

@@ -1,6 +1,7 @@
 """DPM-Solver-v3 in a real ComfyUI server: measured, saved, found again, given, refused, cancelled."""
 from __future__ import annotations
 
+import math
 import re
 import shutil
 
@@ -122,6 +123,72 @@ def test_a_refit_is_used_for_its_number_of_steps_alone(server, folder) -> None: 
             graph.ksampler("lambda_fitted", steps=steps, model=model).samples(server)
             found[name] = graph.evaluations(server)
         assert (found["plain"] != found["refitted"]) == (steps == 4 and bool(loaded.plans))
+
+
+def refit(graph: Graph, statistics: list, **changes) -> list:
+    inputs = dict(model=graph.model, positive=graph.positive, negative=graph.negative, cfg=3.0, latent_image=graph.latent,
+                  statistics=statistics, steps=4, seed=0, samples=4)
+    return [graph.add("LambdaRefitStatistics", **{**inputs, **changes}), 0]
+
+
+def test_what_several_prompts_taught_is_used_for_every_prompt(server, folder) -> None:  # noqa: F811
+    graph = Graph("panda")
+    statistics = estimate(graph, fitted=True)
+    clip = [graph.checkpoint, 1]
+    lines = {"alone": "", "same": "panda\n\n  panda ", "several": "pizza\nred heart\nghost"}
+    for name, prompts in lines.items():
+        graph.add("LambdaSaveStatistics", name=name, overwrite=False,
+                  statistics=refit(graph, statistics, **({"clip": clip, "prompts": prompts} if prompts else {})))
+    run = server.run(graph.nodes)
+    assert run.status == "success", run.error
+    found = {name: Statistics.load(folder / f"{name}.safetensors") for name in lines}
+    told = {name: statistics.about["refits"]["4"] for name, statistics in found.items()}
+    assert [told[name]["prompts"] for name in lines] == [1, 3, 4] and all(entry["kept"] for entry in told.values())
+    assert found["same"].plans[4] == pytest.approx(found["alone"].plans[4], abs=1e-3)  # each image gets its own prompt
+    assert told["several"]["training"][0] != pytest.approx(told["alone"]["training"][0], rel=0.05)
+    for name, statistics in found.items():
+        assert statistics.about["conditions"] == found["alone"].about["conditions"]  # b is still panda's
+        assert bool(statistics.for_another_prompt().plans) == (name != "alone")
+    seen = {}
+    for name in lines:
+        other = Graph("tulip").counted()
+        loaded = [other.add("LambdaLoadStatistics", name=f"{name}.safetensors"), 0]
+        model = [other.add("LambdaApplyStatistics", model=other.model, statistics=loaded), 0]
+        assert looks_like_an_image(other.ksampler("lambda_fitted", steps=4, model=model).samples(server))
+        seen[name] = other.evaluations(server)
+    assert seen["several"] == pytest.approx([math.exp(-lam) for lam in found["several"].plans[4][:, 0]], rel=1e-2)
+    assert seen["several"] != seen["alone"]
+
+    graph = Graph("panda")
+    graph.add("LambdaSaveStatistics", name="x", overwrite=False, statistics=refit(graph, estimate(graph, fitted=True), prompts="pizza"))
+    run = server.run(graph.nodes)
+    assert run.status == "error" and "connect the checkpoint's CLIP to clip" in run.error["exception_message"]
+
+
+def test_a_cancelled_refit_goes_on_from_what_was_done(server, folder) -> None:  # noqa: F811
+    def graph(name: str) -> Graph:
+        made = Graph("panda")
+        loaded = [made.add("LambdaLoadStatistics", name="plain.safetensors"), 0]
+        made.through("TestSlowModel", seconds=0.01).counted()
+        made.add("LambdaSaveStatistics", statistics=refit(made, loaded, steps=5), name=name, overwrite=False)
+        return made
+
+    async def watch(server, run):
+        if sum("refitting" in text for text in run.texts) == 100:
+            await server.interrupt()
+
+    first = Graph("panda")
+    first.add("LambdaSaveStatistics", statistics=estimate(first, fitted=True), name="plain", overwrite=False)
+    assert server.run(first.nodes).status == "success"
+    cut = graph("cut")
+    run = server.run(cut.nodes, watch)
+    assert run.status == "interrupted" and any(name.endswith(".part") for name in files(folder))
+    assert any("interrupted; the next run goes on from there" in text for text in run.texts)
+    again = graph("again")
+    run = server.run(again.nodes)
+    assert run.status == "success", run.error
+    assert len(again.evaluations(server)) < 90 and not any(name.endswith(".part") for name in files(folder))
+    assert Statistics.load(folder / "again.safetensors").about["refits"]["5"]["evaluations"] > 100  # those of both
 
 
 def test_a_flow_model_is_fitted_and_refitted_from_pure_noise(server, folder) -> None:  # noqa: F811
