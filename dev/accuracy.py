@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Sequence
 
 import comfy_host
+import demo
 import environment
 import torch
 from torch import Tensor
@@ -52,8 +53,7 @@ from comfy.extra_samplers import uni_pc  # noqa: E402
 MAIN = ("karras", "sgm_uniform", "exponential")
 BASELINE = "comfy/dpmpp_2m"
 MOVING_START = "ddim_uniform"
-REFIT_PROMPTS = ("ghost", "pizza", "green heart", "sun", "crying face", "penguin", "hamburger", "cactus", "fox", "tomato", "clown face",
-                 "evergreen tree")  # none is evaluated
+REFIT_PROMPTS = (*demo.LEARNED, "fox", "tomato", "clown face", "evergreen tree")  # none is evaluated
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import environment  # noqa: E402
 WORKFLOWS = environment.ROOT / "example_workflows"
 CHECKPOINT = "tiny_emoji.safetensors"
 PROMPTS = ("red heart", "panda", "strawberry", "doughnut")
+LEARNED = ("ghost", "pizza", "green heart", "sun", "crying face", "penguin", "hamburger", "cactus")  # where an example asks for several
 SEED, GUIDANCE, SIZE = 7, 3.0, 256
 CORE = ("euler", "dpmpp_2m")
 

@@ -139,6 +139,10 @@ class Canvas:
 EXAMPLES: dict[str, Callable[[Canvas], None]] = {}
 SD, SD3 = MODELS
 PROMPT, NEGATIVE = "a panda in a bamboo forest, morning light", "text, watermark"
+MEASURED = "a portrait of an old sailor, studio light"
+SEVERAL = ("a bowl of ramen on a wooden table", "city street at night, neon signs, rain", "an oil painting of a lighthouse in a storm",
+           "a red sports car on a mountain road", "a cat sleeping on a windowsill", "a knight in armour, fantasy illustration",
+           "a modern living room, soft daylight", "a field of sunflowers under a blue sky")
 
 
 def example(lay: Callable[[Canvas], None]) -> Callable[[Canvas], None]:
@@ -148,6 +152,7 @@ def example(lay: Callable[[Canvas], None]) -> Callable[[Canvas], None]:
 
 class Start(NamedTuple):
     model: Output
+    clip: Output
     vae: Output
     positive: Output
     negative: Output
@@ -162,7 +167,7 @@ def start(canvas: Canvas, checkpoint: str = SD, latent: str = "EmptyLatentImage"
     negative = canvas.add("CLIPTextEncode", "Negative prompt", clip=loader[1], text=NEGATIVE)
     empty = canvas.add(latent, width=size, height=size)
     canvas.note(canvas.about)
-    return Start(loader[0], loader[2], positive[0], negative[0], empty[0])
+    return Start(loader[0], loader[1], loader[2], positive[0], negative[0], empty[0])
 
 
 def save(canvas: Canvas, title: str, samples: Output, vae: Output) -> None:
@@ -276,6 +281,30 @@ def calibrate_and_share(canvas: Canvas) -> None:
 
 
 @example
+def few_steps(canvas: Canvas) -> None:
+    """Five steps for every prompt: lambda_fitted
+
+    Column 2 runs once: Estimate measures the model, Refit learns noise levels and weights for 5 steps from all the prompts written
+    in it (best: some like your own), and Save writes the file. Afterwards only KSampler runs, with any prompt. For another number
+    of steps change it in Refit and in KSampler; the guidance is in three places. With the file, Load Solver Statistics stands for
+    column 2.
+    """
+    got = start(canvas)
+    canvas.column("2  Measure and learn, once")
+    prompt = canvas.add("CLIPTextEncode", "Prompt to measure on", clip=got.clip, text=MEASURED)
+    measured = canvas.add("LambdaEstimateStatistics", model=got.model, positive=prompt[0], negative=got.negative,
+                          latent_image=got.latent, fitted=True, tall=560)
+    refitted = canvas.add("LambdaRefitStatistics", model=got.model, positive=prompt[0], negative=got.negative, statistics=measured[0],
+                          latent_image=got.latent, steps=5, clip=got.clip, prompts="\n".join(SEVERAL), tall=820)
+    canvas.add("LambdaSaveStatistics", statistics=refitted[0])
+    canvas.column("3  Sample with it")
+    model = canvas.add("LambdaApplyStatistics", model=got.model, statistics=refitted[0])
+    latent = canvas.add("KSampler", model=model[0], positive=got.positive, negative=got.negative, latent_image=got.latent,
+                        seed=1, steps=5, cfg=5.0, sampler_name="lambda_fitted", scheduler="karras")
+    save(canvas, "4  Image", latent[0], got.vae)
+
+
+@example
 def amed(canvas: Canvas) -> None:
     """AMED at 5 evaluations
 
@@ -335,12 +364,14 @@ def tried(server, path: Path, words: str) -> dict[str, dict]:
 
     prompt = load(path, server.get("/object_info"))
     flow = any(node["ckpt_name"] == SD3 for node in nodes_of(prompt, "CheckpointLoaderSimple"))
-    demo.fill_in(prompt, words, 3 if any(nodes_of(prompt, "LambdaTrainAmed")) else 8)
+    demo.fill_in(prompt, words, 3 if any(nodes_of(prompt, "LambdaTrainAmed")) else 5 if any(nodes_of(prompt, "LambdaRefitStatistics")) else 8)
+    for node in nodes_of(prompt, "LambdaRefitStatistics"):
+        node["prompts"] = "\n".join(demo.LEARNED)
     for node in nodes_of(prompt, "EmptySD3LatentImage"):
         node.update(width=demo.SIZE, height=demo.SIZE)
     for node in nodes_of(prompt, "SamplerCustom"):
         node["cfg"] = demo.GUIDANCE
-    for kind in ("LambdaEstimateStatistics", "LambdaTrainAmed", "LambdaCompareSamplers"):
+    for kind in ("LambdaEstimateStatistics", "LambdaRefitStatistics", "LambdaTrainAmed", "LambdaCompareSamplers"):
         for node in nodes_of(prompt, kind):
             node["cfg"] = demo.GUIDANCE
     for node in prompt.values():  # a picture of its own for every example
@@ -390,7 +421,8 @@ def thumbnail(server, path: Path):
 
     runs = [pictures(server, tried(server, path, words)) for words in demo.PROMPTS[:1 if "compare" in path.stem else 4]]
     sheet, half = Image.new("RGB", (THUMBNAIL, THUMBNAIL), "white"), THUMBNAIL // 2
-    plots = [image for image in runs[0] if image.width > 32]
+    side = THUMBNAIL // 4
+    plots = [image for image in runs[0] if image.width > 32 and (len(runs) == 1 or image.height / image.width <= 0.75)]
     if plots:
         plot, *others = (image.resize((THUMBNAIL, round(THUMBNAIL * image.height / image.width)),
                                       Image.Resampling.LANCZOS) for image in plots)
@@ -398,7 +430,6 @@ def thumbnail(server, path: Path):
         for other in others[:1]:  # a contact sheet: its first rows
             top = other.height // 6
             sheet.paste(other.crop((0, top, THUMBNAIL, top + THUMBNAIL - plot.height)), (0, plot.height))
-        side = THUMBNAIL // 4
         for k, images in enumerate(runs if not others else []):
             small = images[0].resize((side, side), Image.Resampling.LANCZOS)
             sheet.paste(small, (side * k, (THUMBNAIL + plot.height - side) // 2))

@@ -207,7 +207,7 @@ class TrainAmed(io.ComfyNode):
             return AMED_KIND.measure(run, about, _partial(run, AMED_KIND, about, form, seed, samples, teacher), seed=seed,
                                      samples=samples, form=form, teacher=teacher)
 
-        result = calibration.measured(model, positive, negative, cfg, latent_image["samples"], seed, sigmas, measure)
+        result = calibration.measured(model, [positive], negative, cfg, latent_image["samples"], seed, sigmas, measure)
         return _shown(cls, result, picture.training)
 
 

@@ -79,7 +79,7 @@ def _expected(draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, errors: d
         draw.rectangle((x - 4, y - 4, x + 4, y + 4), COLOURS["b"])
     draw.text((left, top - 22), "error to expect of lambda_fitted (rms)", COLOURS["l"], font)
     if refitted:
-        draw.text((left, bottom - 4), "refitted: on an image held out", COLOURS["b"], font, anchor="lb")
+        draw.text((left, bottom - 4), "refitted: on images held out", COLOURS["b"], font, anchor="lb")
     draw.text((right, top - 22), "evaluations", (90, 90, 90), font, anchor="ra")
 
 
