@@ -73,8 +73,9 @@ class Kind(Protocol):
 
     def name(self, about: Mapping[str, Any]) -> str: """What a file's name says of it, beside model and guidance."""
     def about(self, run: Run) -> dict[str, Any]: """What its description says of a run, beside model, guidance and prompt."""
-    def serves(self, found: Any, options: Mapping[str, Any], path: str, schedule: list[Level]) -> bool:
-        """Whether one of the right model and guidance serves a run with these options of the solver."""
+    def serves(self, found: Any, options: Mapping[str, Any], path: str, schedule: list[Level]) -> int:
+        """How well one of the right model and guidance serves a run with these options of the solver: 0 not at all, 1 as any
+        other, 2 it was learned for just such a run."""
     def cost(self, options: Mapping[str, Any], path: str, schedule: list[Level]) -> int: """Evaluations to measure one."""
     def measure(self, run: Run, about: dict[str, Any], partial: Any) -> Any: """A new one."""
     def suited(self, found: Any, conditions: str) -> Any: """As much of one as holds for the prompt with this digest."""
@@ -107,7 +108,7 @@ def calibration_for(kind: Kind, run: Run, given: Any, how: str) -> Any:
                          f"{kind.makes} and connect it to the sampler node, or put Apply {kind.title} behind the model")
     about = described(kind, run)
     saved = store.find(kind.type, about, exactly=how == "every prompt",
-                       serves=lambda found: kind.serves(found, run.options, run.path, run.levels))
+                       serves=lambda found: kind.serves(kind.suited(found, about["conditions"]), run.options, run.path, run.levels))
     if saved:
         name, found = saved
         say(f"{kind.noun}: {name}")

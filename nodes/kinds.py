@@ -14,6 +14,7 @@ from torch import Tensor
 from ..samplers import Amed, Statistics, estimate_statistics, fit_amed, refit_multistep
 from ..samplers.calibrate import INTERVALS
 from ..samplers.first_step import FULL
+from ..samplers.fitted import Fitted
 from ..samplers.schedule import Level, find_path
 from ..samplers.solver import finite
 from ..samplers.train import training_cost
@@ -37,8 +38,12 @@ class StatisticsKind:
     def about(self, run: Run) -> dict[str, Any]:
         return {"fitted": True} if _fits(run.options) else {}
 
-    def serves(self, found: Statistics, options: Mapping[str, Any], path: str, schedule: list[Level]) -> bool:
-        return found.root is not None or not _fits(options)
+    def serves(self, found: Statistics, options: Mapping[str, Any], path: str, schedule: list[Level]) -> int:
+        if not _fits(options):
+            return 1
+        if found.root is None:
+            return 0
+        return 1 if Fitted(found, options["order"], options["nodes"]).refitted(schedule) is None else 2
 
     def cost(self, options: Mapping[str, Any], path: str, schedule: list[Level]) -> int:
         return 2 * (INTERVALS + 1) + (INTERVALS - 1 if _fits(options) else 0)

@@ -211,7 +211,8 @@ def _saved(graph: Graph, job: Job, model: runs.Model, rule: str, shown: Plan) ->
     for name, option in job.sampler.options.items():
         if option.kind in KIND_OF and about and finds and plan.given(graph, job, name) is None:
             kind = KIND_OF[option.kind]
-            found = store.find(kind.type, about, False, lambda found: kind.serves(found, shown.settings, shown.path, shown.levels))
+            found = store.find(kind.type, about, False, lambda found: kind.serves(
+                kind.suited(found, about["conditions"]), shown.settings, shown.path, shown.levels))
             return Saved(found[0], {name: kind.suited(found[1], about["conditions"])}) if found else None
     return None
 

@@ -73,11 +73,12 @@ def near(a: float, b: float) -> bool:
     return abs(a - b) <= 0.1 + 0.1 * max(abs(a), abs(b))
 
 
-def find(kind: type, wanted: Mapping[str, Any], exactly: bool, serves: Callable[[Any], bool]) -> tuple[str, Any] | None:
+def find(kind: type, wanted: Mapping[str, Any], exactly: bool, serves: Callable[[Any], int]) -> tuple[str, Any] | None:
     """The name and content of a saved calibration for a model as `calibration.description` describes it.
 
-    The checkpoint and its patches are the same and the guidance is near; of several that serve, those of the same prompt,
-    then those of the nearest guidance. `exactly` asks for the same prompt. A damaged file is named in the log and skipped.
+    The checkpoint and its patches are the same and the guidance is near; of several that serve, those that serve best, then
+    those of the same prompt, then those of the nearest guidance. `exactly` asks for the same prompt. A damaged file is named in
+    the log and skipped.
     """
     found = []
     for name in folder_paths.get_filename_list(FOLDER):
@@ -91,6 +92,6 @@ def find(kind: type, wanted: Mapping[str, Any], exactly: bool, serves: Callable[
         about = loaded.about
         same = all(about.get(key) == wanted[key] for key in ("fingerprint", "patches"))
         other_prompt = about.get("conditions") != wanted["conditions"]
-        if same and near(about["guidance"], wanted["guidance"]) and not (exactly and other_prompt) and serves(loaded):
-            found.append((other_prompt, abs(about["guidance"] - wanted["guidance"]), name, loaded))
-    return min(found, key=lambda entry: entry[:3])[2:] if found else None
+        if same and near(about["guidance"], wanted["guidance"]) and not (exactly and other_prompt) and (well := serves(loaded)):
+            found.append((-well, other_prompt, abs(about["guidance"] - wanted["guidance"]), name, loaded))
+    return min(found, key=lambda entry: entry[:4])[3:] if found else None

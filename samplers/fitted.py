@@ -164,6 +164,7 @@ class Fitted:
         check(self.calibration)
         self.calibration.check_range(*filter(finite, levels))
         given = self.nodes == "given" or isinstance(self.calibration, Unmeasured)
+        refitted = self.refitted(levels)
         end = levels[-1].lam if finite(levels[-1]) else None
         opening = []
         if not finite(levels[0]):
@@ -172,14 +173,20 @@ class Fitted:
             levels, n = [first, *levels[2 if given else 1:]], n - 1
             if n == 0:
                 return opening
-        refitted = self.calibration.plans.get(n) if self.order == 2 and not given and end is None else None
-        if refitted is not None and abs(levels[0].lam - refitted[0, 0]) <= SLACK:
+        if refitted is not None:
             plan = Plan.read(refitted, self.calibration)
         elif given:
             plan = fit_weights(self.calibration, [level.lam for level in levels[:-1]], end, self.order)
         else:
             plan = fit_multistep(self.calibration, n, order=self.order, start=levels[0].lam, end=end)
         return [*opening, *plan.steps(path)]
+
+    def refitted(self, levels: Sequence[Level]) -> np.ndarray | None:
+        """The calibration's plan that was learned for such a run: of as many evaluations, from full noise to x0."""
+        full = not finite(levels[0])
+        rows = self.calibration.plans.get(len(levels) - 1 - full)
+        fits = self.order == 2 and self.nodes == "chosen" and not finite(levels[-1])
+        return rows if rows is not None and fits and (full or abs(levels[0].lam - rows[0, 0]) <= SLACK) else None
 
 
 def fitted_sigmas(calibration: Statistics, evaluations: int, start: float, path: str = "ve") -> list[float]:

@@ -158,6 +158,9 @@ def test_what_several_prompts_taught_is_used_for_every_prompt(server, folder) ->
         seen[name] = other.evaluations(server)
     assert seen["several"] == pytest.approx([math.exp(-lam) for lam in found["several"].plans[4][:, 0]], rel=1e-2)
     assert seen["several"] != seen["alone"]
+    for steps, chosen in ((4, "same"), (5, "alone")):  # of the saved ones, one that was learned for the run; else the first
+        _, run = Graph("tulip").ksampler("lambda_fitted", steps=steps).run(server)
+        assert run.status == "success" and run.texts[0] == f"statistics: {chosen}.safetensors"
 
     graph = Graph("panda")
     graph.add("LambdaSaveStatistics", name="x", overwrite=False, statistics=refit(graph, estimate(graph, fitted=True), prompts="pizza"))
