@@ -151,8 +151,24 @@ def test_cancel_while_training_leaves_a_partial_file_from_which_the_next_run_goe
     assert whole <= first + again
 
 
-def test_a_predictor_sees_the_conditional_half_however_the_conds_are_evaluated(server, folder) -> None:  # noqa: F811
-    """A batch of one and of three; test_nodes has conds that are evaluated one after the other."""
+@pytest.mark.parametrize("words, calls", [("panda", 1), ("panda " * 41, 2)], ids=["together", "one after the other"])
+def test_a_predictor_reads_conds_that_are_evaluated_together_or_not(server, folder, words: str, calls: int) -> None:  # noqa: F811
+    """Six sections of a prompt do not go into one batch with the one of an empty prompt."""
+    graph = Graph(words).counted()
+    graph.through("TestCounter", name=f"{graph.counter}calls", calls=True)
+    trained = train(graph, form="predictor", samples=3)
+    graph.add("LambdaSaveAmed", amed=trained, name="predictor", overwrite=False)
+    samples, run = sampler_node(graph, trained=trained).run(server)
+    assert run.status == "success" and samples.isfinite().all(), run.error
+    spent = len(graph.evaluations(server))
+    graph.counter += "calls"
+    assert len(graph.evaluations(server)) == calls * spent
+    losses = Amed.load(folder / "predictor.safetensors").about["losses"]
+    assert losses["trained"]["training"][-1] < losses["untrained"]["training"][-1]
+
+
+def test_a_predictor_sees_the_conditional_half_of_a_batch(server, folder) -> None:  # noqa: F811
+    """A batch of one and of three."""
     graph = Graph("panda")
     trained = train(graph, form="predictor", samples=4)
     first = sampler_node(graph, trained=trained).samples(server)

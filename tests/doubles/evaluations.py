@@ -70,13 +70,14 @@ class TestCounter(io.ComfyNode):
             node_id="TestCounter",
             display_name="Test Counter",
             category="test",
-            description="Appends a line to output/NAME.count at every evaluation: its sigma.",
-            inputs=[io.Model.Input("model"), io.String.Input("name", default="evaluations")],
+            description="Appends a line to output/NAME.count at every evaluation: its sigma. Or at every call of the network, of "
+                        "which an evaluation takes two if its conds do not fit into one batch: its timestep.",
+            inputs=[io.Model.Input("model"), io.String.Input("name", default="evaluations"), io.Boolean.Input("calls", default=False, optional=True)],
             outputs=[io.Model.Output(display_name="MODEL")],
         )
 
     @classmethod
-    def execute(cls, model, name):
+    def execute(cls, model, name, calls=False):
         path = Path(folder_paths.get_output_directory(), f"{name}.count")
 
         def predict(executor, x, timestep, *args, **kwargs):
@@ -85,5 +86,5 @@ class TestCounter(io.ComfyNode):
             return executor(x, timestep, *args, **kwargs)
 
         patched = model.clone()
-        patched.add_wrapper(WrappersMP.PREDICT_NOISE, predict)
+        patched.add_wrapper(WrappersMP.APPLY_MODEL if calls else WrappersMP.PREDICT_NOISE, predict)
         return io.NodeOutput(patched)
