@@ -2,7 +2,8 @@
 
 Makes the environment (environment.py), starts ComfyUI with this pack and the tiny emoji checkpoint, queues the example
 workflows once with each of our samplers and with two of ComfyUI's own beside them, and writes
-    .dev/demo/contact_sheet.png   a row a sampler, a column a prompt
+    .dev/demo/few_steps.png       what so few evaluations make, and how far each is from the converged image
+    .dev/demo/contact_sheet.png   every sampler: a row a sampler, a column a prompt
     .dev/demo/table.md            sampler, steps, model evaluations, seconds
 COMFYUI_PATH names an existing ComfyUI to use instead; its own folders are left alone.
 """
@@ -22,6 +23,9 @@ PROMPTS = ("red heart", "panda", "strawberry", "doughnut")
 LEARNED = ("ghost", "pizza", "green heart", "sun", "crying face", "penguin", "hamburger", "cactus")  # where an example asks for several
 SEED, GUIDANCE, SIZE = 7, 3.0, 256
 CORE = ("euler", "dpmpp_2m")
+FEW, CONVERGED, SEEDS = 5, 100, 4  # of the few, the first seed is shown, and the errors are of all
+FEW_STEPS = (("euler", "beta"), ("dpmpp_2m", "karras"), ("dpmpp_2m", "sgm_uniform"), ("lms", "beta"), ("dpm_solver_v3", "sgm_uniform"),
+             ("lambda_fitted", "karras"))
 
 
 def main() -> None:
@@ -41,10 +45,12 @@ def main() -> None:
     with Server(place, base, log=home / "server.log") as server:
         print(f"ComfyUI runs at {server.url}", flush=True)
         rows = [produce(server, job, options.steps) for job in jobs(server)]
-        sheet = contact_sheet(rows)
-        sheet.save(home / "contact_sheet.png")
+        contact_sheet(rows).save(home / "contact_sheet.png")
         (home / "table.md").write_text(table(rows, options.steps))
-        print(f"\n{table(rows, options.steps)}\npicture: {home / 'contact_sheet.png'}", flush=True)
+        print(f"\n{table(rows, options.steps)}", flush=True)
+        converged, *few = [produce(server, job, steps, SEEDS) for job, steps in few_steps(server)]
+        contact_sheet([converged, *(row | {"error": distance(row, converged)} for row in few)]).save(home / "few_steps.png")
+        print(f"\npictures: {home / 'few_steps.png'}, contact_sheet.png", flush=True)
         if options.keep:
             print(f"\nopen {server.url} in a browser; Ctrl-C here stops it", flush=True)
             try:
@@ -84,27 +90,62 @@ def jobs(server) -> list[tuple[str, str | None, dict]]:
     return result
 
 
-def produce(server, job: tuple[str, str | None, dict], steps: int) -> dict:
-    """The images of one row, one prompt after the other."""
+def few_steps(server) -> list[tuple[tuple[str, None, dict], int]]:
+    """Jobs, and their steps: the converged images, KSampler at FEW steps, and the example that learns FEW steps from other prompts."""
+    from workflow import load, nodes_of
+
+    info = server.get("/object_info")
+
+    def ksampler(label: str, sampler: str, scheduler: str) -> tuple[str, None, dict]:
+        prompt = load(WORKFLOWS / "ksampler.json", info)
+        for node in nodes_of(prompt, "KSampler"):
+            node.update(sampler_name=sampler, scheduler=scheduler)
+        return label, None, prompt
+
+    learned = load(WORKFLOWS / "few_steps.json", info)
+    for kind in ("LambdaEstimateStatistics", "LambdaRefitStatistics"):
+        for node in nodes_of(learned, kind):
+            node["cfg"] = GUIDANCE
+    for node in nodes_of(learned, "LambdaRefitStatistics"):
+        node.update(steps=FEW, prompts="\n".join(LEARNED))
+    *_, measured = nodes_of(learned, "CLIPTextEncode")
+    measured["text"] = "fox"
+    learned = {key: node for key, node in learned.items() if node["class_type"] != "LambdaSaveStatistics"}
+    labels = {"lambda_fitted": f"lambda_fitted,\nmeasured on {PROMPTS[0]}", "dpm_solver_v3": f"dpm_solver_v3, sgm_uniform,\nmeasured on {PROMPTS[0]}"}
+    return [(ksampler("converged", "dpmpp_2m", "karras"), CONVERGED),
+            *((ksampler(labels.get(sampler, f"{sampler}, {scheduler}"), sampler, scheduler), FEW) for sampler, scheduler in FEW_STEPS),
+            ((f"lambda_fitted, refitted on\n{len(LEARNED) + 1} other prompts", None, learned), FEW)]
+
+
+def distance(row: dict, converged: dict) -> float:
+    """The rms between the images of two rows, of a range from -1 to 1."""
+    import numpy as np
+
+    pixels = [np.stack([np.asarray(image, dtype=float) for images in part["images"] for image in images]) / 127.5 for part in (row, converged)]
+    return float(np.sqrt(np.square(pixels[0] - pixels[1]).mean()))
+
+
+def produce(server, job: tuple[str, str | None, dict], steps: int, seeds: int = 1) -> dict:
+    """The images of one row: a list for each prompt, with an image a seed."""
     from PIL import Image
     from samplers import nfe
 
     label, name, prompt = job
     images, seconds = [], 0.0
     for words in PROMPTS:
-        fill_in(prompt, words, steps)
+        fill_in(prompt, words, steps, seeds)
         run = server.run(prompt)
         if run.status != "success":
             raise SystemExit(f"{label}: {run.status}: {run.error.get('exception_message')}")
-        [shown] = next(output["images"] for output in run.outputs.values() if output.get("images"))
-        images.append(Image.open(server.file(shown)).convert("RGB"))
+        saved = next(output["images"] for key, output in run.outputs.items() if prompt[key]["class_type"] == "SaveImage")
+        images.append([Image.open(server.file(shown)).convert("RGB") for shown in saved])
         seconds += run.seconds
     evaluations = steps if name is None else nfe(name, steps)
-    print(f"{label:28} {seconds / len(PROMPTS):6.2f} s an image", flush=True)
-    return {"label": label, "evaluations": evaluations, "seconds": seconds / len(PROMPTS), "images": images}
+    print(f"{' '.join(label.split()):44} {seconds / len(PROMPTS) / seeds:6.2f} s an image", flush=True)
+    return {"label": label, "evaluations": evaluations, "seconds": seconds / len(PROMPTS) / seeds, "images": images}
 
 
-def fill_in(prompt: dict, words: str, steps: int) -> None:
+def fill_in(prompt: dict, words: str, steps: int, batch: int = 1) -> None:
     """The demo's checkpoint, prompt, size, guidance and seed instead of the example's."""
     from workflow import nodes_of
 
@@ -113,7 +154,7 @@ def fill_in(prompt: dict, words: str, steps: int) -> None:
     for node, text in zip(nodes_of(prompt, "CLIPTextEncode"), (words, "")):
         node["text"] = text
     for node in nodes_of(prompt, "EmptyLatentImage"):
-        node.update(width=SIZE, height=SIZE, batch_size=1)
+        node.update(width=SIZE, height=SIZE, batch_size=batch)
     for node in nodes_of(prompt, "KSampler"):
         node.update(seed=SEED, steps=steps, cfg=GUIDANCE)
     for node in nodes_of(prompt, "CFGGuider"):
@@ -141,8 +182,9 @@ def contact_sheet(rows: list[dict], side: int = 128, label: int = 250):
     for y, row in enumerate(rows):
         top = 28 + (side + 4) * y
         evaluations = f"{row['evaluations']} evaluations" if row["evaluations"] else "adaptive"
-        draw.text((8, top + side // 2 - 18), f"{row['label']}\n{evaluations}", "black", font)
-        for x, image in enumerate(row["images"]):
+        error = f", error {row['error']:.2f}" if "error" in row else ""
+        draw.text((8, top + side // 2), f"{row['label']}\n{evaluations}{error}", "black", font, anchor="lm")
+        for x, (image, *_) in enumerate(row["images"]):
             sheet.paste(image.resize((side, side), Image.Resampling.LANCZOS), (label + side * x, top))
     return sheet
 
