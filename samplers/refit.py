@@ -84,11 +84,13 @@ def refit_multistep(model: Callable[..., Tensor], x: Tensor, calibration: Statis
 
     model(x, sigma[B], **extra_args) returns the denoised x; x [K, ...] is noise at the calibration's first level, or at
     sigma = start above it (1 of a flow), from which the first of the evaluations leads there. The last `held_out` images only
-    test: of all plans on the way, each better than the one before on the others, the one that is best on those is kept, and none if
-    that is the first. By the mean of log(error^2 + floor); `about` of the result has the errors. Forward evaluations alone: at most `refit_cost` of them, each announced by
-    progress(done, total, error), which may raise to cancel; `partial` names a file that keeps the teacher and every round that is
-    done, for a call with the same arguments and the same `about` to go on from. ValueError for a number that leaves nothing to
-    fit, for fewer than three images, and for a calibration that was not measured for fitting.
+    test: of the plans on the way, each better than the one before on the others, the best on those is kept, or none if none
+    is better than v3's weights on the chosen levels; by the mean of log(error^2 + floor). `about` of the result has the errors.
+    Forward evaluations alone: at most `refit_cost` of them, each announced by progress(done, total, error), which may raise to
+    cancel. `partial` names a file that keeps the teacher and every round that is done, for a call with the same arguments to go
+    on from. about: what is refitted, of which "prompts", how many the images have, says whether the plan is for all prompts
+    (Statistics.for_another_prompt). ValueError for a number that leaves nothing to fit, for fewer than three images, and for a
+    calibration that was not measured for fitting.
     """
     check(calibration)
     n = evaluations - (start is not None)
@@ -137,10 +139,11 @@ def refit_multistep(model: Callable[..., Tensor], x: Tensor, calibration: Statis
             course.learned(done + 1, [*now.shape[:3], *best.shape[:3]], course.loss)
     losses = {name: [float(np.sqrt(state.squares[part].mean())) for state in (before, best)]
               for name, part in (("training", training), ("held out", held))}
+    better = left(best, held) < left(before, held)
     refits = {**calibration.about.get("refits", {}), str(n): {
-        **losses, "prompts": dict(about or {}).get("prompts", 1), "kept": best is not before, "evaluations": course.spent, "images": len(x)}}
+        **losses, "prompts": dict(about or {}).get("prompts", 1), "kept": better, "evaluations": course.spent, "images": len(x)}}
     plans = {key: rows for key, rows in calibration.plans.items() if key != n}
-    if best is not before:
+    if better:
         plans[n] = best.shape.plan(plain).rows()
     course.file.remove()
     return replace(calibration, plans=plans, about={**calibration.about, "refits": refits})
