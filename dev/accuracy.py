@@ -757,7 +757,7 @@ def oracle_table(rows: Sequence[dict[str, Any]], size: Size) -> str:
         for guidance in sorted({row["guidance"] for row in rows}):
             found: dict[tuple[str, str], list[tuple[int, float]]] = defaultdict(list)
             for row in rows:
-                plain = not row["variant"] or row["sampler"].endswith("own prompt")
+                plain = not row["variant"] or "own prompt" in row["sampler"] or "refitted" in row["sampler"]
                 if row["guidance"] == guidance and row[what] > 0 and plain:
                     found[row["sampler"], row["scheduler"]].append((row["budget"], row[what] / best[place(row)]))
             full = max(map(len, found.values()))
