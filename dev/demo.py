@@ -10,6 +10,7 @@ COMFYUI_PATH names an existing ComfyUI to use instead; its own folders are left 
 from __future__ import annotations
 
 import argparse
+import copy
 import runpy
 import sys
 from pathlib import Path
@@ -20,7 +21,8 @@ import environment  # noqa: E402
 WORKFLOWS = environment.ROOT / "example_workflows"
 CHECKPOINT = "tiny_emoji.safetensors"
 PROMPTS = ("red heart", "panda", "strawberry", "doughnut")
-LEARNED = ("ghost", "pizza", "green heart", "sun", "crying face", "penguin", "hamburger", "cactus")  # where an example asks for several
+LEARNED = ("ghost", "pizza", "green heart", "sun", "crying face", "penguin", "hamburger", "cactus", "tomato", "clown face",
+           "evergreen tree")  # where an example asks for several
 SEED, GUIDANCE, SIZE = 7, 3.0, 256
 CORE = ("euler", "dpmpp_2m")
 FEW, CONVERGED, SEEDS = 5, 100, 4  # of the few, the first seed is shown, and the errors are of all
@@ -111,10 +113,17 @@ def few_steps(server) -> list[tuple[tuple[str, None, dict], int]]:
     *_, measured = nodes_of(learned, "CLIPTextEncode")
     measured["text"] = "fox"
     learned = {key: node for key, node in learned.items() if node["class_type"] != "LambdaSaveStatistics"}
+    own = copy.deepcopy(learned)
+    [sampled] = nodes_of(own, "KSampler")
+    for node in (*nodes_of(own, "LambdaEstimateStatistics"), *nodes_of(own, "LambdaRefitStatistics")):
+        node["positive"] = sampled["positive"]
+    for node in nodes_of(own, "LambdaRefitStatistics"):
+        node["prompts"] = ""
     labels = {"lambda_fitted": f"lambda_fitted,\nmeasured on {PROMPTS[0]}", "dpm_solver_v3": f"dpm_solver_v3, sgm_uniform,\nmeasured on {PROMPTS[0]}"}
     return [(ksampler("converged", "dpmpp_2m", "karras"), CONVERGED),
             *((ksampler(labels.get(sampler, f"{sampler}, {scheduler}"), sampler, scheduler), FEW) for sampler, scheduler in FEW_STEPS),
-            ((f"lambda_fitted, refitted on\n{len(LEARNED) + 1} other prompts", None, learned), FEW)]
+            ((f"lambda_fitted, refitted on\n{len(LEARNED) + 1} other prompts", None, learned), FEW),
+            (("lambda_fitted,\nrefitted on the prompt", None, own), FEW)]
 
 
 def distance(row: dict, converged: dict) -> float:

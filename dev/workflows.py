@@ -142,7 +142,8 @@ PROMPT, NEGATIVE = "a panda in a bamboo forest, morning light", "text, watermark
 MEASURED = "a portrait of an old sailor, studio light"
 SEVERAL = ("a bowl of ramen on a wooden table", "city street at night, neon signs, rain", "an oil painting of a lighthouse in a storm",
            "a red sports car on a mountain road", "a cat sleeping on a windowsill", "a knight in armour, fantasy illustration",
-           "a modern living room, soft daylight", "a field of sunflowers under a blue sky")
+           "a modern living room, soft daylight", "a field of sunflowers under a blue sky", "a watercolour of two foxes in snow",
+           "a close-up of a bee on a flower", "a steam train crossing a stone bridge")
 
 
 def example(lay: Callable[[Canvas], None]) -> Callable[[Canvas], None]:

@@ -140,7 +140,7 @@ class RefitStatistics(io.ComfyNode):
                 io.Clip.Input("clip", optional=True, tooltip="Reads the prompts below; what else the positive input has (guidance, sizes, "
                                                              "ControlNet) they get from it"),
                 io.String.Input("prompts", default="", multiline=True, optional=True, tooltip=(
-                    "More prompts, one a line, six or more. What is learned from several is used for every prompt, if it helps on those "
+                    "More prompts, one a line, a dozen or more. What is learned from several is used for every prompt, if it helps on those "
                     "held out")),
             ],
             outputs=_outputs(STATISTICS_KIND, "Statistics", f"the Fitted Multistep node, Save or Apply {STATISTICS_KIND.title}"),

@@ -27,6 +27,10 @@ ELEMENTS, MOST = 6_144, 16
 """Trajectories of an estimate are as many as give so many latent elements to average over, at most 16: 2 for the emoji model, 1
 for Stable Diffusion. One, two and eight for the emoji model gave solvers of the same error within 15 %, two the best."""
 
+PROMPTS = 12
+"""From how many on a refit serves all prompts: on the emoji model, 5 evaluations, 9 prompts led to an error of 0.18 on 16 images of others, no
+refit to 0.14, and 12 prompts to 0.13."""
+
 
 class StatisticsKind:
     option, type, attachment = "statistics", Statistics, "lambda_solvers.statistics"
@@ -73,6 +77,9 @@ class StatisticsKind:
         if about["prompts"] == 1:
             found = self.suited(found, about["conditions"])
             found = replace(found, about={**found.about, "conditions": about["conditions"]})
+        elif about["prompts"] < PROMPTS:
+            say(f"warning: {about['prompts']} prompts are few: what they teach can harm others. Give {PROMPTS} or more, or one alone for "
+                "itself", logging.WARNING)
         count = samples or max(refit_images(run.x.shape), about["prompts"])
         noise = pure_noise(run, count, seed)
         highest = find_path(run.path).level(float(run.patcher.get_model_object("model_sampling").sigma_max))
