@@ -296,7 +296,8 @@ def few_steps(canvas: Canvas) -> None:
     measured = canvas.add("LambdaEstimateStatistics", model=got.model, positive=prompt[0], negative=got.negative,
                           latent_image=got.latent, fitted=True, tall=560)
     refitted = canvas.add("LambdaRefitStatistics", model=got.model, positive=prompt[0], negative=got.negative, statistics=measured[0],
-                          latent_image=got.latent, steps=5, clip=got.clip, prompts="\n".join(SEVERAL), tall=920)
+                          latent_image=got.latent, steps=5, clip=got.clip, prompts="\n".join(SEVERAL), tall=820)
+    canvas.y += 520  # Nodes 2.0 stretches the text over all of the node, and adds the picture below
     canvas.add("LambdaSaveStatistics", statistics=refitted[0])
     canvas.column("3  Sample with it")
     model = canvas.add("LambdaApplyStatistics", model=got.model, statistics=refitted[0])
