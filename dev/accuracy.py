@@ -5,8 +5,8 @@
     python dev/benchmark.py accuracy --best     every scheduler, 4 images a prompt: ComfyUI's samplers and ours that calibrate, about two hours
     python dev/benchmark.py accuracy --quick    three schedulers, two prompts, 5, 8 and 10 evaluations, about 3 minutes
 
-Writes accuracy.csv (a row a cell), accuracy.md (tables) and accuracy.png (error against evaluations) to --out. A run that was cut
-short goes on there: what accuracy.csv has is not measured again.
+Writes accuracy.csv (a row a cell), accuracy.md (tables) and accuracy.png (error against evaluations) to --out. With --resume
+a run that was cut short goes on there: what accuracy.csv has, of the same size and code, is not measured again.
 
 Problems
     gaussians   exact denoiser: 50 Gaussians in 3x16x16, float64; guidance towards 10 of them
@@ -76,8 +76,8 @@ class Size:
 FULL = Size(tuple(comfy.samplers.SCHEDULER_NAMES), ("red heart", "panda", "strawberry", "doughnut"), (4, 5, 6, 8, 10, 15, 20),
             (4, 5, 6, 8, 10), (3.0, 7.0, 1.0), 1, 32, True)
 FEW = Size(("karras", "sgm_uniform"), ("red heart", "panda"), tuple(range(3, 11)), (), (3.0, 7.0), 2, 16, True)
-BEST = Size(tuple(name for name in FULL.schedulers if name != MOVING_START), FULL.prompts, FULL.other_budgets, FULL.other_budgets, FULL.guidances, 4, 32, True, catalogue=False,
-            refits=True, calibration_prompt="ghost")
+BEST = Size(tuple(name for name in FULL.schedulers if name != MOVING_START), FULL.prompts, FULL.other_budgets, FULL.other_budgets,
+            FULL.guidances, 4, 32, True, catalogue=False, refits=True, calibration_prompt="ghost")
 QUICK = Size(MAIN, ("red heart", "panda"), (5, 8, 10), (), (3.0,), 1, 16, True)
 
 
@@ -95,7 +95,7 @@ class Entry:
     cost: Callable[[int], int]
     variant: bool = False           # an option away from its default: main schedulers only
     discards: bool = False          # KSampler drops the last sigma above 0 for it
-    calibrate: Callable[[comfy_host.Model, Tensor, Tensor, str], Mapping[str, Any]] | None = None
+    calibrate: Callable[[comfy_host.Model, Tensor, Tensor, int, int], Mapping[str, Any]] | None = None
     own_prompt: bool = False        # calibrated on the prompt that is evaluated
     several: bool = False           # calibrated on REFIT_PROMPTS, where prompts differ
     train: Callable[..., Mapping[str, Any]] | None = None  # a calibration of every schedule by itself: main schedulers only
@@ -155,20 +155,19 @@ VARIANTS = [  # name, what is different, options
 ]
 
 
-def dpm_solver_v3_statistics(model: comfy_host.Model, x: Tensor, sigmas: Tensor, samples: int) -> Mapping[str, Any]:
+def dpm_solver_v3_statistics(model: comfy_host.Model, x: Tensor, sigmas: Tensor, samples: int, prompts: int) -> Mapping[str, Any]:
     return {"statistics": samplers.estimate_statistics(model, x[:samples], sigmas)}
 
 
-def fitted_statistics(model: comfy_host.Model, x: Tensor, sigmas: Tensor, samples: int) -> Mapping[str, Any]:
+def fitted_statistics(model: comfy_host.Model, x: Tensor, sigmas: Tensor, samples: int, prompts: int) -> Mapping[str, Any]:
     return {"statistics": samplers.estimate_statistics(model, x[:samples], sigmas, fitted=True)}
 
 
-def refitted(model: comfy_host.Model, x: Tensor, sigmas: Tensor, samples: int) -> Mapping[str, Any]:
+def refitted(model: comfy_host.Model, x: Tensor, sigmas: Tensor, samples: int, prompts: int) -> Mapping[str, Any]:
     """Statistics refitted for every budget, a quarter of the images held out."""
-    found = fitted_statistics(model, x, sigmas, samples)["statistics"]
-    prompts = {"prompts": len(REFIT_PROMPTS) if len(x) == len(REFIT_PROMPTS) else 1}
+    found = fitted_statistics(model, x, sigmas, samples, prompts)["statistics"]
     for budget in BEST.budgets:
-        found = samplers.refit_multistep(model, x, found, budget, held_out=len(x) // 4, about=prompts)
+        found = samplers.refit_multistep(model, x, found, budget, held_out=len(x) // 4, about={"prompts": prompts})
     return {"statistics": found}
 
 
@@ -180,9 +179,9 @@ CALIBRATED = [  # name, what is different, options, calibration
     ("fitted_chosen", "", {}, fitted_statistics),
 ]
 """Solvers that first see the model: the calibration is called with (model, x at sigmas[0], sigmas, how many images statistics
-take) on noises that are not evaluated, once for each problem and guidance, and returns options for k_diffusion_sampler. On the
-emoji it sees Size.calibration_prompt and is used for all prompts, as the nodes do it (Statistics.for_another_prompt); "own prompt" saw the
-prompt that is evaluated."""
+take, of how many prompts they are) on noises that are not evaluated, once for each problem and guidance, and returns options for
+k_diffusion_sampler. On the emoji it sees Size.calibration_prompt and is used for all prompts, as the nodes do it
+(Statistics.for_another_prompt); "own prompt" saw the prompt that is evaluated."""
 
 
 def amed(form: str = "table", **how: Any) -> Callable[..., Mapping[str, Any]]:
@@ -473,6 +472,7 @@ class Table:
     """The rows measured so far, written to a file as they come."""
 
     path: Path
+    resume: bool
     rows: list[dict[str, Any]] = field(default_factory=list)
     agreements: list[tuple[str, float, float]] = field(default_factory=list)
     started: float = field(default_factory=time.perf_counter)
@@ -481,7 +481,7 @@ class Table:
                "rms", "median", "images", "reason")
 
     def __post_init__(self) -> None:
-        before = list(csv.DictReader(self.path.open(newline=""))) if self.path.exists() else []
+        before = list(csv.DictReader(self.path.open(newline=""))) if self.resume and self.path.exists() else []
         for row in before:
             row |= {key: float(row[key]) for key in ("guidance", "rms", "median", "start") if row[key]}
             row |= {key: int(row[key]) for key in ("budget", "evaluations", "steps", "variant") if row[key]}
@@ -523,7 +523,7 @@ def measure(problem: Problem, size: Size, solvers: Sequence[Entry], table: Table
 
         begins = reference_name(problem, guidance, noise)
         references = {float(file.stem.removeprefix(begins)): Reference(*torch.load(file))
-                      for file in table.path.parent.glob(f"{begins}*.pt")}
+                      for file in table.path.parent.glob(f"{begins}*.pt") if table.resume}
         shared = left(problem.prompts, own_prompt=False)
         other = [size.calibration_prompt] if several else [problem.prompts[0]]
         options = calibrated(problem, shared, guidance, other, several, table)
@@ -554,7 +554,7 @@ def calibrated(problem: Problem, solvers: Sequence[Entry], guidance: float, prom
         def body(model):
             counted = Counted(model, remembers=False)
             try:
-                found = dict(calibrate(counted, starting_x(model, noise, sigmas[0]), sigmas, problem.calibration_noises))
+                found = dict(calibrate(counted, starting_x(model, noise, sigmas[0]), sigmas, problem.calibration_noises, len(seen)))
                 if elsewhere and "statistics" in found:
                     found["statistics"] = found["statistics"].for_another_prompt()
             except Exception as error:  # a solver in the making must not end the run: its cells say why they are empty
@@ -859,11 +859,11 @@ def plot(table: Table, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def accuracy(size: Size, out: Path) -> None:
+def accuracy(size: Size, out: Path, resume: bool) -> None:
     """The whole measurement."""
     torch.set_num_threads(1)
     out.mkdir(parents=True, exist_ok=True)
-    table = Table(out / "accuracy.csv")
+    table = Table(out / "accuracy.csv", resume)
     solvers = entries(size)
     print(f"{len(solvers)} samplers, {len(size.schedulers)} schedulers, evaluations {', '.join(map(str, size.budgets))}")
     with torch.inference_mode():

@@ -32,12 +32,14 @@ def main() -> None:
     parser.add_argument("--best", action="store_true", help="accuracy: ComfyUI's samplers and ours that calibrate, 4 images a prompt")
     parser.add_argument("--quick", action="store_true", help="accuracy: a small part of it, about 3 minutes instead of over an hour")
     parser.add_argument("--out", type=Path, default=environment.HOME / "accuracy", help="accuracy: folder (default .dev/accuracy)")
+    parser.add_argument("--resume", action="store_true", help="accuracy: go on in --out where a run of the same size and code was cut short")
     options = parser.parse_args()
     environment.enter("test")
     sys.path += [str(environment.ROOT), str(environment.ROOT / "tests")]
     if options.what == "accuracy":
         from accuracy import BEST, FEW, FULL, QUICK, accuracy
-        accuracy(QUICK if options.quick else FEW if options.few else BEST if options.best else FULL, options.out)
+        accuracy(QUICK if options.quick else FEW if options.few else BEST if options.best else FULL, options.out,
+                 options.resume)
     else:
         overhead(options.rounds)
 

@@ -105,11 +105,6 @@ def few_steps(server) -> list[tuple[tuple[str, None, dict], int]]:
         return label, None, prompt
 
     learned = load(WORKFLOWS / "few_steps.json", info)
-    for kind in ("LambdaEstimateStatistics", "LambdaRefitStatistics"):
-        for node in nodes_of(learned, kind):
-            node["cfg"] = GUIDANCE
-    for node in nodes_of(learned, "LambdaRefitStatistics"):
-        node.update(steps=FEW, prompts="\n".join(LEARNED))
     *_, measured = nodes_of(learned, "CLIPTextEncode")
     measured["text"] = "fox"
     learned = {key: node for key, node in learned.items() if node["class_type"] != "LambdaSaveStatistics"}
@@ -155,7 +150,7 @@ def produce(server, job: tuple[str, str | None, dict], steps: int, seeds: int = 
 
 
 def fill_in(prompt: dict, words: str, steps: int, batch: int = 1) -> None:
-    """The demo's checkpoint, prompt, size, guidance and seed instead of the example's."""
+    """The demo's checkpoint, prompts, size, guidance and seed instead of the example's."""
     from workflow import nodes_of
 
     for node in nodes_of(prompt, "CheckpointLoaderSimple"):
@@ -166,8 +161,11 @@ def fill_in(prompt: dict, words: str, steps: int, batch: int = 1) -> None:
         node.update(width=SIZE, height=SIZE, batch_size=batch)
     for node in nodes_of(prompt, "KSampler"):
         node.update(seed=SEED, steps=steps, cfg=GUIDANCE)
-    for node in nodes_of(prompt, "CFGGuider"):
-        node["cfg"] = GUIDANCE
+    for kind in ("CFGGuider", "SamplerCustom", "LambdaEstimateStatistics", "LambdaRefitStatistics", "LambdaTrainAmed", "LambdaCompareSamplers"):
+        for node in nodes_of(prompt, kind):
+            node["cfg"] = GUIDANCE
+    for node in nodes_of(prompt, "LambdaRefitStatistics"):
+        node.update(steps=steps, prompts=node["prompts"] and "\n".join(LEARNED))
     for node in nodes_of(prompt, "RandomNoise"):
         node["noise_seed"] = SEED
     for node in nodes_of(prompt, "BasicScheduler"):

@@ -177,6 +177,15 @@ def save(canvas: Canvas, title: str, samples: Output, vae: Output) -> None:
     canvas.add("SaveImage", tall=400, images=image[0], filename_prefix="lambda")
 
 
+def sample_with(canvas: Canvas, got: Start, statistics: Node, **how: Any) -> None:
+    """A third column with KSampler on the model that has these statistics, and a fourth with its image."""
+    canvas.column("3  Sample with it")
+    model = canvas.add("LambdaApplyStatistics", model=got.model, statistics=statistics[0])
+    latent = canvas.add("KSampler", model=model[0], positive=got.positive, negative=got.negative, latent_image=got.latent,
+                        seed=1, cfg=5.0, **how)
+    save(canvas, "4  Image", latent[0], got.vae)
+
+
 def custom(canvas: Canvas, got: Start, sampler: Node, cfg: float, scheduler: str, steps: int) -> Output:
     """SamplerCustomAdvanced and what it needs, in the current column."""
     guider = canvas.add("CFGGuider", model=got.model, positive=got.positive, negative=got.negative, cfg=cfg)
@@ -274,11 +283,7 @@ def calibrate_and_share(canvas: Canvas) -> None:
     measured = canvas.add("LambdaEstimateStatistics", model=got.model, positive=got.positive, negative=got.negative,
                           latent_image=got.latent, tall=540)
     canvas.add("LambdaSaveStatistics", statistics=measured[0])
-    canvas.column("3  Sample with it")
-    model = canvas.add("LambdaApplyStatistics", model=got.model, statistics=measured[0])
-    latent = canvas.add("KSampler", model=model[0], positive=got.positive, negative=got.negative, latent_image=got.latent,
-                        seed=1, steps=8, cfg=5.0, sampler_name="dpm_solver_v3", scheduler="sgm_uniform")
-    save(canvas, "4  Image", latent[0], got.vae)
+    sample_with(canvas, got, measured, steps=8, sampler_name="dpm_solver_v3", scheduler="sgm_uniform")
 
 
 @example
@@ -299,11 +304,7 @@ def few_steps(canvas: Canvas) -> None:
                           latent_image=got.latent, steps=5, clip=got.clip, prompts="\n".join(SEVERAL), tall=820)
     canvas.y += 520  # Nodes 2.0 stretches the text over all of the node, and adds the picture below
     canvas.add("LambdaSaveStatistics", statistics=refitted[0])
-    canvas.column("3  Sample with it")
-    model = canvas.add("LambdaApplyStatistics", model=got.model, statistics=refitted[0])
-    latent = canvas.add("KSampler", model=model[0], positive=got.positive, negative=got.negative, latent_image=got.latent,
-                        seed=1, steps=5, cfg=5.0, sampler_name="lambda_fitted", scheduler="karras")
-    save(canvas, "4  Image", latent[0], got.vae)
+    sample_with(canvas, got, refitted, steps=5, sampler_name="lambda_fitted", scheduler="karras")
 
 
 @example
@@ -366,16 +367,10 @@ def tried(server, path: Path, words: str) -> dict[str, dict]:
 
     prompt = load(path, server.get("/object_info"))
     flow = any(node["ckpt_name"] == SD3 for node in nodes_of(prompt, "CheckpointLoaderSimple"))
-    demo.fill_in(prompt, words, 3 if any(nodes_of(prompt, "LambdaTrainAmed")) else 5 if any(nodes_of(prompt, "LambdaRefitStatistics")) else 8)
-    for node in nodes_of(prompt, "LambdaRefitStatistics"):
-        node["prompts"] = "\n".join(demo.LEARNED)
+    learns = {"LambdaTrainAmed": 3, "LambdaRefitStatistics": 5}  # for a number of steps
+    demo.fill_in(prompt, words, next((steps for kind, steps in learns.items() if any(nodes_of(prompt, kind))), 8))
     for node in nodes_of(prompt, "EmptySD3LatentImage"):
         node.update(width=demo.SIZE, height=demo.SIZE)
-    for node in nodes_of(prompt, "SamplerCustom"):
-        node["cfg"] = demo.GUIDANCE
-    for kind in ("LambdaEstimateStatistics", "LambdaRefitStatistics", "LambdaTrainAmed", "LambdaCompareSamplers"):
-        for node in nodes_of(prompt, kind):
-            node["cfg"] = demo.GUIDANCE
     for node in prompt.values():  # a picture of its own for every example
         for key in {"seed", "noise_seed"} & node["inputs"].keys():
             node["inputs"][key] = demo.SEED + [*EXAMPLES].index(path.stem)

@@ -93,7 +93,7 @@ class StatisticsKind:
         before, after = told["held out"]
         say(f"refitted for {steps} steps in {told['evaluations']} evaluations: error {before:.3g} before, {after:.3g} after, on "
             f"images held out" if told["kept"] else f"the refit for {steps} steps found nothing better than the error {before:.3g} on images "
-            "held out, and changes nothing")
+            "held out: none is kept")
         return result
 
     def suited(self, found: Statistics, conditions: str) -> Statistics:
@@ -218,17 +218,22 @@ def table(sampling: Any) -> list[float]:
 
 def trajectories(shape: torch.Size, fewest: int = 1) -> int:
     """How many an estimate takes. The fitted solver corrects only what holds on one that was left out, so it needs two."""
-    return max(fewest, min(MOST, math.ceil(ELEMENTS / math.prod(shape[1:]))))
+    return _enough(shape, 1, fewest, MOST)
 
 
 def refit_images(shape: torch.Size) -> int:
     """How many images a refit looks at, those held out among them."""
-    return max(4, min(8, math.ceil(16 * ELEMENTS / math.prod(shape[1:]))))
+    return _enough(shape, 16, 4, 8)
 
 
 def training_images(shape: torch.Size) -> int:
     """How many images AMED learns from."""
-    return max(2, min(8, math.ceil(4 * ELEMENTS / math.prod(shape[1:]))))
+    return _enough(shape, 4, 2, 8)
+
+
+def _enough(shape: torch.Size, times: int, fewest: int, most: int) -> int:
+    """As many images as have so many times ELEMENTS."""
+    return max(fewest, min(most, math.ceil(times * ELEMENTS / math.prod(shape[1:]))))
 
 
 def precision_of(patcher: Any) -> torch.dtype:

@@ -173,15 +173,19 @@ def _trainable(schedule: Sequence[Level]) -> list[int]:
     return found
 
 
-class Counted:
-    """A model as the loop's denoiser. Every evaluation is counted and told to progress(done, total, the last loss), which may
-    raise to cancel.
+class Course:
+    """What a training or a refit has spent and found; a file keeps it, so that one that was cut short goes on.
+
+    Its parts are the teacher and whatever is learned after it, one after the other; `done` is how many are behind it. Every
+    evaluation is counted and told to progress(done, total, the last loss), which may raise to cancel.
     """
 
-    def __init__(self, model: Callable[..., Tensor], extra_args: Mapping[str, Any] | None, dtype: torch.dtype,
+    def __init__(self, model: Callable[..., Tensor], extra_args: Mapping[str, Any] | None, dtype: torch.dtype, file: Partial,
                  progress: Callable[[int, int, float], None] | None, total: int) -> None:
         self.model, self.extra_args, self.dtype = model, dict(extra_args or {}), dtype
-        self.progress, self.total, self.spent, self.loss = progress, total, 0, math.nan
+        self.file, self.progress, self.total = file, progress, total
+        self.kept, self.done = file.read()
+        self.spent, self.loss = int(self.kept.get("spent", 0)), math.nan
 
     def denoise(self, x: Tensor, sigma: float | np.ndarray) -> Tensor:
         answer = self.model(x, per_image(sigma, x), **self.extra_args).detach().to(self.dtype)
@@ -190,20 +194,6 @@ class Counted:
             self.progress(min(self.spent, self.total), self.total, self.loss)
         return answer
 
-
-class Course(Counted):
-    """What a training has spent and found; a file keeps it, so that one that was cut short goes on.
-
-    Its parts are the teacher, every step by itself and every round together; `done` is how many are behind it.
-    """
-
-    def __init__(self, model: Callable[..., Tensor], extra_args: Mapping[str, Any] | None, dtype: torch.dtype, file: Partial,
-                 progress: Callable[[int, int, float], None] | None, total: int) -> None:
-        super().__init__(model, extra_args, dtype, progress, total)
-        self.file = file
-        self.kept, self.done = file.read()
-        self.spent = int(self.kept.get("spent", 0))
-
     def targets(self, teach: Callable[[], Mapping[int, Tensor]]) -> dict[int, Tensor]:
         """The teacher's states, kept or made."""
         if not self.done:
@@ -211,7 +201,7 @@ class Course(Counted):
         return {int(name[7:]): value for name, value in self.kept.items() if name.startswith("target.")}
 
     def us(self, guess: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """u [1, 3] of every interval as far as it was learned."""
+        """What was learned so far: u [1, 3] of every interval, or a refit's shapes."""
         return list(self.kept["u"].cpu().numpy()) if "u" in self.kept else list(guess)
 
     def learned(self, done: int, us: Sequence[np.ndarray], loss: float) -> None:
