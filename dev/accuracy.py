@@ -75,7 +75,7 @@ class Size:
 
 FULL = Size(tuple(comfy.samplers.SCHEDULER_NAMES), ("red heart", "panda", "strawberry", "doughnut"), (4, 5, 6, 8, 10, 15, 20),
             (4, 5, 6, 8, 10), (3.0, 7.0, 1.0), 1, 32, True)
-FEW = Size(("karras", "sgm_uniform"), ("red heart", "panda"), tuple(range(3, 11)), (), (3.0, 7.0), 2, 16, True)
+FEW = Size(("karras", "sgm_uniform"), ("red heart", "panda"), tuple(range(3, 11)), (), (3.0, 7.0, 1.0), 2, 16, True)
 BEST = Size(tuple(name for name in FULL.schedulers if name != MOVING_START), FULL.prompts, FULL.other_budgets, FULL.other_budgets,
             FULL.guidances, 4, 32, True, catalogue=False, refits=True, calibration_prompt="ghost")
 QUICK = Size(MAIN, ("red heart", "panda"), (5, 8, 10), (), (3.0,), 1, 16, True)

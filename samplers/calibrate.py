@@ -43,6 +43,7 @@ ELEMENTS = 16_384
 24 intervals, whatever the size of the latents."""
 
 
+@torch.no_grad()
 def estimate_statistics(model: Callable[..., Tensor], x: Tensor, sigmas: Sequence[float] | Tensor, *,
                         intervals: int = INTERVALS, samples: int | None = None, pool: Pool = "all", path: str = "ve",
                         extra_args: Mapping[str, Any] | None = None, progress: Callable[[int, int], None] | None = None,

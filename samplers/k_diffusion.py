@@ -25,7 +25,8 @@ def k_diffusion_sampler(name: str, path: str = "ve", *, sigma_max: float | None 
 
     model(x, sigma[B], **extra_args) returns the denoised x. callback gets a dict with x, i, sigma, sigma_hat, denoised
     after the evaluation that opens interval i. x is [B, ...] noise at sigmas[0] plus signal, in any floating dtype: the
-    model sees that dtype, the solver works in at least float32, and x is left as it was. sigmas strictly decrease.
+    model sees that dtype, the solver works in at least float32, and x is left as it was. sigmas strictly decrease. No graph is
+    kept (torch.no_grad), as k-diffusion does.
     Stochastic solvers take their seed from extra_args["seed"], or draw one from torch's generator. sigma_max is the model's
     highest level: with it, a first_step that is not evaluated is refused in runs that start lower. first_step = "mean" needs
     a MeanAnswer that lives as long as model, prompt and shape are the same; the run that finds it empty fills it.
@@ -45,6 +46,7 @@ def k_diffusion_function(sampler: Sampler, path: str, options: Mapping[str, Any]
     if first_step == "mean" and mean is None:
         raise ValueError("first_step = 'mean' needs mean: give a MeanAnswer, the same one for every run of a prompt")
 
+    @torch.no_grad()
     def fn(model: Callable[..., Tensor], x: Tensor, sigmas: Tensor, extra_args: Mapping[str, Any] | None = None,
            callback: Callable[[dict], None] | None = None, disable: bool | None = None) -> Tensor:
         schedule = levels(torch.as_tensor(sigmas).tolist(), gaussian)

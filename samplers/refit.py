@@ -76,6 +76,7 @@ class Place(NamedTuple):
     past: tuple[Tensor, ...]
 
 
+@torch.no_grad()
 def refit_multistep(model: Callable[..., Tensor], x: Tensor, calibration: Statistics, evaluations: int, *, path: str = "ve",
                     start: float | None = None, held_out: int = 1, rounds: int = ROUNDS,
                     extra_args: Mapping[str, Any] | None = None, progress: Callable[[int, int, float], None] | None = None,

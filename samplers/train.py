@@ -80,6 +80,7 @@ Choose = Callable[[int], np.ndarray]
 """choose(i) -> u [1 or B, 3] of interval i, asked after the evaluation that opens it."""
 
 
+@torch.no_grad()
 def fit_amed(model: Callable[..., Tensor], x: Tensor, sigmas: Sequence[float] | Tensor, *, base: str = "amed",
              form: str = "table", first_step: str = "evaluate", teacher: int = TEACHER, learn: Sequence[str] = LEARNED,
              held_out: int = 0, path: str = "ve", extra_args: Mapping[str, Any] | None = None,
@@ -188,7 +189,7 @@ class Course:
         self.spent, self.loss = int(self.kept.get("spent", 0)), math.nan
 
     def denoise(self, x: Tensor, sigma: float | np.ndarray) -> Tensor:
-        answer = self.model(x, per_image(sigma, x), **self.extra_args).detach().to(self.dtype)
+        answer = self.model(x, per_image(sigma, x), **self.extra_args).to(self.dtype)
         self.spent += 1
         if self.progress:
             self.progress(min(self.spent, self.total), self.total, self.loss)

@@ -319,7 +319,7 @@ def test_the_gradient_by_forward_differences_is_that_of_back_propagation(base: s
 
 
 def test_a_predictor_is_no_worse_than_its_table_and_runs_every_image_by_itself(tmp_path) -> None:
-    net = SmallUNet().requires_grad_(False)
+    net = SmallUNet()
     x = torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 10
     sigmas = [10.0, 2.0, 0.4]
     model = Counted(net)
@@ -341,7 +341,7 @@ def test_a_predictor_is_no_worse_than_its_table_and_runs_every_image_by_itself(t
 
 
 def test_a_predictor_of_zero_is_its_table() -> None:
-    net = SmallUNet().requires_grad_(False)
+    net = SmallUNet()
     x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 10
     sigmas = torch.tensor([10.0, 2.0, 0.4, 0.0], dtype=torch.float64)
     for base in ("amed", "dpmpp_2m", "ipndm"):

@@ -8,7 +8,7 @@ import torch
 
 from measure import Trace
 from problems import FIXED, Gaussian, needed, ode, reference_mixture, starting_noise
-from samplers import SAMPLERS, k_diffusion_sampler, nfe
+from samplers import SAMPLERS, estimate_statistics, fit_amed, k_diffusion_sampler, nfe, refit_multistep
 
 EVERY = list(SAMPLERS)
 SCHEDULES = {
@@ -142,6 +142,30 @@ def test_what_the_model_returned_is_not_written_to(name: str) -> None:
 
     run(name, SCHEDULES["to zero"], model=model)
     assert all(torch.equal(x, x_then) and torch.equal(d, d_then) for x, x_then, d, d_then in kept)
+
+
+class Learned(torch.nn.Module):
+    """A denoiser with a parameter, as every trained one has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor, sigma: torch.Tensor, **extra) -> torch.Tensor:
+        assert not torch.is_grad_enabled()
+        return self.gain * Gaussian()(x, sigma)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_no_graph_is_kept_of_a_model_with_parameters(name: str) -> None:
+    assert not run(name, SCHEDULES["to zero"], model=Learned()).requires_grad
+
+
+def test_a_model_with_parameters_is_measured_and_learned_from() -> None:
+    x, sigmas = starting_noise((4, 3, 4, 4), 14.6, "ve"), torch.tensor([14.6, 3.0, 0.5, 0.05], dtype=torch.float64)
+    measured = estimate_statistics(Learned(), x, sigmas, fitted=True)
+    refit_multistep(Learned(), x, measured, 4)
+    fit_amed(Learned(), x, sigmas)
 
 
 @pytest.mark.parametrize("name", EVERY)
