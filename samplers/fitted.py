@@ -67,13 +67,13 @@ class Plan:
     @classmethod
     def read(cls, rows: np.ndarray, calibration: Statistics) -> Plan:
         """The plan, to x0, that `rows` was made of."""
-        lam, decay, first, second, bias = rows.T.tolist()
-        weights = tuple(Weights(d, (c, e) if e else (c,), v) for d, c, e, v in zip(decay, first, second, bias))
-        return cls(tuple(lam), math.inf, tuple(map(float, calibration.at("l", rows[:, 0]))), weights, math.nan, ())
+        weights = tuple(Weights(decay, tuple(terms[:i + 1]), bias) for i, (_, decay, *terms, bias) in enumerate(rows.tolist()))
+        return cls(tuple(rows[:, 0].tolist()), math.inf, tuple(map(float, calibration.at("l", rows[:, 0]))), weights, math.nan, ())
 
     def rows(self) -> np.ndarray:
-        """[n, 5]: lam, decay, two terms and bias of every step."""
-        return np.array([[lam, w.decay, *w.terms, *[0.0] * (2 - len(w.terms)), w.bias]
+        """[n, 3 + order]: lam, decay, the terms and bias of every step."""
+        order = max(len(w.terms) for w in self.weights)
+        return np.array([[lam, w.decay, *w.terms, *[0.0] * (order - len(w.terms)), w.bias]
                          for lam, w in zip(self.lam, self.weights)])
 
     def steps(self, path: Path) -> list[Step]:

@@ -1,11 +1,11 @@
 """Refit the fitted solver for one number of evaluations on the model itself: levels and weights together.
 
 `fitted` chooses levels and weights from measured trajectories, as if each step started on one. Here the solver's own run is
-what counts. Three numbers of every step are free, from DPM-Solver-v3's weights c on the chosen levels,
+what counts. ORDER + 1 numbers of every step are free, from DPM-Solver-v3's weights c of order 2 on the chosen levels,
 
-    c_1 = c_1 + b C,   c_0 = (1 + a) C - c_1,   C = c_0 + c_1,        lam = lam + nu gap
+    lam + u_0 gap,   c_k + u_(k+1) C  (k = 1 .. ORDER - 1),   sum_k c_k = (1 + u_1) C,        C = c_0 + c_1
 
-(scale, extrapolation and place), and forward differences of the run in each of them make the residual at the end linear,
+(place, extrapolations and scale), and forward differences of the run in each of them make the residual at the end linear,
 R + J u. A few rounds of damped Gauss-Newton lower its square over a few images. The teacher is the same solver in many steps.
 b of the statistics is left out: what is learned without it was better on its own prompt and on others.
 """
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .calibrate import Sampled
-from .fitted import Plan, Weights, check, fit_multistep, planned
+from .fitted import Plan, check, fit_multistep, planned
 from .integrand import DataPrediction
 from .sample import Denoiser, combine, evaluate, sample
 from .schedule import Path, find_path
@@ -30,47 +30,52 @@ from .statistics import Statistics
 from .storage import Partial
 from .train import FLOOR, Course, typical
 
-PARTIAL = "lambda-solvers partial refit 1"
+PARTIAL = "lambda-solvers partial refit 2"
 TEACHER = 40  # its evaluations
 ROUNDS, AGAIN = 2, 3  # how often slopes are taken, and how often they serve again
 FEWEST, LARGEST = 3, 15
-DAMPING = 0.1  # of u, in mean squared errors
+DAMPING = 0.03  # of u, in mean squared errors
 MOST = 0.4     # of a number in one round: neighbouring levels cannot meet
-DIFFERENCES = {"a": 0.05, "b": 0.05, "nu": 0.1}
+ORDER = 3
+DIFFERENCES = 0.1, *[0.05] * ORDER
 
 
 class Shape(NamedTuple):
-    """What is free, for every step: its level, scale and extrapolation, float64 [n] each. No level may be above `top`."""
+    """What is free: numbers [1 + ORDER, n], row 0 the level lam of every step. No level may be above `top`."""
 
-    lam: np.ndarray
-    a: np.ndarray
-    b: np.ndarray
+    numbers: np.ndarray
     top: float
 
-    def moved(self, kinds: Sequence[tuple[str, int]], u: np.ndarray) -> Shape:
-        lam, a, b = self.lam.copy(), self.a.copy(), self.b.copy()
+    @classmethod
+    def of(cls, lam: Sequence[float], top: float) -> Shape:
+        """v3's weights on these levels."""
+        return cls(np.vstack([lam, np.zeros((ORDER, len(lam)))]), top)
+
+    @property
+    def lam(self) -> np.ndarray:
+        return self.numbers[0]
+
+    def moved(self, places: Sequence[tuple[int, int]], u: Sequence[float]) -> Shape:
+        """With u added at these places (row, step)."""
+        numbers = self.numbers.copy()
         gaps = np.diff(self.lam, append=2 * self.lam[-1] - self.lam[-2])
-        for (kind, k), by in zip(kinds, u):
-            if kind == "nu":
-                lam[k] += by * gaps[k if by > 0 else k - 1]
-            else:
-                {"a": a, "b": b}[kind][k] += by
-        return Shape(np.minimum(lam, self.top), a, b, self.top)
+        for (row, k), by in zip(places, u):
+            numbers[row, k] += by if row else by * gaps[k if by > 0 else k - 1]
+        return self._replace(numbers=np.vstack([np.minimum(numbers[0], self.top), numbers[1:]]))
 
     def plan(self, calibration: Statistics) -> Plan:
         """v3's steps of order 2 on these levels, scaled and bent."""
         steps = planned(calibration, self.lam)
         weights = []
-        for a, b, step in zip(self.a, self.b, steps.weights):
-            total = sum(step.terms)
-            before = sum(step.terms[1:]) + b * total
-            terms = (1.0 + a) * total - before, before
-            weights.append(Weights(step.decay, terms[:len(step.terms) + (b != 0.0)], step.bias))
+        for i, (u, step) in enumerate(zip(self.numbers[1:].T, steps.weights)):
+            total, earlier = sum(step.terms), u[1:i + 1] * sum(step.terms)
+            earlier[:len(step.terms) - 1] += step.terms[1:]
+            weights.append(step._replace(terms=(float((1.0 + u[0]) * total - earlier.sum()), *earlier.tolist())))
         return replace(steps, weights=tuple(weights))
 
 
 class Place(NamedTuple):
-    """A run after the evaluation of a step: x, and the values kept of this evaluation and the one before it."""
+    """A run after the evaluation of a step: x, and the values kept of this evaluation and those before it."""
 
     x: Tensor
     past: tuple[Tensor, ...]
@@ -111,7 +116,7 @@ def refit_multistep(model: Callable[..., Tensor], x: Tensor, calibration: Statis
         first = gaussian.at(float(calibration.lam[0]))
         x = sample(course.denoise, x, [ddim(DataPrediction(), gaussian.level(start), first)])
     training, held = slice(0, len(x) - held_out), slice(len(x) - held_out, len(x))
-    shape = Shape(np.array(fit_multistep(plain, n).lam), np.zeros(n), np.zeros(n), float(calibration.lam[-1]))
+    shape = Shape.of(fit_multistep(plain, n).lam, float(calibration.lam[-1]))
     with course:
         target = course.targets(lambda: {0: sample(
             course.denoise, x, planned(plain, fit_multistep(plain, TEACHER).lam).steps(gaussian))})[0]
@@ -119,7 +124,7 @@ def refit_multistep(model: Callable[..., Tensor], x: Tensor, calibration: Statis
         before = now = best = run.of(shape, x)
         floor = FLOOR * before.squares[training].mean()
         if course.done > 1:
-            now, best = (run.of(shape._replace(lam=lam, a=a, b=b), x) for lam, a, b in np.split(np.array(course.us(())), 2))
+            now, best = (run.of(shape._replace(numbers=numbers), x) for numbers in course.us(()))
 
         def left(state: State, part: slice) -> float:
             return typical(state.squares[part], floor)
@@ -137,7 +142,7 @@ def refit_multistep(model: Callable[..., Tensor], x: Tensor, calibration: Statis
                 best = min(best, now, key=lambda state: left(state, held))
             if now is start_of_round:
                 break
-            course.learned(done + 1, [*now.shape[:3], *best.shape[:3]], course.loss)
+            course.learned(done + 1, [now.shape.numbers, best.shape.numbers], course.loss)
     losses = {name: [float(np.sqrt(state.squares[part].mean())) for state in (before, best)]
               for name, part in (("training", training), ("held out", held))}
     better = left(best, held) < left(before, held)
@@ -153,8 +158,13 @@ def refit_multistep(model: Callable[..., Tensor], x: Tensor, calibration: Statis
 def refit_cost(evaluations: int, rounds: int = ROUNDS, opening: bool = False) -> int:
     """The most evaluations that refit_multistep makes."""
     n = evaluations - opening
-    slopes = sum(n - 1 - k for k in range(n - 1)) + sum(n - 1 - k for k in range(1, n)) + sum(n - k for k in range(1, n))
+    slopes = sum(n - k - (row > 0) for row, k in _free(n))
     return opening + TEACHER + n + rounds * (slopes + (3 + AGAIN) * n)
+
+
+def _free(n: int) -> list[tuple[int, int]]:
+    """The places of Shape.numbers that n steps leave free: not the first level, the scale of x0, or weights of what is not yet there."""
+    return [(row, k) for row in range(1 + ORDER) for k in range(max(row - 1, row == 0), n - (row == 1))]
 
 
 class State(NamedTuple):
@@ -171,9 +181,9 @@ class State(NamedTuple):
 
 
 class Slopes(NamedTuple):
-    """How the residual depends on each free number (kind, step): values [numbers, B, elements]."""
+    """How the residual depends on each free number (row, step): values [numbers, B, elements]."""
 
-    of: tuple[tuple[str, int], ...]
+    of: tuple[tuple[int, int], ...]
     values: np.ndarray
 
 
@@ -190,15 +200,13 @@ class _Runs:
 
     def slopes(self, state: State) -> Slopes:
         """By forward differences: runs from where a number first matters."""
-        n = len(state.shape.lam)
-        kinds = [*(("a", k) for k in range(n - 1)), *(("b", k) for k in range(1, n)), *(("nu", k) for k in range(1, n))]
-        rows = []
-        for kind, k in kinds:
-            by = DIFFERENCES[kind] * (-1.0 if (kind, k) == ("nu", n - 1) else 1.0)  # the last level stays in the grid
-            steps = state.shape.moved([(kind, k)], np.array([by])).plan(self.calibration).steps(self.path)
-            first = k - (kind == "nu")
+        free, rows = _free(len(state.shape.lam)), []
+        for row, k in free:
+            by = DIFFERENCES[row] * (-1.0 if (row, k) == (0, len(state.shape.lam) - 1) else 1.0)  # the last level stays in the grid
+            steps = state.shape.moved([(row, k)], [by]).plan(self.calibration).steps(self.path)
+            first = k - (row == 0)
             rows.append((self._ahead(steps, first, state.places[:first + 1])[1] - state.residual) / by)
-        return Slopes(tuple(kinds), np.stack(rows))
+        return Slopes(tuple(free), np.stack(rows))
 
     def _ahead(self, steps: Sequence[Step], first: int, places: tuple[Place, ...]) -> tuple[tuple[Place, ...], np.ndarray]:
         """The places, with those of a run from the place of step `first` on, and the residual at its end."""
@@ -206,7 +214,7 @@ class _Runs:
             x, past = places[-1]
             x = combine(x, step.updates[0], {-k: value for k, value in enumerate(past)})
             if following:
-                places += (Place(x, (evaluate(self.denoise, x, following.evaluations[0]), past[0])),)
+                places += (Place(x, (evaluate(self.denoise, x, following.evaluations[0]), *past[:ORDER - 1])),)
         return places, self.sampled.of(x - self.target)[0].double().numpy()
 
 

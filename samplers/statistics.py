@@ -46,7 +46,7 @@ class Statistics:
     and root [K, M, M], M = 2N + 3, for each trajectory a matrix whose columns have the inner products (per element) of the
     tensors y_0 .. y_N, D_0 .. D_N, 1, y = x / alpha: |V c|^2 = |root c|^2 for every combination c of them.
 
-    plans: for a number n of evaluations that was refitted, its steps, [n, 5] (fitted.Plan has the columns).
+    plans: for a number n of evaluations that was refitted, its steps, [n, 3 + order] (fitted.Plan has the columns).
     """
 
     lam: np.ndarray
@@ -72,8 +72,8 @@ class Statistics:
         if self.root is not None and (self.root.ndim != 3 or self.root.shape[1:] != (size, size)):
             raise CalibrationError(f"root has shape {list(self.root.shape)}: it must be [trajectories, {size}, {size}]")
         for n, rows in self.plans.items():
-            if rows.shape != (n, 5):
-                raise CalibrationError(f"plan.{n} has shape {list(rows.shape)}: it must be [{n}, 5]")
+            if rows.ndim != 2 or rows.shape[0] != n or not 4 <= rows.shape[1] <= 3 + n:
+                raise CalibrationError(f"plan.{n} has shape {list(rows.shape)}: it must be [{n}, 4 to {3 + n}]")
             if (np.diff(rows[:, 0]) <= 0).any() or rows[0, 0] < self.lam[0] - SLACK or rows[-1, 0] > self.lam[-1] + SLACK:
                 raise CalibrationError(f"plan.{n} has levels that do not rise within lam")
         for name, curve in {"lam": self.lam, **self.curves(), **self.more()}.items():
