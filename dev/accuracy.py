@@ -1,7 +1,7 @@
 """Error to the converged solution at equal model evaluations: every deterministic sampler, ours and ComfyUI's, in one run.
 
     python dev/benchmark.py accuracy            every scheduler, more than an hour beside other work
-    python dev/benchmark.py accuracy --few      two schedulers, two prompts, guidance 3 and 7, every budget from 3 to 10, and AMED
+    python dev/benchmark.py accuracy --few      two schedulers, two prompts, guidance 1, 3, 7, every budget from 3 to 10, and AMED
     python dev/benchmark.py accuracy --best     every scheduler, 4 images a prompt: ComfyUI's samplers and ours that calibrate, about two hours
     python dev/benchmark.py accuracy --quick    three schedulers, two prompts, 5, 8 and 10 evaluations, about 3 minutes
 

@@ -186,7 +186,7 @@ class TrainAmed(io.ComfyNode):
                     "The rule that steps to the learned node and on: AMED's own, or another solver's (AMED-Plugin)")),
                 io.Combo.Input("form", options=["table", "predictor"], default="table", tooltip=(
                     "table: one (r, c, a) for every step; predictor: a small network on top of it that looks at the image, for "
-                    "U-Nets, at 2 to 6 times the cost")),
+                    "U-Nets, at 2 to 6 times the cost and for the prompt it was trained on: others it mostly harmed")),
                 io.Boolean.Input("afs", default=False, tooltip=(
                     "The analytic first step: one evaluation less, worth it for models with a very high sigma_max")),
                 io.Int.Input("seed", default=0, min=0, max=2**32 - 1, tooltip="Of the noise it is trained on"),

@@ -36,7 +36,7 @@ ROUNDS, AGAIN = 2, 3  # how often slopes are taken, and how often they serve aga
 FEWEST, LARGEST = 3, 15
 DAMPING = 0.03  # of u, in mean squared errors
 MOST = 0.4     # of a number in one round: neighbouring levels cannot meet
-ORDER = 3
+ORDER = 3      # evaluations that a step weighs, its own among them
 DIFFERENCES = 0.1, *[0.05] * ORDER
 
 
@@ -163,7 +163,7 @@ def refit_cost(evaluations: int, rounds: int = ROUNDS, opening: bool = False) ->
 
 
 def _free(n: int) -> list[tuple[int, int]]:
-    """The places of Shape.numbers that n steps leave free: not the first level, the scale of x0, or weights of what is not yet there."""
+    """The places of Shape.numbers that n steps leave free: not the first level, x0's scale, or weights of what is not yet there."""
     return [(row, k) for row in range(1 + ORDER) for k in range(max(row - 1, row == 0), n - (row == 1))]
 
 
