@@ -95,7 +95,7 @@ class Entry:
     cost: Callable[[int], int]
     variant: bool = False           # an option away from its default: main schedulers only
     discards: bool = False          # KSampler drops the last sigma above 0 for it
-    calibrate: Callable[[comfy_host.Model, Tensor, Tensor, int, int], Mapping[str, Any]] | None = None
+    calibrate: Callable[[comfy_host.Model, Tensor, Tensor, int, int, Mapping[str, Any]], Mapping[str, Any]] | None = None
     own_prompt: bool = False        # calibrated on the prompt that is evaluated
     several: bool = False           # calibrated on REFIT_PROMPTS, where prompts differ
     train: Callable[..., Mapping[str, Any]] | None = None  # a calibration of every schedule by itself: main schedulers only
@@ -155,17 +155,20 @@ VARIANTS = [  # name, what is different, options
 ]
 
 
-def dpm_solver_v3_statistics(model: comfy_host.Model, x: Tensor, sigmas: Tensor, samples: int, prompts: int) -> Mapping[str, Any]:
+Options = Mapping[str, Any]
+
+
+def dpm_solver_v3_statistics(model: comfy_host.Model, x: Tensor, sigmas: Tensor, samples: int, prompts: int, measured: Options) -> Options:
     return {"statistics": samplers.estimate_statistics(model, x[:samples], sigmas)}
 
 
-def fitted_statistics(model: comfy_host.Model, x: Tensor, sigmas: Tensor, samples: int, prompts: int) -> Mapping[str, Any]:
+def fitted_statistics(model: comfy_host.Model, x: Tensor, sigmas: Tensor, samples: int, prompts: int, measured: Options) -> Options:
     return {"statistics": samplers.estimate_statistics(model, x[:samples], sigmas, fitted=True)}
 
 
-def refitted(model: comfy_host.Model, x: Tensor, sigmas: Tensor, samples: int, prompts: int) -> Mapping[str, Any]:
-    """Statistics refitted for every budget, a quarter of the images held out."""
-    found = fitted_statistics(model, x, sigmas, samples, prompts)["statistics"]
+def refitted(model: comfy_host.Model, x: Tensor, sigmas: Tensor, samples: int, prompts: int, measured: Options) -> Options:
+    """What was measured, refitted for every budget, a quarter of the images held out."""
+    found = measured["statistics"]
     for budget in BEST.budgets:
         found = samplers.refit_multistep(model, x, found, budget, held_out=len(x) // 4, about={"prompts": prompts})
     return {"statistics": found}
@@ -179,8 +182,8 @@ CALIBRATED = [  # name, what is different, options, calibration
     ("fitted_chosen", "", {}, fitted_statistics),
 ]
 """Solvers that first see the model: the calibration is called with (model, x at sigmas[0], sigmas, how many images statistics
-take, of how many prompts they are) on noises that are not evaluated, once for each problem and guidance, and returns options for
-k_diffusion_sampler. On the emoji it sees Size.calibration_prompt and is used for all prompts, as the nodes do it
+take, of how many prompts they are, what fitted_statistics found on one prompt) on noises that are not evaluated, once for each problem
+and guidance, and returns options for k_diffusion_sampler. On the emoji it sees Size.calibration_prompt and is used for all prompts, as the nodes do it
 (Statistics.for_another_prompt); "own prompt" saw the prompt that is evaluated."""
 
 
@@ -547,14 +550,17 @@ def calibrated(problem: Problem, solvers: Sequence[Entry], guidance: float, prom
               for entry in solvers if entry.calibrate}
     sigmas = model_sampling().sigmas.flip(0).to(problem.dtype)
     result: dict[Any, Any] = {}
-    for calibrate, seen in dict.fromkeys(wanted.values()):
+    plain = fitted_statistics, tuple(prompts)  # what a refit begins with
+    first = [plain] if any(calibrate is refitted for calibrate, _ in wanted.values()) else []
+    for calibrate, seen in dict.fromkeys([*first, *wanted.values()]):
         count = max(len(seen), problem.refit_noises if calibrate is refitted else problem.calibration_noises)
         noise = starting_noise(problem, count, seed=7)
 
         def body(model):
             counted = Counted(model, remembers=False)
             try:
-                found = dict(calibrate(counted, starting_x(model, noise, sigmas[0]), sigmas, problem.calibration_noises, len(seen)))
+                found = dict(calibrate(counted, starting_x(model, noise, sigmas[0]), sigmas, problem.calibration_noises, len(seen),
+                                       result.get(plain, {})))
                 if elsewhere and "statistics" in found:
                     found["statistics"] = found["statistics"].for_another_prompt()
             except Exception as error:  # a solver in the making must not end the run: its cells say why they are empty
