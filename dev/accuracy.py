@@ -56,6 +56,9 @@ MOVING_START = "ddim_uniform"
 REFIT_PROMPTS = (*demo.LEARNED[:8], "fox", *demo.LEARNED[8:])  # none is evaluated
 
 
+Options = Mapping[str, Any]  # of k_diffusion_sampler
+
+
 @dataclass(frozen=True)
 class Size:
     """How much one run measures."""
@@ -95,7 +98,7 @@ class Entry:
     cost: Callable[[int], int]
     variant: bool = False           # an option away from its default: main schedulers only
     discards: bool = False          # KSampler drops the last sigma above 0 for it
-    calibrate: Callable[[comfy_host.Model, Tensor, Tensor, int, int, Mapping[str, Any]], Mapping[str, Any]] | None = None
+    calibrate: Callable[[comfy_host.Model, Tensor, Tensor, int, int, Options], Options] | None = None
     own_prompt: bool = False        # calibrated on the prompt that is evaluated
     several: bool = False           # calibrated on REFIT_PROMPTS, where prompts differ
     train: Callable[..., Mapping[str, Any]] | None = None  # a calibration of every schedule by itself: main schedulers only
@@ -155,9 +158,6 @@ VARIANTS = [  # name, what is different, options
 ]
 
 
-Options = Mapping[str, Any]
-
-
 def dpm_solver_v3_statistics(model: comfy_host.Model, x: Tensor, sigmas: Tensor, samples: int, prompts: int, measured: Options) -> Options:
     return {"statistics": samplers.estimate_statistics(model, x[:samples], sigmas)}
 
@@ -182,8 +182,8 @@ CALIBRATED = [  # name, what is different, options, calibration
     ("fitted_chosen", "", {}, fitted_statistics),
 ]
 """Solvers that first see the model: the calibration is called with (model, x at sigmas[0], sigmas, how many images statistics
-take, of how many prompts they are, what fitted_statistics found on one prompt) on noises that are not evaluated, once for each problem
-and guidance, and returns options for k_diffusion_sampler. On the emoji it sees Size.calibration_prompt and is used for all prompts, as the nodes do it
+take, of how many prompts they are, what fitted_statistics found on one prompt) on noises that are not evaluated, once for each
+problem and guidance. On the emoji it sees Size.calibration_prompt and is used for all prompts, as the nodes do it
 (Statistics.for_another_prompt); "own prompt" saw the prompt that is evaluated."""
 
 

@@ -25,8 +25,8 @@ def k_diffusion_sampler(name: str, path: str = "ve", *, sigma_max: float | None 
 
     model(x, sigma[B], **extra_args) returns the denoised x. callback gets a dict with x, i, sigma, sigma_hat, denoised
     after the evaluation that opens interval i. x is [B, ...] noise at sigmas[0] plus signal, in any floating dtype: the
-    model sees that dtype, the solver works in at least float32, and x is left as it was. sigmas strictly decrease. No graph is
-    kept (torch.no_grad), as k-diffusion does.
+    model sees that dtype, the solver works in at least float32, and x is left as it was. sigmas strictly decrease.
+    No graph is kept (torch.no_grad), as in k-diffusion.
     Stochastic solvers take their seed from extra_args["seed"], or draw one from torch's generator. sigma_max is the model's
     highest level: with it, a first_step that is not evaluated is refused in runs that start lower. first_step = "mean" needs
     a MeanAnswer that lives as long as model, prompt and shape are the same; the run that finds it empty fills it.
