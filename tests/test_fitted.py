@@ -11,7 +11,7 @@ import torch
 
 from problems import Gaussian, starting_noise
 from samplers import PATHS, Statistics, CalibrationError, calibrate, estimate_statistics, fit_multistep, fitted, k_diffusion_sampler
-from samplers.fitted import _candidates, _correction, _costs, _last, _pooled, _rows, fit_weights, fitted_sigmas
+from samplers.fitted import _candidates, _correction, _costs, _jumps, _last, _pooled, _rows, fit_weights, fitted_sigmas
 from samplers.integrand import DataPrediction
 from samplers.phi import midpoint
 from samplers.sample import sample
@@ -76,7 +76,7 @@ def test_the_weights_of_a_polynomial_integrand_are_recovered() -> None:
 def test_the_nodes_are_the_best_of_all_paths_through_the_grid() -> None:
     found = calibration(intervals=8)
     lam = _candidates(found, 4, None, None)
-    cost = _costs(found, lam)
+    cost = _costs(found, lam) * _jumps(lam)
     final = np.square((_rows(found, lam)[1] - _last(found)) @ _pooled(found).T).sum(1)
 
     def total(path) -> float:

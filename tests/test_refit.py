@@ -106,11 +106,11 @@ def test_flow_learns_what_ve_does() -> None:
 
 
 def test_what_does_not_hold_on_an_image_held_out_is_not_kept() -> None:
-    """The last image is of a Gaussian, whose own l leaves nothing to gain; the others, of a mixture, pull elsewhere."""
+    """The last image is of a single point, which every plan solves exactly; the others, of a mixture, pull elsewhere."""
     def model(x, sigma):
-        return torch.cat([mixture()(x[:-1], sigma[:-1]), Gaussian(mean=0.0)(x[-1:], sigma[-1:])])
+        return torch.cat([mixture()(x[:-1], sigma[:-1]), Gaussian(mean=0.0, spread=0.0)(x[-1:], sigma[-1:])])
 
-    found = calibration(model=Gaussian(mean=0.0), x=noise(4))
+    found = calibration(model=Gaussian(mean=0.0, spread=0.0), x=noise(4))
     same = refit_multistep(model, noise(5, seed=3), found, 6)
     told = same.about["refits"]["6"]
     assert told["training"][1] == told["training"][0] and told["held out"][1] == told["held out"][0]
