@@ -12,7 +12,7 @@ from ..samplers.amed import BASES
 from ..samplers.calibrate import INTERVALS
 from ..samplers.refit import FEWEST, LARGEST, refit_cost
 from ..samplers.train import TEACHER
-from . import calibration, picture, store
+from . import calibration, identity, picture, store
 from .calibration import Kind, Run
 from .host import path_of
 from .kinds import AMED_KIND, STATISTICS_KIND, AmedKind, StatisticsKind
@@ -46,7 +46,7 @@ def _outputs(kind: Kind, word: str, uses: str) -> list[io.Output]:
 
 def _partial(run: Run, kind: Kind, about: dict[str, Any], *settings: object) -> Any:
     """Where a measurement of these settings is kept until it is whole."""
-    return store.place("partial/" + "-".join([about["model"], kind.name(about), *map(str, settings)])).with_suffix(".part")
+    return store.partial("-".join([about["model"], kind.name(about), *map(str, settings)]))
 
 
 def _shown(cls: type[io.ComfyNode], result: Any, draw: Callable[[Any], Tensor]) -> io.NodeOutput:
@@ -86,7 +86,7 @@ class EstimateStatistics(io.ComfyNode):
             return STATISTICS_KIND.measure(run, about, _partial(run, STATISTICS_KIND, about, seed, intervals, samples, pool),
                                            seed=seed, intervals=intervals, samples=samples, pool=pool)
 
-        result = calibration.measured(model, [positive], negative, cfg, latent_image["samples"], seed, None, measure)
+        result = calibration.measured(model, [positive], negative, cfg, latent_image, seed, None, measure)
         return _shown(cls, result, picture.curves)
 
 
@@ -151,11 +151,11 @@ class RefitStatistics(io.ComfyNode):
         positives = [positive, *_read(prompts, clip, positive)]
 
         def measure(run: Run) -> Any:
-            about = {**calibration.description(run.guider), "prompts": len(positives)}
+            about = {**identity.description(run.guider), "prompts": len(positives)}
             return STATISTICS_KIND.refit(run, statistics, steps, about, _partial(run, STATISTICS_KIND, about, "refit", steps, seed, samples),
                                          seed=seed, samples=samples)
 
-        result = calibration.measured(model, positives, negative, cfg, latent_image["samples"], seed, None, measure)
+        result = calibration.measured(model, positives, negative, cfg, latent_image, seed, None, measure)
         return _shown(cls, result, picture.curves)
 
 
@@ -207,7 +207,7 @@ class TrainAmed(io.ComfyNode):
             return AMED_KIND.measure(run, about, _partial(run, AMED_KIND, about, form, seed, samples, teacher), seed=seed,
                                      samples=samples, form=form, teacher=teacher)
 
-        result = calibration.measured(model, [positive], negative, cfg, latent_image["samples"], seed, sigmas, measure)
+        result = calibration.measured(model, [positive], negative, cfg, latent_image, seed, sigmas, measure)
         return _shown(cls, result, picture.training)
 
 
@@ -239,8 +239,9 @@ def _kept(kind: StatisticsKind | AmedKind, word: str, node: str, serves: str, dr
                 content.save(path, overwrite=overwrite)
             except FileExistsError:
                 raise FileExistsError(f"{path.name} exists in {store.FOLDER}: choose another name, or overwrite it") from None
-            calibration.say(f"saved as {path.name}")
-            return io.NodeOutput(ui={"text": [f"saved as {path.name}"]})
+            said = f"saved as {path.relative_to(store.directory()).as_posix()}"
+            calibration.say(said)
+            return io.NodeOutput(ui={"text": [said]})
 
     class Load(io.ComfyNode):
         @classmethod
@@ -258,6 +259,10 @@ def _kept(kind: StatisticsKind | AmedKind, word: str, node: str, serves: str, dr
         def execute(cls, name: str) -> io.NodeOutput:
             loaded = kind.type.load(store.existing(name))
             return io.NodeOutput(loaded, draw(loaded))
+
+        @classmethod
+        def validate_inputs(cls, name: str) -> bool:
+            return True  # a file that is gone is named when the node runs, with the remedy; ComfyUI's own check would not say it
 
         @classmethod
         def fingerprint_inputs(cls, name: str) -> float:

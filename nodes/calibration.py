@@ -9,12 +9,12 @@ import logging
 import math
 import os
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Callable, Mapping, Protocol, Sequence
+from pathlib import Path
+from typing import Any, Callable, Iterator, Mapping, Protocol, Sequence
 
 import comfy.model_management
-import comfy.sample
 import comfy.samplers
 import comfy.utils
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..samplers.schedule import Level, find_path, levels
 from . import identity, runs, settings, store
-from .host import path_of
+from .host import latent_for, path_of
 from .settings import RULES
 
 VARIABLE = "LAMBDA_SOLVERS_CALIBRATION"
@@ -57,8 +57,24 @@ class Run:
         return levels(self.sigmas.tolist(), find_path(self.path))
 
     def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """The model function that is being sampled, without its inpainting mask."""
-        return self.guider(x, sigma, model_options=self.extra_args.get("model_options", {}), seed=self.extra_args.get("seed"))
+        """The model function that is being sampled, without its inpainting mask and caches."""
+        return self.guider(x, sigma, model_options=identity.without_caches(self.extra_args.get("model_options", {})),
+                           seed=self.extra_args.get("seed"))
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """The guider as it is at the start of a run, and again afterwards: without caches, and with its hooks at their first keyframes."""
+        options = self.guider.model_options
+        self.guider.model_options = identity.without_caches(options)
+        try:
+            yield
+        finally:
+            self.guider.model_options = options
+            hooks = [hook for conds in self.guider.conds.values() for cond in conds if "hooks" in cond for hook in cond["hooks"].hooks]
+            if hooks:
+                self.patcher.clean_hooks()  # weights of the last keyframe
+            for hook in hooks:
+                hook.initialize_timesteps(self.guider.inner_model)
 
 
 class Kind(Protocol):
@@ -85,7 +101,7 @@ class Kind(Protocol):
 def rule() -> str:
     """What a sampler in a list does without a calibration: the environment variable, else ComfyUI's settings, else auto."""
     value, where = os.environ.get(VARIABLE), f"the environment variable {VARIABLE}"
-    if value is None:
+    if not value:
         value, where = settings.read(settings.CALIBRATION) or RULES[0], f"the setting {settings.CALIBRATION}"
     if value not in RULES:
         raise ValueError(f"{where} is {value!r}: choose one of {', '.join(RULES)}")
@@ -116,29 +132,25 @@ def calibration_for(kind: Kind, run: Run, given: Any, how: str) -> Any:
     wanted = f"{about['model']} at guidance {about['guidance']:g}"
     if how == "saved only":
         raise ValueError(f"no saved {kind.noun} for {wanted} in {store.directory()} serves this run: run {kind.makes} and "
-                         f"Save {kind.title} once, or set calibration to auto")
+                         f"Save {kind.title} once, or set calibration to auto (on the sampler's node; for KSampler in ComfyUI's "
+                         "settings, Lambda Solvers)")
     name = file_name(kind, about)
     say(f"no saved {kind.noun} for {wanted} serves this run: measuring once")
-    result = kind.measure(run, about, store.place("partial/" + name).with_suffix(".part"))
+    with run.apart():
+        result = kind.measure(run, about, store.partial(name))
     try:
-        result.save(store.place(name))
-    except FileExistsError:  # somebody measured the same meanwhile
-        logging.info("Lambda Solvers: %s was saved by another run", name)
-    say(f"{kind.noun} measured and saved: {name}")
+        path = store.unread(kind.type, name)
+        result.save(path, overwrite=True)
+    except OSError as fault:
+        say(f"warning: {kind.noun} measured, but not saved ({fault}): the next run measures again", logging.WARNING)
+    else:
+        say(f"{kind.noun} measured and saved: {path.stem}")
     return result
-
-
-def description(guider: Any) -> dict[str, Any]:
-    """What a file says of the model, guidance and prompt it was measured on."""
-    patcher = guider.model_patcher
-    fingerprint = identity.fingerprint(patcher)
-    return {"model": identity.title(patcher, fingerprint), "fingerprint": fingerprint,
-            "patches": identity.patches(patcher), "guidance": float(guider.cfg), "conditions": identity.conditions(guider)}
 
 
 def described(kind: Kind, run: Run) -> dict[str, Any]:
     """The description of a run, with what the kind adds."""
-    return {**description(run.guider), **kind.about(run)}
+    return {**identity.description(run.guider), **kind.about(run)}
 
 
 def file_name(kind: Kind, about: Mapping[str, Any]) -> str:
@@ -163,10 +175,21 @@ class Progress:
         say(f"{self.what}: evaluation {done} of {total}{error}, {left:.0f} s left")
 
 
+@contextmanager
+def resumable(what: str, partial: Path | None) -> Iterator[None]:
+    """Says after Cancel whether the next run goes on from there."""
+    try:
+        yield
+    except comfy.model_management.InterruptProcessingException:
+        kept = partial is not None and partial.exists()
+        say(f"{what} was cancelled; the next run {'goes on from there' if kept else 'begins anew'}")
+        raise
+
+
 def say(text: str, level: int = logging.INFO) -> None:
     """Show a line on the node that is running, and write it to the log (but for the count while measuring)."""
     context = get_executing_context()
-    if PromptServer.instance is not None and context is not None:
+    if context is not None:  # None where there is no server
         PromptServer.instance.send_progress_text(text, context.node_id)
     if ": evaluation " not in text:
         runs.note(text, level)
@@ -174,7 +197,7 @@ def say(text: str, level: int = logging.INFO) -> None:
 
 
 def faults(about: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Why a calibration made for `about` may not serve `wanted`, both as `description` has them; the prompt apart."""
+    """Why a calibration made for `about` may not serve `wanted`, both as `identity.description` has them; the prompt apart."""
     found = []
     if about.get("fingerprint", "") != wanted["fingerprint"]:
         found.append(f"measured on {about.get('model', 'an unnamed model')}, and this is {wanted['model']}")
@@ -188,7 +211,7 @@ def faults(about: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
 
 def warn(kind: Kind, found: Any, run: Run) -> None:
     """Say why a calibration that was given may not fit the run, if it may not."""
-    for fault in faults(found.about, description(run.guider)):
+    for fault in faults(found.about, identity.description(run.guider)):
         say(f"warning: the {kind.noun} may not fit: {fault}. Measure anew with {kind.makes}", logging.WARNING)
 
 
@@ -200,7 +223,9 @@ class Measuring(comfy.samplers.Sampler):
 
     def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
         wrapped = type("Guided", (), {"inner_model": model_wrap})()
-        self.measure(Run(wrapped, noise, self.sigmas, extra_args, {}))
+        run = Run(wrapped, noise, self.sigmas, extra_args, {})
+        with run.apart():
+            self.measure(run)
         return noise
 
 
@@ -221,16 +246,16 @@ class SeveralPrompts(comfy.samplers.CFGGuider):
         return result
 
 
-def measured(model: Any, positives: Sequence[Any], negative: Any, cfg: float, latent: Tensor, seed: int, sigmas: Tensor | None,
+def measured(model: Any, positives: Sequence[Any], negative: Any, cfg: float, latent: dict, seed: int, sigmas: Tensor | None,
              measure: Callable[[Run], Any]) -> Any:
     """What `measure` makes of a model under these conditions, in a run of ComfyUI's own."""
     guider = SeveralPrompts(model)
     guider.set_prompts(positives, negative)
     guider.set_cfg(cfg)
-    latent = comfy.sample.fix_empty_latent_channels(model, latent)[:1]
+    samples = latent_for(model, latent)[:1]
     sampling = model.get_model_object("model_sampling")
     ends = torch.tensor([float(sampling.sigma_max), float(sampling.sigma_min)])
     result: list[Any] = []
-    guider.sample(torch.zeros_like(latent), latent, Measuring(lambda run: result.append(measure(run)),
+    guider.sample(torch.zeros_like(samples), samples, Measuring(lambda run: result.append(measure(run)),
                                                               ends if sigmas is None else sigmas), ends, disable_pbar=True, seed=seed)
     return result[0]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..samplers import PATHS, SAMPLERS
 from ..samplers.schedule import Path
-from .host import path_of, sampler_function
+from .host import latent_for, path_of, sampler_function
 from .names import NAMES
 from .registry import calibrated
 
@@ -60,8 +60,11 @@ def _entry(line: str) -> Entry:
             ours.settings({**ours.stand_ins, **options})
         except ValueError as error:
             raise ValueError(f"samplers: the line {line!r}: {error}") from None
-        return Entry(line, KSAMPLER(calibrated(ours), options),
-                     KSAMPLER(sampler_function(ours), {**ours.stand_ins, **options}), name if name in listed else "euler")
+        rehearsed = {**ours.stand_ins, **options}
+        if rehearsed.get("first_step") == "mean":  # of a prompt's first run the model answers the first step too
+            rehearsed["first_step"] = "evaluate"
+        return Entry(line, KSAMPLER(calibrated(ours), options), KSAMPLER(sampler_function(ours), rehearsed),
+                     name if name in listed else "euler")
     if name not in listed:
         raise ValueError(f"samplers: unknown sampler {name!r}: write a name of KSampler's list ({', '.join(listed)}) or of "
                          f"ours ({', '.join(OURS + known for known in SAMPLERS)})")
@@ -128,11 +131,21 @@ class Counted:
 
 
 class Rehearsal(comfy.samplers.CFGGuider):
-    """The denoiser x / 2 in the model's place: no network, no patches, no other pack's wrappers."""
+    """The denoiser x / 2 in the model's place: no network, no patches, no other pack's wrappers.
+
+    ComfyUI loads the model for a run; newer versions do so anew each time. The first rehearsal is enough.
+    """
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
-        self.model_options = {"transformer_options": {}}
+        self.model_options = {"transformer_options": {"wrappers": {WrappersMP.PREPARE_SAMPLING: {None: [self._prepared]}}}}
+        self.loaded = False
+
+    def _prepared(self, executor: Any, model: Any, noise_shape: Any, conds: Any, **named: Any) -> tuple[Any, Any, list]:
+        if self.loaded:
+            return model.model, conds, []
+        self.loaded = True
+        return executor(model, noise_shape, conds, **named)
 
     def __call__(self, x: Tensor, sigma: Tensor, model_options: dict, seed: int | None = None) -> Tensor:
         return comfy.samplers.cfg_function(self.inner_model, x / 2, x / 2, self.cfg, x, sigma, model_options)
@@ -150,7 +163,7 @@ class Bench:
     def __init__(self, model: Any, positive: list, negative: list, cfg: float, latent: dict, seed: int,
                  denoise: float) -> None:
         self.model, self.seed, self.denoise = model, seed, denoise
-        self.latent = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
+        self.latent = latent_for(model, latent)
         self.noise = comfy.sample.prepare_noise(self.latent, seed, latent.get("batch_index"))
         self.mask = latent.get("noise_mask")
         self.predictions = 0
@@ -161,7 +174,7 @@ class Bench:
 
         counting = model.clone()
         counting.add_wrapper(WrappersMP.PREDICT_NOISE, predict)
-        self.real, self.stage = comfy.samplers.CFGGuider(counting), Rehearsal(model)
+        self.real, self.stage = comfy.samplers.CFGGuider(counting), Rehearsal(counting)
         for guider in (self.real, self.stage):
             guider.set_conds(positive, negative)
             guider.set_cfg(cfg)
@@ -241,7 +254,7 @@ def _planned(bench: Bench, cell: Cell, most: int) -> Cell:
         return bench.rehearse(entry.rehearsal, bench.sigmas(entry, scheduler, steps)).evaluations
 
     try:
-        steps = bisect_right(range(1, budget + 1), budget, key=cost) if budget else most
+        steps = bisect_right(range(1, budget + 2), budget, key=cost) if budget else most  # one more where the first is not evaluated
         if not steps:
             return replace(cell, fault=f"one step costs more than {budget} evaluations")
         sigmas = bench.sigmas(entry, scheduler, steps)

@@ -1,6 +1,7 @@
 """The first step that the model does not answer: the means that are kept, and the nodes that wrap a sampler."""
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from typing import Any
 
@@ -12,15 +13,17 @@ from ..samplers.first_step import MeanAnswer
 from . import identity
 
 KEPT = 32
-_means: OrderedDict[tuple, MeanAnswer] = OrderedDict()
+_means: OrderedDict[str, MeanAnswer] = OrderedDict()
 
 
-def answer_of(model: Any, x: Tensor, sigmas: Tensor) -> MeanAnswer:
-    """The mean of a model with its patches, at a prompt, guidance, shape and level; an empty one the first time."""
-    guider = model.inner_model
-    patcher = guider.model_patcher
-    key = (identity.fingerprint(patcher), *identity.patches(patcher), identity.conditions(guider), float(guider.cfg),
-           tuple(x.shape[1:]), float(sigmas[0]))
+def answer_of(model: Any, x: Tensor, sigmas: Tensor, extra_args: dict) -> MeanAnswer:
+    """The mean of a model with its patches, at a prompt, guidance, shape and level; an empty one the first time.
+
+    An inpainted image has none: what is outside its mask is not the model's answer.
+    """
+    if extra_args.get("denoise_mask") is not None:
+        return MeanAnswer()
+    key = json.dumps([identity.description(model.inner_model), list(x.shape[1:]), float(sigmas[0])])
     _means[key] = _means.pop(key, None) or MeanAnswer()
     while len(_means) > KEPT:
         _means.popitem(last=False)

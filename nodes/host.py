@@ -1,9 +1,11 @@
 """ComfyUI's conventions: which path a loaded model is on, and a solver as a sampler function of KSAMPLER."""
 from __future__ import annotations
 
+import inspect
 from typing import Any, Callable
 
 import comfy.model_sampling
+import comfy.sample
 from torch import Tensor
 
 from ..samplers.families import Sampler
@@ -12,10 +14,9 @@ from . import first_steps
 
 REFUSED = {
     "IMG_TO_IMG": "it maps an image to an image and does not denoise",
-    "IMG_TO_IMG_FLOW": "it maps an image to an image and does not denoise",
     "V_PREDICTION_DDPM": "its network and its sampler disagree on what x is",
 }
-"""Sampling classes that no schedule in lambda fits. By name: some exist in newer ComfyUI only."""
+"""What the names of sampling classes begin with that no schedule in lambda fits; newer ComfyUI has several of each."""
 
 
 def path_of(model_sampling: object) -> str:
@@ -24,10 +25,11 @@ def path_of(model_sampling: object) -> str:
     ValueError naming the class if it is neither.
     """
     names = [c.__name__ for c in type(model_sampling).__mro__]
-    for name, reason in REFUSED.items():
-        if name in names:
-            raise ValueError(f"Lambda Solvers cannot sample a model of sampling class {name}: {reason}. "
-                             "Choose one of ComfyUI's own samplers, such as euler")
+    for beginning, reason in REFUSED.items():
+        for name in names:
+            if name.startswith(beginning):
+                raise ValueError(f"Lambda Solvers cannot sample a model of sampling class {name}: {reason}. "
+                                 "Choose one of ComfyUI's own samplers, such as euler")
     if isinstance(model_sampling, comfy.model_sampling.CONST):
         return "flow"
     if isinstance(model_sampling, (comfy.model_sampling.EPS, comfy.model_sampling.COSMOS_RFLOW)):
@@ -42,13 +44,22 @@ def noise_scale(model_sampling: object) -> float:
     return getattr(model_sampling, "noise_scale", 1.0)
 
 
+def latent_for(model: Any, latent: dict) -> Tensor:
+    """The samples of a LATENT, an empty one in the shape that KSampler gives it for this model.
+
+    Newer ComfyUI changes its size too, by what the LATENT says of itself, under the names of the function's arguments.
+    """
+    fix = comfy.sample.fix_empty_latent_channels
+    return fix(model, latent["samples"], **{name: latent[name] for name in inspect.signature(fix).parameters if name in latent})
+
+
 def sampler_function(sampler: Sampler) -> Callable[..., Tensor]:
     """The function ComfyUI's KSAMPLER calls; its extra_options are the sampler's options."""
 
     def sample(model: Any, x: Tensor, sigmas: Tensor, extra_args: dict | None = None,
                callback: Callable | None = None, disable: bool | None = None, **options: Any) -> Tensor:
         model_sampling = model.inner_model.model_patcher.get_model_object("model_sampling")
-        mean = first_steps.answer_of(model, x, sigmas) if options.get("first_step") == "mean" else None
+        mean = first_steps.answer_of(model, x, sigmas, extra_args or {}) if options.get("first_step") == "mean" else None
         fn = k_diffusion_function(sampler, path_of(model_sampling), options, noise_scale(model_sampling),
                                   float(model_sampling.sigma_max), mean)
         return fn(model, x.float(), sigmas, extra_args=extra_args, callback=callback, disable=disable).to(x.dtype)

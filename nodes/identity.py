@@ -1,26 +1,45 @@
-"""Which checkpoint a MODEL is, and what has been patched onto it: stable over runs, precision and offloading."""
+"""Which model a guider samples: its checkpoint, what has been patched onto it, and its prompts; stable over runs, precision and offloading."""
 from __future__ import annotations
 
 import hashlib
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator, Mapping
 
+import comfy.model_patcher
+import comfy.samplers
 import torch
+from comfy.controlnet import ControlBase
+from comfy.hooks import HookGroup
 from torch import Tensor
 
 TENSORS, VALUES = 16, 64  # what is sampled: the signs of so many values of so many tensors
+LEVELS = (0.05, 0.3, 0.9, 3.0, 10.0)  # at which a sampling class is looked at
+PACK = __name__.rpartition(".nodes.")[0]  # this pack's own modules
+CACHES = ("easycache", "lazycache")  # ComfyUI's wrappers that answer in the model's place, by their keys
+BESIDE = ("scale", "comfy_quant", "codebook")  # in the names of what stands beside quantised weights
+
+
+def description(guider: Any) -> dict[str, Any]:
+    """The model, guidance and prompt of a guider, as a file says what it was measured on."""
+    patcher = guider.model_patcher
+    digits = fingerprint(patcher)
+    return {"model": f"{type(patcher.model.model_config).__name__}-{digits}", "fingerprint": digits,
+            "patches": [*patches(patcher), *guiding(guider)], "guidance": float(guider.cfg), "conditions": conditions(guider)}
 
 
 def fingerprint(patcher: Any) -> str:
-    """Twelve hex digits for the unpatched checkpoint: its class, its tensors' names and shapes, and signs of its values.
+    """Twelve hex digits for the unpatched checkpoint: its class, its matrices' names and shapes, and signs of their values.
 
-    Signs, because they survive every floating-point format: the float32, float16 and float8 file of a checkpoint have one
-    fingerprint, a fine-tune of it another.
+    Signs, because they survive every format: the float32, float16 and float8 file of a checkpoint have one fingerprint, a
+    fine-tune of it another; of packed formats (int8, nvfp4) those of the packed bytes. Matrices, because vectors and
+    the scales of quantised weights have other names in other versions of ComfyUI. Of weights that a loader keeps elsewhere (on
+    the meta device) the shapes alone count.
     """
-    weights = {name: value for name, value in patcher.model.state_dict().items() if name.startswith("diffusion_model.")}
+    weights = {name: value for name, value in patcher.model.state_dict().items()
+               if name.startswith("diffusion_model.") and value.ndim > 1 and not any(word in name for word in BESIDE)}
     digest = hashlib.sha256(type(patcher.model.model_config).__name__.encode())
     for name in sorted(weights):
         digest.update(f"{name}{list(weights[name].shape)}".encode())
-    large = sorted((name for name in weights if weights[name].is_floating_point() and weights[name].ndim > 1),
+    large = sorted((name for name, value in weights.items() if not value.is_meta),
                    key=lambda name: (-weights[name].numel(), name))[:256]
     for name in large[::max(1, len(large) // TENSORS)][:TENSORS]:
         backup = patcher.backup.get(name)
@@ -29,12 +48,16 @@ def fingerprint(patcher: Any) -> str:
 
 
 def patches(patcher: Any) -> list[str]:
-    """One line for every set of weight patches (LoRAs): how many weights, at what strength, and a hash of their values."""
+    """What makes the model another one than its checkpoint, a line each; the same in every session."""
+    return [*_weights(patcher), *_functions(patcher), *_sampling(patcher)]
+
+
+def _weights(patcher: Any) -> Iterator[str]:
+    """Every set of weight patches (LoRAs): how many weights, at what strength, and a hash of their values."""
     sets: dict[float, list[str]] = {}
     for name in sorted(patcher.patches):
         for strength, *_ in patcher.patches[name]:
             sets.setdefault(float(strength), []).append(name)
-    lines = []
     for strength, names in sorted(sets.items()):
         digest = hashlib.sha256()
         for name in names[::max(1, len(names) // TENSORS)]:
@@ -43,41 +66,128 @@ def patches(patcher: Any) -> list[str]:
                 if float(value) == strength:
                     for tensor in _tensors(content):
                         digest.update(_signs(tensor))
-        lines.append(f"{len(set(names))} weights at strength {strength:g} ({digest.hexdigest()[:8]})")
-    return lines
+        yield f"{len(set(names))} weights at strength {strength:g} ({digest.hexdigest()[:8]})"
+
+
+def _functions(patcher: Any) -> list[str]:
+    """The functions that other nodes put into the model (FreeU, RescaleCFG, ...), by their names alone: not what they were set to."""
+    names = {f"{name} replaced" for name in patcher.object_patches if name != "model_sampling"}
+    for function in _callables(patcher.model_options):
+        module, name = (getattr(function, word, getattr(type(function), word)) for word in ("__module__", "__qualname__"))
+        if not str(module).startswith(PACK):
+            names.add(f"{name.replace('.<locals>', '')} of {module.rpartition('.')[2]}")
+    return sorted(names)
+
+
+def _sampling(patcher: Any) -> Iterator[str]:
+    """How the network is asked and read, if a node has changed that; its levels alone make it no other model."""
+    if "model_sampling" not in patcher.object_patches:
+        return
+    now = patcher.get_model_object("model_sampling")
+    own = patcher.object_patches_backup.get("model_sampling", patcher.model.model_sampling)
+    if _asked(now) != _asked(own):
+        yield f"sampled as {', '.join(c.__name__ for c in type(now).__bases__)} ({hashlib.sha256(_asked(now)).hexdigest()[:8]})"
+
+
+def _asked(sampling: Any) -> bytes:
+    """At a few levels: what the network is told of sigma and of x = 1, and what is made of the answers 0 and 1."""
+    sigma, one = torch.tensor(LEVELS), torch.ones(len(LEVELS), 1, 1, 1)
+    told = [sampling.timestep(sigma), sampling.calculate_input(sigma, one),
+            *(sampling.calculate_denoised(sigma, answer * one, one) for answer in (0.0, 1.0))]
+    return " ".join(f"{value:.3g}" for value in torch.cat([part.flatten().float().cpu() for part in told]).tolist()).encode()
+
+
+def guiding(guider: Any) -> list[str]:
+    """A line for a guider with a rule of its own (two scales, perpendicular negatives, ...): its class and its numbers."""
+    kind = type(guider)
+    if kind.predict_noise is comfy.samplers.CFGGuider.predict_noise or kind.__module__.startswith(PACK):
+        return []
+    numbers = [f"{name} {value:g}" for name, value in _numbers(guider).items()]
+    models = [fingerprint(value) for _, value in sorted(vars(guider).items())
+              if isinstance(value, comfy.model_patcher.ModelPatcher) and value is not guider.model_patcher]
+    return [f"guided by {kind.__name__}: {', '.join([*numbers, *models])}"]
+
+
+def without_caches(model_options: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's options without the wrappers that answer in its place."""
+    transformer = model_options.get("transformer_options", {})
+    wrappers = {kind: {key: functions for key, functions in keyed.items() if key not in CACHES}
+                for kind, keyed in transformer.get("wrappers", {}).items()}
+    return {**model_options, "transformer_options": {**transformer, "wrappers": wrappers}}
 
 
 def conditions(guider: Any) -> str:
-    """Eight hex digits for the prompts and whatever else conditions a guider: the signs of all their tensors."""
+    """Eight hex digits for the prompts and whatever else conditions a guider."""
     digest = hashlib.sha256()
     for name in sorted(guider.original_conds):
         for cond in guider.original_conds[name]:
-            for key in sorted(cond):
-                digest.update(f"{name}.{key}".encode())
-                if isinstance(cond[key], (int, float, str)):
-                    digest.update(str(cond[key]).encode())
-                for tensor in _tensors(cond[key]):
-                    digest.update(str(list(tensor.shape)).encode() + _signs(tensor, 4096))
+            digest.update(name.encode())
+            for part in _told(cond):
+                digest.update(part)
     return digest.hexdigest()[:8]
 
 
-def title(patcher: Any, digits: str) -> str:
-    """A name to show for the model with this fingerprint."""
-    return f"{type(patcher.model.model_config).__name__}-{digits}"
+def _told(content: Any) -> Iterator[bytes]:
+    """What a condition says, in a form that does not depend on precision: its numbers, words, and the signs of its tensors."""
+    if isinstance(content, Tensor):
+        mean = content.float().mean()
+        yield f"{list(content.shape)} {mean:.2g}".encode() + _signs(content - mean, 4096)
+    elif isinstance(content, (int, float, str)):
+        yield str(content).encode()
+    elif isinstance(content, (tuple, list)):
+        for part in content:
+            yield from _told(part)
+    elif isinstance(content, dict):
+        for key in sorted(content, key=str):
+            yield str(key).encode()
+            yield from _told(content[key])
+    elif isinstance(content, HookGroup):
+        for hook in content.hooks:
+            frames = [(frame.strength, frame.start_percent, frame.guarantee_steps) for frame in hook.hook_keyframe.keyframes]
+            yield from _told([type(hook).__name__, frames, _numbers(hook), *list(_tensors(getattr(hook, "weights", None)))[:TENSORS]])
+    elif isinstance(content, ControlBase):
+        yield from _told([type(content).__name__, content.strength, content.timestep_percent_range, content.cond_hint_original,
+                          content.previous_controlnet])
+    else:
+        for tensor in _tensors(content):
+            yield from _told(tensor)
+
+
+def _numbers(thing: Any) -> dict[str, float]:
+    """The numbers that an object carries, without its switches: those of a hook change once it was used."""
+    return {name: value for name, value in sorted(vars(thing).items())
+            if isinstance(value, (int, float)) and not isinstance(value, bool)}
+
+
+def _callables(content: Any) -> Iterator[Callable]:
+    """The functions in nested dicts and lists."""
+    if isinstance(content, Mapping):
+        for part in content.values():
+            yield from _callables(part)
+    elif isinstance(content, (tuple, list)):
+        for part in content:
+            yield from _callables(part)
+    elif callable(content):
+        yield content
 
 
 def _signs(tensor: Tensor, values: int = VALUES) -> bytes:
-    flat = tensor.detach().reshape(-1)
+    flat = getattr(tensor, "_qdata", tensor).detach().reshape(-1)  # what ComfyUI's quantised tensors hold, as their state_dict has it
+    if flat.dtype == torch.uint8:
+        flat = flat.view(torch.int8)
     places = torch.linspace(0, flat.numel() - 1, min(values, flat.numel()), dtype=torch.float64).long()
     return torch.signbit(flat[places.to(flat.device)].float()).cpu().numpy().tobytes()
 
 
 def _tensors(content: Any) -> Iterator[Tensor]:
-    """The tensors of one patch, whatever holds them (a tuple, or an adapter with weights)."""
+    """The tensors of one patch, whatever holds them (a tuple, a dict, or an adapter with weights)."""
     if isinstance(content, Tensor):
         yield content
     elif isinstance(content, (tuple, list)):
         for part in content:
             yield from _tensors(part)
+    elif isinstance(content, Mapping):
+        for key in sorted(content, key=str):
+            yield from _tensors(content[key])
     elif hasattr(content, "weights"):
         yield from _tensors(content.weights)

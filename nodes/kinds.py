@@ -15,12 +15,11 @@ from ..samplers import Amed, Statistics, estimate_statistics, fit_amed, refit_mu
 from ..samplers.calibrate import INTERVALS
 from ..samplers.first_step import FULL
 from ..samplers.fitted import Fitted
+from ..samplers.refit import FEWEST, LARGEST
 from ..samplers.schedule import Level, find_path
 from ..samplers.solver import finite
 from ..samplers.train import training_cost
-from . import identity
-from .calibration import Progress, Run, say, warn
-from .host import noise_scale
+from .calibration import Progress, Run, faults, resumable, say
 from .middle_block import MiddleBlock
 
 ELEMENTS, MOST = 6_144, 16
@@ -43,6 +42,8 @@ class StatisticsKind:
         return {"fitted": True} if _fits(run.options) else {}
 
     def serves(self, found: Statistics, options: Mapping[str, Any], path: str, schedule: list[Level]) -> int:
+        if not found.covers(*filter(finite, schedule)):
+            return 0
         if not _fits(options):
             return 1
         if found.root is None:
@@ -54,16 +55,13 @@ class StatisticsKind:
 
     def measure(self, run: Run, about: dict[str, Any], partial: Any, *, seed: int = 0, intervals: int = INTERVALS,
                 samples: int = 0, pool: str = "all") -> Statistics:
-        sampling = run.patcher.get_model_object("model_sampling")
-        noise = pure_noise(run, samples or trajectories(run.x.shape, 2 if about.get("fitted") else 1), seed)
-        try:
+        sigmas = table(run)
+        noise = pure_noise(run, samples or trajectories(run.x.shape, 2 if about.get("fitted") else 1), seed, sigmas[0])
+        with resumable("the measurement", partial):
             result = estimate_statistics(
-                run.denoise, noise, table(sampling), intervals=intervals, pool=pool, path=run.path, seed=seed,
+                run.denoise, noise, sigmas, intervals=intervals, pool=pool, path=run.path, seed=seed,
                 about=about, precision=precision_of(run.patcher), progress=Progress("measuring the model's statistics"),
                 partial=partial, fitted=bool(about.get("fitted")))
-        except BaseException:
-            say("the measurement was interrupted; the next run goes on from there")
-            raise
         say(f"statistics measured in {result.about['evaluations']} evaluations")
         return result
 
@@ -73,7 +71,17 @@ class StatisticsKind:
 
         On one prompt, they become that prompt's; what several taught is for all, whichever was measured.
         """
-        warn(self, found, run)
+        if wrong := faults(found.about, about):
+            raise ValueError(f"these statistics were {'; '.join(wrong)}: what they begin with decides what a refit finds. Run {self.makes} on "
+                             "this model at this guidance, and connect what it makes")
+        highest = find_path(run.path).level(float(run.patcher.get_model_object("model_sampling").sigma_max))
+        opening = not finite(highest)
+        if not FEWEST <= steps - opening <= LARGEST:
+            raise ValueError(f"steps = {steps} is out of range: on this model choose from {FEWEST + opening} to {LARGEST + opening}; fewer leave "
+                             "nothing to refit, and more need none")
+        if samples and samples < max(3, about["prompts"]):
+            raise ValueError(f"samples = {samples} is too few: choose at least {max(3, about['prompts'])}, one for each prompt and three in all, "
+                             "or 0")
         if about["prompts"] == 1:
             found = self.suited(found, about["conditions"])
             found = replace(found, about={**found.about, "conditions": about["conditions"]})
@@ -81,15 +89,11 @@ class StatisticsKind:
             say(f"warning: {about['prompts']} prompts are few: what they teach can harm others. Give {PROMPTS} or more, or one alone for "
                 "itself", logging.WARNING)
         count = samples or max(refit_images(run.x.shape), about["prompts"])
-        noise = pure_noise(run, count, seed)
-        highest = find_path(run.path).level(float(run.patcher.get_model_object("model_sampling").sigma_max))
-        try:
-            result = refit_multistep(run.denoise, noise, found, steps, path=run.path, start=None if finite(highest) else highest.sigma,
-                                     held_out=max(1, count // 4), progress=Progress("refitting the solver"), about=about, partial=partial)
-        except BaseException:
-            say("the refit was interrupted; the next run goes on from there")
-            raise
-        told = result.about["refits"][str(steps - (not finite(highest)))]
+        with resumable("the refit", partial):
+            result = refit_multistep(run.denoise, pure_noise(run, count, seed), found, steps, path=run.path,
+                                     start=highest.sigma if opening else None, held_out=max(1, count // 4),
+                                     progress=Progress("refitting the solver"), about=about, partial=partial)
+        told = result.about["refits"][str(steps - opening)]
         before, after = told["held out"]
         say(f"refitted for {steps} steps in {told['evaluations']} evaluations: error {before:.3g} before, {after:.3g} after, on "
             f"images held out" if told["kept"] else f"the refit for {steps} steps found nothing better than the error {before:.3g} on images "
@@ -128,26 +132,23 @@ class AmedKind:
 
     def measure(self, run: Run, about: dict[str, Any], partial: Any, *, seed: int = 0, samples: int = 0, form: str = "table",
                 **how: Any) -> Amed:
-        highest = float(run.patcher.get_model_object("model_sampling").sigma_max)
-        if float(run.sigmas[0]) < FULL * highest:
-            raise ValueError(f"AMED is trained from full noise, and this run starts at sigma = {float(run.sigmas[0]):.4g}, where "
-                             f"there is an image, and not at the model's highest, {highest:.4g}: set denoise to 1, or train for the "
-                             "whole schedule and allow interpolation in the AMED node")
+        highest, start = float(run.patcher.get_model_object("model_sampling").sigma_max), run.levels[0].sigma
+        if start < FULL * highest:
+            raise ValueError(f"AMED is trained from full noise, and this run starts at sigma = {start:.4g}, where there is an image, and not "
+                             f"at the model's highest, {highest:.4g}: choose a scheduler and settings that start there (denoise 1, "
+                             "start_at_step 0), or train for the whole schedule and allow interpolation in the AMED node")
         count = samples or training_images(run.x.shape)
         held_out = max(1, count // 4)
-        noise = pure_noise(run, count + held_out, seed, float(run.sigmas[0]))
+        noise = pure_noise(run, count + held_out, seed, start)
         with MiddleBlock(run.patcher) as block:
             if form == "predictor" and not block.exists:
                 raise ValueError(f"a predictor looks at the middle block of a U-Net, and {about['model']} has none: set form to "
                                  "table")
-            try:
+            with resumable("the training", partial):
                 result = fit_amed(
                     run.denoise, noise, run.sigmas, base=about["base"], first_step=about["first_step"], form=form,
                     held_out=held_out, path=run.path, features=block.features if block.exists else None, seed=seed,
                     about=about, progress=Progress("training AMED"), partial=partial, **how)
-            except BaseException:
-                say("the training was interrupted; the next run goes on from there")
-                raise
         say(summary(result), logging.WARNING if carry_over(result) > WARN_ABOVE else logging.INFO)
         return result
 
@@ -201,19 +202,21 @@ def summary(trained: Amed) -> str:
 
 
 def pure_noise(run: Run, count: int, seed: int, sigma: float | None = None) -> Tensor:
-    """Starting states of a run at sigma, or at the model's highest level."""
+    """Starting states of a run at sigma, or at the model's highest level, as ComfyUI makes them of an empty latent."""
     sampling = run.patcher.get_model_object("model_sampling")
     sigma = float(sampling.sigma_max) if sigma is None else sigma
     noise = torch.randn((count, *run.x.shape[1:]), generator=torch.Generator().manual_seed(seed)).to(run.x.device)
-    return noise * (noise_scale(sampling) if run.path == "flow" else math.sqrt(1.0 + sigma**2))
+    return sampling.noise_scaling(noise.new_tensor([sigma]), noise, torch.zeros_like(noise), max_denoise=True)
 
 
-def table(sampling: Any) -> list[float]:
-    """The levels the model knows, from high to low: ComfyUI rounds every other one to them."""
+def table(run: Run) -> list[float]:
+    """The levels the model knows, from high to low: ComfyUI rounds every other one to them. And those of the run beyond them."""
+    sampling = run.patcher.get_model_object("model_sampling")
     sigmas = getattr(sampling, "sigmas", None)
-    if sigmas is None or len(sigmas) < 2 * INTERVALS:
-        return [float(sampling.sigma_max), float(sampling.sigma_min)]
-    return sorted((float(sigma) for sigma in sigmas), reverse=True)
+    ends = [float(sampling.sigma_max), float(sampling.sigma_min)]
+    known = ends if sigmas is None or len(sigmas) < 2 * INTERVALS else sigmas.tolist()
+    beyond = [level.sigma for level in run.levels if level.sigma > ends[0] or 0.0 < level.sigma < ends[1]]
+    return sorted({*known, *beyond}, reverse=True)
 
 
 def trajectories(shape: torch.Size, fewest: int = 1) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any, Callable, Mapping, NamedTuple
 
-from ..samplers import CalibrationError
 from . import calibration, plan, runs, store
 from .calibration import Kind
 from .kinds import KINDS
@@ -52,7 +51,7 @@ Say = Callable[..., str]
 """say(key of WORDS, **values) -> the text in the reader's language."""
 
 
-def answer(graph: Graph, node_id: str, rule: str, say: Say) -> dict[str, Any]:
+def answer(graph: Graph, node_id: str, rule: Callable[[], str], say: Say) -> dict[str, Any]:
     """The lines for one node (kind: count, note, good or warn; text), and the curve if there is one.
 
     `runs` is the node that samples, on which a failing run reports its error. No lines for a sampler that is not ours.
@@ -67,6 +66,8 @@ def answer(graph: Graph, node_id: str, rule: str, say: Say) -> dict[str, Any]:
         if job is None:
             return result
         result["runs"] = job.runs or node_id
+        learns = any(option.kind in KIND_OF for option in job.sampler.options.values())
+        how = graph[job.node]["inputs"].get("calibration") or rule() if learns else ""
         if not job.runs:
             if job.linked:
                 raise Linked(job.linked[0])
@@ -94,7 +95,7 @@ def answer(graph: Graph, node_id: str, rule: str, say: Say) -> dict[str, Any]:
             raise Linked(", ".join(job.linked))
         elif model:
             shown = _planned(graph, job, model.sampling)
-            saved = _saved(graph, job, model, rule, shown)
+            saved = _saved(graph, job, model, how, shown)
             if saved:
                 shown = _planned(graph, job._replace(options={**job.options, **saved.option}), model.sampling)
             _count(line, shown)
@@ -118,7 +119,7 @@ def answer(graph: Graph, node_id: str, rule: str, say: Say) -> dict[str, Any]:
             if run:
                 _said(result["lines"].append, line, run)
             elif shown:
-                _status(line, graph, job, name, model, rule, shown, saved)
+                _status(line, graph, job, name, model, how, shown, saved)
     result["lines"].sort(key=lambda entry: ORDER.index(entry["kind"]))
     return result
 
@@ -141,7 +142,7 @@ def _loaded(graph: Graph, job: Job) -> dict[str, Any]:
     found = {}
     for name, option in job.sampler.options.items():
         file = _file(plan.given(graph, job, name)) if option.kind in KIND_OF else None
-        with suppress(ValueError, CalibrationError):
+        with suppress(ValueError):
             found |= {name: option.kind.load(store.existing(file))} if file else {}
     return found
 
@@ -205,9 +206,9 @@ class Saved(NamedTuple):
     option: dict[str, Any]
 
 
-def _saved(graph: Graph, job: Job, model: runs.Model, rule: str, shown: Plan) -> Saved | None:
+def _saved(graph: Graph, job: Job, model: runs.Model, how: str, shown: Plan) -> Saved | None:
     """What a run of a known model will find among the saved calibrations, as calibration.calibration_for does."""
-    about, finds = _about(graph, job, model), _rule(graph, job, rule) in ("auto", "saved only")
+    about, finds = _about(graph, job, model), how in ("auto", "saved only")
     for name, option in job.sampler.options.items():
         if option.kind in KIND_OF and about and finds and plan.given(graph, job, name) is None:
             kind = KIND_OF[option.kind]
@@ -223,11 +224,7 @@ def _about(graph: Graph, job: Job, model: runs.Model | None) -> Mapping[str, Any
     return {**model.about, "guidance": scale} if model and model.about and scale is not None else None
 
 
-def _rule(graph: Graph, job: Job, rule: str) -> str:
-    return graph[job.node]["inputs"].get("calibration", rule)
-
-
-def _status(line: Callable[..., None], graph: Graph, job: Job, name: str, model: runs.Model | None, rule: str, shown: Plan,
+def _status(line: Callable[..., None], graph: Graph, job: Job, name: str, model: runs.Model | None, how: str, shown: Plan,
             saved: Saved | None) -> None:
     """How the calibration stands before a run."""
     kind = KIND_OF[job.sampler.options[name].kind]
@@ -235,20 +232,19 @@ def _status(line: Callable[..., None], graph: Graph, job: Job, name: str, model:
     giver = plan.given(graph, job, name)
     if giver is not None:
         return _given(line, kind.type, giver, about)
-    rule = _rule(graph, job, rule)
-    if rule == "never":
+    if how == "never":
         return line("warn", "none_given")
     try:
         cost = kind.cost(shown.settings, shown.path, shown.levels) if shown.levels else 0
     except ValueError as fault:  # nothing to learn, so the run would be refused
         return line("warn", "unusable", fault=fault)
-    if rule == "every prompt":
+    if how == "every prompt":
         return line("note", "every_prompt", count=cost)
     if about is None:
-        return line("note", "only_saved" if rule == "saved only" else "unsure", count=cost)
+        return line("note", "only_saved" if how == "saved only" else "unsure", count=cost)
     if saved:
         return line("good", "saved", name=saved.file)
-    line("warn" if rule == "saved only" else "note", "none_saved" if rule == "saved only" else "to_be_measured", count=cost)
+    line("warn" if how == "saved only" else "note", "none_saved" if how == "saved only" else "to_be_measured", count=cost)
 
 
 def _given(line: Callable[..., None], kind: type, giver: Mapping[str, Any], about: Mapping[str, Any] | None) -> None:
@@ -258,7 +254,7 @@ def _given(line: Callable[..., None], kind: type, giver: Mapping[str, Any], abou
         return line("note", "given")
     try:
         made_for = kind.load(store.existing(file)).about
-    except (ValueError, CalibrationError) as fault:
+    except ValueError as fault:
         return line("warn", "unusable", fault=fault)
     if about is None:
         return line("note", "given_file", name=file)

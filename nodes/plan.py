@@ -150,7 +150,7 @@ def schedule(graph: Graph, runs: str, sampling: object) -> list[float]:
         raise ValueError(f"{steps} steps at denoise {denoise:g} are too many to draw")
     sigmas = comfy.samplers.KSampler(_Model(sampling), steps, "cpu", value(node, "sampler_name", str), scheduler, denoise).sigmas
     if "end_at_step" in node["inputs"]:  # as in comfy.samplers.KSampler.sample
-        start, last = value(node, "start_at_step", int), value(node, "end_at_step", int)
+        start, last = (max(0, value(node, name, int)) for name in ("start_at_step", "end_at_step"))
         if last < len(sigmas) - 1:
             sigmas = sigmas[:last + 1]
             if value(node, "return_with_leftover_noise", str) == "disable":
@@ -174,17 +174,18 @@ def guidance(graph: Graph, runs: str) -> float | None:
 def model_chain(graph: Graph, runs: str) -> list[tuple[str, dict[str, Any]]] | None:
     """The nodes a model comes through, up to its loader, with what is written on them; None if not all are known."""
     chain, node = [], graph[runs]
-    while True:
+    for _ in range(len(graph) + 1):  # more steps would go round
         step = "model" if "model" in node["inputs"] else "guider" if "guider" in node["inputs"] else None
         if step is None:
             return chain or None
         link = source(node, step)
-        if not link or link[0] not in graph or len(chain) > len(graph):
+        if not link or link[0] not in graph:
             return None
         node = graph[link[0]]
         if step == "model":
             chain.append((node["class_type"], {name: content for name, content in node["inputs"].items()
                                                if not isinstance(content, list)}))
+    return None
 
 
 def given(graph: Graph, job: Job, name: str) -> Mapping[str, Any] | None:

@@ -71,6 +71,8 @@ def calibrated(sampler: Sampler, how: str | None = None) -> Callable[..., Tensor
         return _observed(sampler, function, None)
 
     def sample(model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
+        if len(sigmas) < 2:
+            return x  # nothing to do, so nothing to measure
         given = options.pop(kind.option, None)
         defaults = {name: option.default for name, option in sampler.options.items()}
         run = Run(model, x, sigmas, extra_args or {}, {**sampler.fixed, **defaults, **options})
@@ -80,7 +82,7 @@ def calibrated(sampler: Sampler, how: str | None = None) -> Callable[..., Tensor
         with kind.ready(found, run) as ready:
             return function(model, x, sigmas, extra_args, callback, disable, **{kind.option: ready}, **options)
 
-    return _observed(sampler, sample, calibration.description)
+    return _observed(sampler, sample, identity.description)
 
 
 def _observed(sampler: Sampler, function: Callable[..., Tensor], describe: Callable | None) -> Callable[..., Tensor]:

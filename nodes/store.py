@@ -3,25 +3,27 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Callable, Mapping
 
 import folder_paths
 
-from ..samplers import CalibrationError
 from ..samplers.storage import OtherKind
 
 FOLDER = "solver_calibrations"
 ENDING = ".safetensors"
 NONE = "[none saved yet]"
+LONGEST = 200  # bytes of a name: with what is added while it is written, file systems take 255
 
 
 def register() -> None:
     """Make the folder known to ComfyUI, for safetensors files only, beside any the user has configured."""
     folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
     folder_paths.folder_names_and_paths[FOLDER] = (folder_paths.folder_names_and_paths[FOLDER][0], {ENDING})
-    directory().mkdir(parents=True, exist_ok=True)
+    listed()
 
 
 def directory() -> Path:
@@ -29,8 +31,15 @@ def directory() -> Path:
     return Path(folder_paths.get_folder_paths(FOLDER)[0])
 
 
+def listed() -> list[str]:
+    """The names of all files; a folder that is gone is made again."""
+    with suppress(OSError):  # one that cannot be made holds nothing
+        directory().mkdir(parents=True, exist_ok=True)
+    return folder_paths.get_filename_list(FOLDER)
+
+
 def names() -> list[str]:
-    return folder_paths.get_filename_list(FOLDER) or [NONE]
+    return listed() or [NONE]
 
 
 def existing(name: str) -> Path:
@@ -49,10 +58,10 @@ def place(name: str) -> Path:
     """Where a file of this name goes; ValueError if the name would leave the folder or is not a plain one."""
     stem = name.strip().removesuffix(ENDING)
     parts = stem.replace("\\", "/").split("/")
-    if not stem or any(part in ("", ".", "..") or part[0] == "." or any(c in '<>:"|?*' or ord(c) < 32 for c in part)
+    if not stem or len(stem.encode()) > LONGEST or any(part in ("", ".", "..") or part[0] == "." or any(c in '<>:"|?*' or ord(c) < 32 for c in part)
                        for part in parts):
-        raise ValueError(f"name = {name!r} cannot be a file in {FOLDER}: use letters, digits, '-', '_' and '/' for subfolders, "
-                         "no '..' and no absolute path")
+        raise ValueError(f"name = {name!r} cannot be a file in {FOLDER}: use up to {LONGEST} letters, digits, '-', '_', and '/' for "
+                         "subfolders, no '..' and no absolute path")
     path = directory().joinpath(*parts[:-1], parts[-1] + ENDING)
     if not path.resolve().is_relative_to(directory().resolve()):
         raise ValueError(f"name = {name!r} leads out of {FOLDER} (through a link): choose another name")
@@ -68,30 +77,51 @@ def free(name: str) -> Path:
             return path
 
 
+def unread(kind: type, name: str) -> Path:
+    """A file for what was just measured: `name`, or with a number if that is a whole file of this kind; a damaged one is replaced."""
+    for n in itertools.count(1):
+        path = place(name if n == 1 else f"{name}-{n}")
+        try:
+            kind.load(path)
+        except OtherKind:
+            continue
+        except ValueError:  # none, or damaged
+            return path
+
+
+def partial(name: str) -> Path | None:
+    """Where a measurement is kept until it is whole; None if nothing can be written there."""
+    try:
+        return place(f"partial/{name}").with_suffix(".part")
+    except OSError as fault:
+        logging.warning("Lambda Solvers: a measurement that is cancelled cannot be gone on with: %s", fault)
+        return None
+
+
 def near(a: float, b: float) -> bool:
     """Guidance scales close enough to share statistics."""
     return abs(a - b) <= 0.1 + 0.1 * max(abs(a), abs(b))
 
 
 def find(kind: type, wanted: Mapping[str, Any], exactly: bool, serves: Callable[[Any], int]) -> tuple[str, Any] | None:
-    """The name and content of a saved calibration for a model as `calibration.description` describes it.
+    """The name and content of a saved calibration for a model as `identity.description` describes it.
 
     The checkpoint and its patches are the same and the guidance is near; of several that serve, those that serve best, then
     those of the same prompt, then those of the nearest guidance. `exactly` asks for the same prompt. A damaged file is named in
     the log and skipped.
     """
     found = []
-    for name in folder_paths.get_filename_list(FOLDER):
+    for name in listed():
         try:
             loaded = kind.load(existing(name))
         except OtherKind:
             continue
-        except CalibrationError as fault:
+        except ValueError as fault:
             logging.warning("Lambda Solvers: %s", fault)
             continue
         about = loaded.about
         same = all(about.get(key) == wanted[key] for key in ("fingerprint", "patches"))
         other_prompt = about.get("conditions") != wanted["conditions"]
-        if same and near(about["guidance"], wanted["guidance"]) and not (exactly and other_prompt) and (well := serves(loaded)):
+        if same and near(about.get("guidance", math.nan), wanted["guidance"]) and not (exactly and other_prompt) and (well := serves(loaded)):
             found.append((-well, other_prompt, abs(about["guidance"] - wanted["guidance"]), name, loaded))
     return min(found, key=lambda entry: entry[:4])[3:] if found else None

@@ -35,11 +35,10 @@ async def pack(request: web.Request) -> web.Response:
 async def show(request: web.Request) -> web.Response:
     try:
         node, graph, locale = checked(await request.json())
-        rule = calibration.rule()
-    except ValueError as fault:  # a JSONDecodeError is one
+    except (ValueError, RecursionError) as fault:  # a JSONDecodeError is a ValueError
         return web.json_response({"error": str(fault)}, status=400)
     say = functools.partial(text, locale)
-    return web.json_response(await asyncio.to_thread(panel.answer, graph, node, rule, say))
+    return web.json_response(await asyncio.to_thread(panel.answer, graph, node, calibration.rule, say))
 
 
 def about() -> dict[str, Any]:

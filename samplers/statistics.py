@@ -123,10 +123,13 @@ class Statistics:
         share = share.reshape(share.shape + (1,) * (curve.ndim - 1))
         return (1.0 - share) * curve[i] + share * curve[i + 1]
 
+    def covers(self, *levels: Level) -> bool:
+        """Whether all levels lie within the grid."""
+        return all(self.lam[0] - SLACK <= level.lam <= self.lam[-1] + SLACK for level in levels)
+
     def check_range(self, *levels: Level) -> None:
         """ValueError naming both ranges if a level lies outside the grid."""
-        low, high = self.lam[0] - SLACK, self.lam[-1] + SLACK
-        outside = [level for level in levels if not low <= level.lam <= high]
+        outside = [level for level in levels if not self.covers(level)]
         if outside:
             raise ValueError(
                 f"the statistics cover lambda from {self.lam[0]:.3f} to {self.lam[-1]:.3f} (sigma / alpha from "

@@ -56,7 +56,7 @@ def custom(family: str = "multistep", scheduler: dict | None = None, **options) 
 
 def ask(graph: dict, name: str = "5", rule: str = "auto", locale: str = "en") -> dict:
     say = lambda key, **values: module("web").text(locale, key, **values)  # noqa: E731
-    answer = module("panel").answer(graph, name, rule, say)
+    answer = module("panel").answer(graph, name, lambda: rule, say)
     json.dumps(answer)
     return answer
 

@@ -186,7 +186,7 @@ def test_a_cancelled_refit_goes_on_from_what_was_done(server, folder) -> None:  
     cut = graph("cut")
     run = server.run(cut.nodes, watch)
     assert run.status == "interrupted" and any(name.endswith(".part") for name in files(folder))
-    assert any("interrupted; the next run goes on from there" in text for text in run.texts)
+    assert any("was cancelled; the next run goes on from there" in text for text in run.texts)
     again = graph("again")
     run = server.run(again.nodes)
     assert run.status == "success", run.error
