@@ -127,6 +127,13 @@ def test_a_budget_buys_the_most_steps_that_fit(name: str, steps: dict[int, int])
     assert longer.steps >= cells[0].steps
 
 
+def test_a_step_that_is_not_evaluated_is_not_paid_for_and_rehearsals_teach_no_mean() -> None:
+    comparison = module("comparison")
+    afs, mean = comparison.parse("lambda/dpmpp_2m, first_step=afs\nlambda/dpmpp_2m, first_step=mean")
+    assert [(cell.steps, cell.planned) for cell in comparison.plan(bench_of(), afs, ["karras"], [4, 6])] == [(5, 4), (7, 6)]
+    assert [(cell.steps, cell.planned) for cell in comparison.plan(bench_of(), mean, ["karras"], [4, 6])] == [(4, 4), (6, 6)]
+
+
 def test_what_a_budget_cannot_buy_and_what_fails_is_said() -> None:
     comparison = module("comparison")
     [cell] = comparison.plan(bench_of(), entry("seeds_3"), ["karras"], [1])

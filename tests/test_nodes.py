@@ -118,7 +118,7 @@ def test_the_path_follows_from_the_model_s_sampling_class(classes: list[str], pa
     assert host().path_of(sampling_of(*classes)) == path
 
 
-@pytest.mark.parametrize("classes", [["IMG_TO_IMG"], ["IMG_TO_IMG_FLOW", "CONST"], ["V_PREDICTION_DDPM", "EPS"], ["SomethingNew"]])
+@pytest.mark.parametrize("classes", [["IMG_TO_IMG"], ["IMG_TO_IMG_FLOW", "CONST"], ["IMG_TO_IMG_VELOCITY", "CONST"], ["V_PREDICTION_DDPM", "EPS"], ["SomethingNew"]])
 def test_a_class_that_cannot_work_is_refused_by_name(classes: list[str]) -> None:
     with pytest.raises(ValueError, match=f"{classes[0]}.*Choose one of ComfyUI's own samplers"):
         host().path_of(sampling_of(*classes))
@@ -138,11 +138,31 @@ def test_the_environment_says_what_a_listed_sampler_does_without_statistics(monk
     pack()
     calibration = sys.modules["custom_nodes_x_lambda-solvers.nodes.calibration"]
     assert calibration.rule() == "auto"
+    monkeypatch.setenv("LAMBDA_SOLVERS_CALIBRATION", "")  # as if it were not set
+    assert calibration.rule() == "auto"
     monkeypatch.setenv("LAMBDA_SOLVERS_CALIBRATION", "saved only")
     assert calibration.rule() == "saved only"
     monkeypatch.setenv("LAMBDA_SOLVERS_CALIBRATION", "sometimes")
     with pytest.raises(ValueError, match="LAMBDA_SOLVERS_CALIBRATION is 'sometimes': choose one of auto, every prompt"):
         calibration.rule()
+
+
+def test_an_empty_latent_gets_the_shape_that_comfyui_gives_it_newer_ones_by_their_ratio(monkeypatch) -> None:
+    pack()
+    import comfy.sample
+    seen = []
+
+    def newer(model, latent_image, downscale_ratio_spacial=None):
+        seen.append(downscale_ratio_spacial)
+        return latent_image
+
+    latent = {"samples": torch.zeros(1, 4, 8, 8), "downscale_ratio_spacial": 8, "batch_index": [3]}
+    model = type("Patcher", (), {"get_model_object": lambda self, name: type("Format", (), {"latent_channels": 16, "latent_dimensions": 2})})()
+    assert host().latent_for(model, latent).shape == (1, 16, 8, 8)  # 0.3.75 knows channels alone
+    monkeypatch.setattr(comfy.sample, "fix_empty_latent_channels", newer)
+    host().latent_for(model, latent)
+    host().latent_for(model, {"samples": latent["samples"]})
+    assert seen == [8, None]
 
 
 def test_half_precision_latents_are_sampled_in_float32() -> None:

@@ -103,6 +103,24 @@ def test_schedulers_of_comfyui_are_asked_themselves(name: str, scheduler: dict) 
     assert lines(custom(scheduler=node(name, **scheduler)))[0] == "count: model evaluations: 7"
 
 
+def test_nonsense_is_told_on_the_nodes_that_it_concerns() -> None:
+    """A rule that is none, an end before the start, and a graph that goes round."""
+    def nonsense() -> str:
+        raise ValueError("the environment variable is 'sometimes'")
+
+    say = lambda key, **values: module("web").text("en", key, **values)  # noqa: E731
+    told = {name: module("panel").answer(ksampler(sampler_name=name), "5", nonsense, say)["lines"] for name in ("lambda_2m", "dpm_solver_v3")}
+    assert told["lambda_2m"][0]["text"] == "model evaluations: 12"
+    assert [line["text"] for line in told["dpm_solver_v3"]] == ["warning: the environment variable is 'sometimes'"]
+    advanced = ksampler(start_at_step=2, end_at_step=-1, return_with_leftover_noise="disable")
+    advanced["5"]["class_type"] = "KSamplerAdvanced"
+    assert lines(advanced)[0].startswith("count: model evaluations: 0")
+    round_ = {"1": node("KSamplerSelect", sampler_name="dpm_solver_v3"), "3": node("SplitSigmas", sigmas=["3", 0]),
+              "2": node("SamplerCustomAdvanced", guider=["2", 0], sampler=["1", 0], sigmas=["3", 0])}
+    assert lines(round_, name="1")
+    assert module("plan").model_chain(round_, "2") is None
+
+
 def test_a_split_schedule_counts_its_part_only() -> None:
     graph = custom()
     graph["8"] = node("SplitSigmas", sigmas=["6", 0], step=4)
