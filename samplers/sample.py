@@ -125,15 +125,17 @@ def sample_adaptive(denoise: Denoiser, x: Tensor, levels: Sequence[Level], solve
 def _adapt(denoise: Denoiser, x: Tensor, levels: Mapping[int, Level], solver: Adaptive, path: Path,
            observe: Observer | None) -> Tensor:
     *_, end = levels.values()
-    s, h, before = next(iter(levels.values())), solver.h_init, x
+    s, h = next(iter(levels.values())), solver.h_init
+    before = x / math.hypot(s.alpha, s.sigma)
     values: dict[int, Tensor] = {}
     while s.lam < end.lam:
         interval = max(i for i, level in levels.items() if level.lam <= s.lam)
         t = end if s.lam + h >= end.lam else path.at(s.lam + h)
         step, low = solver.step(s, t, path)
         high = advance(denoise, x, step, values, {0, *(k for k, _ in low.terms)}, observe, interval)
-        lower = combine(x, low, values)
-        error = _error(high, lower, before, solver)
+        size = math.hypot(t.alpha, t.sigma)
+        lower = combine(x, low, values).div_(size)
+        error = _error(high / size, lower, before, solver)
         if not math.isfinite(error) or not s.lam < t.lam:
             raise FloatingPointError(
                 f"the error estimate of the step from sigma = {s.sigma:.6g} to {t.sigma:.6g} (interval {interval}) is "

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from scipy.integrate import quad
 
-from problems import FIXED, Gaussian, gaussian_statistics, needed, ode, reference_mixture, serving, starting_noise
+from problems import ADAPTIVE, FIXED, Counted, Gaussian, gaussian_statistics, needed, ode, reference_mixture, serving, starting_noise
 from samplers import FAMILIES, PATHS, SAMPLERS, Statistics, k_diffusion_sampler
 from samplers.amed import Insertion
 from samplers.families import find
@@ -53,6 +53,21 @@ def test_ve_vp_and_flow_are_one_run_after_division_by_alpha(name: str) -> None:
         results.append(run(name, path, [level.sigma for level in there], x) / there[-1].alpha)
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("prediction", ["data", "noise"])
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_an_adaptive_run_is_one_run_on_every_path_too(name: str, prediction: str) -> None:
+    """It takes the same steps, since its tolerance is that of a state of unit variance."""
+    results, counts = [], []
+    for path in PATHS:
+        first, last = map(PATHS[path].at, (-4.4, 3.9))
+        model, x = Counted(reference_mixture(path)[0]), start("ve", PATHS["ve"].at(-4.4).sigma) * first.alpha
+        results.append(run(name, path, [first.sigma, last.sigma], x, model, prediction=prediction) / last.alpha)
+        counts.append(model.calls)
+    assert len(set(counts)) == 1
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=0, atol=1e-5)  # step lengths are in float32
 
 
 @pytest.mark.parametrize("path", PATHS)

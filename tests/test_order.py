@@ -98,6 +98,15 @@ def test_an_adaptive_solver_is_as_exact_as_its_tolerance_asks(name: str, path: s
     assert costs == sorted(costs)
 
 
+@pytest.mark.parametrize("sigma", [14.6, 80.0, 700.0])
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_an_adaptive_solver_is_as_exact_from_any_noise_level(name: str, sigma: float) -> None:
+    problem = Gaussian(mean=0.5, spread=0.2)
+    x = torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * sigma
+    result = k_diffusion_sampler(name)(problem, x, torch.tensor([sigma, 0.02], dtype=torch.float64), disable=True)
+    assert (result - problem.exact(x, sigma, 0.02)).square().mean().sqrt() < 0.02
+
+
 def test_the_published_third_order_rule_is_of_second_order_and_taylor_of_third() -> None:
     """What phi.published says of the authors' own 3M, measured."""
     assert slope(SAMPLERS["dpmpp_3m"].solver(rule="published"), "ve") == pytest.approx(2.0, abs=0.2)
