@@ -4,9 +4,10 @@
     x = k_diffusion_sampler("dpmpp_2m")(model, x, sigmas)
 
 Read in this order: schedule (noise levels and paths), phi (quadrature), integrand (what is interpolated), statistics
-(DPM-Solver-v3's own), solver (which evaluations a step uses), sample (the loop), families (the catalogue), k_diffusion (the
-host's convention). Beside them stand amed and predictor (a learned inner evaluation), fitted (nodes and weights from measured
-trajectories), first_step (the first evaluation, left out), noise; calibrate, train and refit (measuring a model), storage (files).
+(DPM-Solver-v3's own), solver (which evaluations a step uses), sample (the loop), families (the catalogue), k_diffusion and
+model (the host's convention). Beside them stand amed and predictor (a learned inner evaluation), fitted (nodes and weights from
+measured trajectories), first_step (the first evaluation, left out), noise; calibrate, train and refit (measuring a model),
+storage (files).
 
 Symbols, the same everywhere:
 

@@ -17,7 +17,7 @@ import json
 import math
 import os
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path as File
 from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
@@ -43,6 +43,13 @@ class Inner(NamedTuple):
     r: float = 0.5
     c: float = 1.0
     a: float = 1.0
+
+
+class Nodes(NamedTuple):
+    """A schedule with inner nodes, and the number of the node that opens each of its intervals."""
+
+    all: list[Level]
+    opens: list[int]
 
 
 class Pair(NamedTuple):
@@ -175,7 +182,8 @@ class Insertion:
 
     def steps(self, levels: Sequence[Level], path: Path) -> list[Step]:
         inner = self.trained.inner(levels)
-        result = [self.step(levels, path, i, inner) for i in range(len(levels) - 1)]
+        nodes = self._nodes(levels, path, inner)
+        result = [self._step(levels, path, i, inner[i], nodes) for i in range(len(levels) - 1)]
         if self.trained.predictor is None or self.trained.features is None:
             return result
         predicted: list[list[Inner]] = []  # of the intervals so far, for every image
@@ -191,27 +199,30 @@ class Insertion:
 
     def step(self, levels: Sequence[Level], path: Path, i: int, inner: Sequence[Inner]) -> Step:
         """Interval i, of which inner[:i + 1] must be known."""
+        return self._step(levels, path, i, inner[i], self._nodes(levels, path, inner))
+
+    def _step(self, levels: Sequence[Level], path: Path, i: int, inner: Inner, nodes: Nodes) -> Step:
         s, t = levels[i:i + 2]
         if not finite(s, t):
             return ddim(DataPrediction(), s, t)
         if isinstance(self.base, Pair):
-            step = Singlestep(NoisePrediction(), Tableau((inner[i].r,), self.base)).step(s, t, path)
+            step = Singlestep(NoisePrediction(), Tableau((inner.r,), self.base)).step(s, t, path)
         else:
-            before, after = ([node for j, ends in part for node in _nodes(*ends, inner, j, path)]
-                             for part in (list(enumerate(pairwise(levels)))[:i], list(enumerate(pairwise(levels)))[i:]))
-            step = joined(*self.base.steps([*before, *after, levels[-1]], path)[len(before):len(before) + 2])
-        return _bent(step, inner[i], path)
+            step = joined(*(self.base.step(nodes.all, nodes.opens[i] + k) for k in (0, 1)))
+        return _bent(step, inner, path)
+
+    def _nodes(self, levels: Sequence[Level], path: Path, inner: Sequence[Inner]) -> Nodes:
+        """The levels with the inner node of every interval; r = 1/2 where it is not known, since no step depends on later ones."""
+        nodes, opens = [], []
+        for (s, t), known in zip_longest(pairwise(levels), inner[:len(levels) - 1], fillvalue=Inner()):
+            opens.append(len(nodes))
+            nodes += [s, path.at(s.lam + known.r * (t.lam - s.lam))] if finite(s, t) else [s]
+        return Nodes([*nodes, levels[-1]], opens)
 
     def step_of_each(self, levels: Sequence[Level], path: Path, i: int, inner: Sequence[Sequence[Inner]], ndim: int) -> Step:
         """Interval i with inner[j][image] for j <= i."""
         count = max(map(len, inner))
         return _stacked([self.step(levels, path, i, [row[image % len(row)] for row in inner]) for image in range(count)], ndim)
-
-
-def _nodes(s: Level, t: Level, inner: Sequence[Inner], j: int, path: Path) -> tuple[Level, ...]:
-    """The nodes of interval j without its end; the coefficients of an interval do not depend on later ones."""
-    r = inner[j].r if j < len(inner) else 0.5
-    return (s, path.at(s.lam + r * (t.lam - s.lam))) if finite(s, t) else (s,)
 
 
 def _bent(step: Step, inner: Inner, path: Path) -> Step:

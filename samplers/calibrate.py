@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .integrand import DataPrediction
+from .model import finite_answer, latents
 from .phi import midpoint
 from .sample import combine
 from .schedule import Level, Path, find_path, levels
@@ -74,18 +75,18 @@ def estimate_statistics(model: Callable[..., Tensor], x: Tensor, sigmas: Sequenc
     start = schedule[0]
     grid = [level for level in schedule if finite(level)]
     precision = precision or x.dtype
-    x = _trajectories(x.to(torch.promote_types(x.dtype, torch.float32)), samples, seed)
+    x = _trajectories(latents(x), samples, seed)
     dims = {"all": tuple(range(x.ndim)), "channel": (0, *range(2, x.ndim)), "none": (0,)}[pool]
     total = 2 * len(grid) + (start is not grid[0]) + fitted * (len(grid) - 2)
     done = 0
 
     def denoise(x_now: Tensor, level: Level) -> Tensor:
         nonlocal done
-        answer = model(x_now, x.new_full((len(x),), level.sigma), **dict(extra_args or {})).to(x.dtype)
+        denoised = finite_answer(model, x_now, level.sigma, dict(extra_args or {}))
         done += 1
         if progress:
             progress(done, total)
-        return answer
+        return denoised
 
     def pooled(v: Tensor) -> Tensor:
         return v.mean() if pool == "all" else v.mean(dims, keepdim=True)[0]

@@ -172,6 +172,8 @@ def nfe(name: str, steps: int | Sequence[float], path: str = "ve", **options: An
     if isinstance(trained := options.get("trained"), Amed):
         options["trained"] = replace(trained, interpolate=True)  # the count is the same on every schedule
     solver = sampler.solver(**options)
+    if isinstance(steps, str):
+        raise ValueError(f"steps = {steps!r}: give a whole number of intervals, or the sigmas")
     if isinstance(steps, int):
         if steps < 0:
             raise ValueError(f"steps = {steps} is out of range: choose a whole number >= 0")

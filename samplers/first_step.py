@@ -44,8 +44,10 @@ class MeanAnswer:
         self.count, self.mean = 0, None
 
     def learn(self, denoised: Tensor) -> None:
-        """Take in what the model answered to a batch of noises."""
+        """Take in what the model answered to a batch of noises; nothing that is not finite, of which the run itself will tell."""
         total = denoised.detach().float().sum(0).cpu()
+        if not total.isfinite().all():
+            return
         self.mean = (total if self.mean is None else self.mean * self.count + total) / (self.count + len(denoised))
         self.count += len(denoised)
 

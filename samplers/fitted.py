@@ -198,8 +198,12 @@ class Fitted:
 
 def fitted_sigmas(calibration: Statistics, evaluations: int, start: float, path: str = "ve") -> list[float]:
     """The nodes chosen for so many evaluations from sigma = start to 0, as a schedule for any solver: evaluations + 1 sigmas."""
+    if evaluations < 1:
+        raise ValueError(f"evaluations = {evaluations} is out of range: choose a whole number >= 1")
     gaussian = find_path(path)
-    schedule = levels([start * (1.0 - i / evaluations) for i in range(evaluations + 1)], gaussian)
+    first = gaussian.level(start)
+    inside = np.linspace(first.lam if finite(first) else calibration.lam[0], calibration.lam[-1], evaluations)[finite(first):]
+    schedule = levels([start, *(gaussian.at(lam).sigma for lam in inside[:evaluations - 1].tolist()), 0.0], gaussian)
     steps = Fitted(calibration, nodes="chosen").steps(schedule, gaussian)
     return [*(step.evaluations[0].at.sigma for step in steps), 0.0]
 

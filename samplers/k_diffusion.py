@@ -12,11 +12,11 @@ from tqdm.auto import tqdm
 
 from .families import Sampler, find
 from .first_step import MeanAnswer, afs, answered, check_full_noise
+from .model import answer, latents, not_finite
 from .noise import BrownianNoise
 from .sample import sample, sample_adaptive
 from .schedule import Level, find_path, levels
 from .solver import Adaptive
-from .tensors import per_image
 
 
 def k_diffusion_sampler(name: str, path: str = "ve", *, sigma_max: float | None = None, mean: MeanAnswer | None = None,
@@ -51,8 +51,8 @@ def k_diffusion_function(sampler: Sampler, path: str, options: Mapping[str, Any]
            callback: Callable[[dict], None] | None = None, disable: bool | None = None) -> Tensor:
         schedule = levels(torch.as_tensor(sigmas).tolist(), gaussian)
         extra = dict(extra_args or {})
+        start = latents(x)
         denoise = _Denoiser(model, x, extra, schedule)
-        start = x.to(denoise.precision)
         answering: Callable[[Tensor, float], Tensor] = denoise
         if first_step != "evaluate":
             check_full_noise(schedule[0], sigma_max)
@@ -105,17 +105,11 @@ class _Denoiser:
     def __init__(self, model: Callable[..., Tensor], x: Tensor, extra_args: Mapping[str, Any], schedule: Sequence[Level]) -> None:
         self.model, self.like, self.extra_args = model, x, extra_args
         self.falling = [-level.sigma for level in schedule]
-        self.precision = torch.promote_types(x.dtype, torch.float32)
         self.seen: list[tuple[float, Tensor]] = []
 
     def __call__(self, x: Tensor, sigma: float | np.ndarray) -> Tensor:
-        denoised = self.model(x.to(self.like.dtype), per_image(sigma, self.like), **self.extra_args)
-        sigma = float(np.max(sigma))
-        if denoised.shape != x.shape:
-            raise ValueError(f"the model returned shape {list(denoised.shape)} at sigma = {sigma:.6g} for x of shape "
-                             f"{list(x.shape)}: it must return the denoised x")
-        denoised = denoised.to(self.precision)
-        self.seen.append((sigma, denoised.sum()))  # NaN and infinity survive a sum
+        denoised = answer(self.model, x.to(self.like.dtype), sigma, self.extra_args)
+        self.seen.append((float(np.max(sigma)), denoised.sum()))  # NaN and infinity survive a sum
         return denoised
 
     def check(self) -> None:
@@ -125,10 +119,7 @@ class _Denoiser:
         sigmas, sums = zip(*self.seen)
         for sigma, total in zip(sigmas, torch.stack(sums).tolist()):
             if not math.isfinite(total):
-                raise FloatingPointError(
-                    f"the model returned NaN or infinite values in step {bisect_right(self.falling, -sigma)} of "
-                    f"{len(self.falling) - 1}, at sigma = {sigma:.6g}: run it in a higher precision (float32 or bfloat16), "
-                    "or lower the guidance")
+                raise not_finite(sigma, f" in step {bisect_right(self.falling, -sigma)} of {len(self.falling) - 1},")
 
 
 def _seed(extra_args: Mapping[str, Any]) -> int:

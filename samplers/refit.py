@@ -23,6 +23,7 @@ from torch import Tensor
 from .calibrate import Sampled
 from .fitted import Plan, check, fit_multistep, planned
 from .integrand import DataPrediction
+from .model import latents
 from .sample import Denoiser, combine, evaluate, sample
 from .schedule import Path, find_path
 from .solver import Step, ddim
@@ -99,6 +100,7 @@ def refit_multistep(model: Callable[..., Tensor], x: Tensor, calibration: Statis
     calibration that was not measured for fitting.
     """
     check(calibration)
+    x = latents(x)
     n = evaluations - (start is not None)
     if not FEWEST <= n <= LARGEST:
         raise ValueError(f"evaluations = {evaluations} is out of range: choose from {FEWEST + evaluations - n} to "
@@ -106,11 +108,10 @@ def refit_multistep(model: Callable[..., Tensor], x: Tensor, calibration: Statis
     if held_out < 1 or len(x) - held_out < 2:
         raise ValueError(f"x has {len(x)} images with held_out = {held_out}: give at least two to learn from and one to test")
     gaussian = find_path(path)
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
     plain = calibration.for_another_prompt()
     key = {"evaluations": evaluations, "path": path, "start": start, "held_out": held_out, "rounds": rounds, "about": dict(about or {}),
            "of": _digest(x.cpu().numpy(), plain.lam, plain.l, plain.s, plain.damping, plain.root)}
-    course = Course(model, extra_args, x.dtype, Partial(partial, PARTIAL, key, 0.0, x.device), progress,
+    course = Course(model, extra_args, Partial(partial, PARTIAL, key, 0.0, x.device), progress,
                     refit_cost(evaluations, rounds, start is not None))
     if start is not None:
         first = gaussian.at(float(calibration.lam[0]))
@@ -122,7 +123,7 @@ def refit_multistep(model: Callable[..., Tensor], x: Tensor, calibration: Statis
             course.denoise, x, planned(plain, fit_multistep(plain, TEACHER).lam).steps(gaussian))})[0]
         run = _Runs(course.denoise, plain, gaussian, target)
         before = now = best = run.of(shape, x)
-        floor = FLOOR * before.squares[training].mean()
+        floor = FLOOR * before.squares[training].mean() + 1e-30
         if course.done > 1:
             now, best = (run.of(shape._replace(numbers=numbers), x) for numbers in course.us(()))
 
@@ -224,7 +225,7 @@ def _step(jacobian: np.ndarray, residual: np.ndarray, scale: np.ndarray) -> np.n
     normal = np.einsum("pme,qme,m->pq", jacobian, jacobian, weight)
     slope = np.einsum("pme,me,m->p", jacobian, residual, weight)
     damping = DAMPING * float(np.einsum("me,me,m->", residual, residual, weight))
-    return np.clip(-np.linalg.solve(normal + damping * np.eye(len(slope)), slope), -MOST, MOST)
+    return np.clip(-np.linalg.lstsq(normal + damping * np.eye(len(slope)), slope, rcond=None)[0], -MOST, MOST)
 
 
 def _digest(*arrays: np.ndarray) -> str:

@@ -112,6 +112,8 @@ def sample_adaptive(denoise: Denoiser, x: Tensor, levels: Sequence[Level], solve
     Only intervals of infinite length, at either end, are taken as the schedule has them. One number a step, the error
     estimate, is awaited from the device.
     """
+    if len(levels) < 2:
+        return x
     inner = [i for i, level in enumerate(levels) if finite(level)]
     if inner[:1] != [0]:
         x = sample(denoise, x, [ddim(solver.integrand, *levels[:2])], observe=observe)

@@ -107,7 +107,7 @@ def levels(sigmas: Sequence[float], path: Path) -> list[Level]:
                              ("is above", "sort the sigmas from high to low (unsampling is not supported)"))
             raise ValueError(f"sigmas must strictly decrease, but sigmas[{i}] = {sigma:.6g} {fault} "
                              f"sigmas[{i - 1}] = {sigmas[i - 1]:.6g}: {remedy}")
-    return [path.level(sigma) for sigma in sigmas]
+    return [path.level(float(sigma)) for sigma in sigmas]
 
 
 def _log(value: float) -> float:

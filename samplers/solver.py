@@ -140,23 +140,22 @@ class Multistep:
     corrector_extra: int = 1
 
     def steps(self, levels: Sequence[Level], path: Path) -> list[Step]:
-        n = len(levels) - 1
+        return [self.step(levels, i) for i in range(len(levels) - 1)]
+
+    def step(self, levels: Sequence[Level], i: int) -> Step:
+        """Interval i of the schedule."""
+        n, (s, t) = len(levels) - 1, levels[i:i + 2]
+        if not finite(s, t):
+            return ddim(self.integrand, s, t)
         lower = self.lower_order_final == "on" or (
             self.lower_order_final == "auto" and n < 15 and levels[-1].lam > CLEAN)
-        result = []
-        for i, (s, t) in enumerate(pairwise(levels)):
-            if not finite(s, t):
-                result.append(ddim(self.integrand, s, t))
-                continue
-            past = [level for level in reversed(levels[:i]) if finite(level)]  # lam = -inf carries no slope
-            order = min(self.order, 1 + len(past), n - i if lower else self.order)
-            predictor = Stage(tuple(range(0, -order, -1)), self.rule, self.basis)
-            corrector = Stage((0, 1, *range(-1, -order, -1))[:order + self.corrector_extra], self.rule, self.corrector_basis)
-            corrects = i + 1 < n and finite(levels[i + 2]) and 1 in corrector.uses and (
-                self.corrector == "full" or (self.corrector == "half" and t.lam >= CORRECTOR_HALF))
-            result.append(step(self.integrand, (s, t), (predictor,), past[:order - 1],
-                               corrector=corrector if corrects else None))
-        return result
+        past = [level for level in reversed(levels[max(0, i + 1 - self.order):i]) if finite(level)]  # lam = -inf carries no slope
+        order = min(self.order, 1 + len(past), n - i if lower else self.order)
+        predictor = Stage(tuple(range(0, -order, -1)), self.rule, self.basis)
+        corrector = Stage((0, 1, *range(-1, -order, -1))[:order + self.corrector_extra], self.rule, self.corrector_basis)
+        corrects = i + 1 < n and finite(levels[i + 2]) and 1 in corrector.uses and (
+            self.corrector == "full" or (self.corrector == "half" and t.lam >= CORRECTOR_HALF))
+        return step(self.integrand, (s, t), (predictor,), past[:order - 1], corrector=corrector if corrects else None)
 
 
 @dataclass(frozen=True)

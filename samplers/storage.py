@@ -1,7 +1,9 @@
 """Files of what was measured: safetensors, checked when read, written whole or not at all."""
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import tempfile
 import time
@@ -65,16 +67,27 @@ def read_checked(path: Path, expected: str) -> tuple[dict[str, np.ndarray], dict
             if found != expected:
                 raise CalibrationError(f"{path} has the format {found!r}, and this version reads {expected!r}: update the pack, "
                                       "or estimate again")
-            about = json.loads(metadata.get("about", "{}"))
+            about = json.loads(metadata.get("about", "{}"), parse_constant=_no_number)
+            if not isinstance(about, dict):
+                raise CalibrationError(f"{path} is described by {about!r}: it must be an object of names and values")
             return {name: file.get_tensor(name) for name in file.keys()}, about
     except FileNotFoundError:
         raise CalibrationError(f"{path} does not exist") from None
-    except (SafetensorError, json.JSONDecodeError, OSError) as fault:
+    except CalibrationError:
+        raise
+    except (SafetensorError, ValueError, TypeError, RecursionError, OSError) as fault:  # TypeError: a dtype that numpy lacks
         raise CalibrationError(f"{path} is damaged or was cut short: {fault}") from None
 
 
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no number")
+
+
 class Partial:
-    """The file in which a calibration that was cut short goes on; without a path, none is kept."""
+    """The file in which a calibration that was cut short goes on; without a path, none is kept.
+
+    A file that cannot be written is a warning, once: what is measured is not lost for it.
+    """
 
     def __init__(self, path: Path | str | None, kind: str, key: Mapping[str, Any], seconds: float,
                  device: torch.device) -> None:
@@ -99,10 +112,16 @@ class Partial:
         self.following = following
         if self.path and (at_once or time.monotonic() - self.written >= self.seconds):
             about = json.dumps({"key": self.key, "next": following})
-            write_whole(self.path, save({name: np.asarray(value.cpu().numpy(), order="C") for name, value in kept.items()},
-                                        metadata={"format": self.format, "about": about}), overwrite=True)
+            content = save({name: np.asarray(value.cpu().numpy(), order="C") for name, value in kept.items()},
+                           metadata={"format": self.format, "about": about})
+            try:
+                write_whole(self.path, content, overwrite=True)
+            except OSError as fault:
+                logging.warning("%s cannot be written (%s): the measuring goes on, but starts anew if it is cut short", self.path, fault)
+                self.path = None
             self.written = time.monotonic()
 
     def remove(self) -> None:
         if self.path:
-            self.path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # what is left is known by its key, and overwritten
+                self.path.unlink(missing_ok=True)

@@ -10,8 +10,16 @@ Coefficient = float | np.ndarray | Tensor
 
 
 def placed(coefficient: Coefficient, x: Tensor) -> Coefficient:
-    """The coefficient where x is and in its precision; done before the loop, so that no step waits for a copy."""
+    """The coefficient where x is and in its precision; done before the loop, so that no step waits for a copy.
+
+    ValueError for an array that does not belong to latents of this shape, which would stretch them or scale the wrong axis.
+    """
     if isinstance(coefficient, np.ndarray):
+        own = tuple(x.shape)[x.ndim - coefficient.ndim:]
+        if coefficient.ndim < x.ndim - 1 or any(size not in (1, of) for size, of in zip(coefficient.shape, own)):
+            raise ValueError(f"coefficients of shape {list(coefficient.shape)} do not fit x of shape {list(x.shape)}: statistics "
+                             "by channel or element serve only latents like those they were measured on; measure with pool = "
+                             "'all', which serves every shape")
         return torch.from_numpy(coefficient).to(x.dtype).to(x.device, non_blocking=True)
     return coefficient
 

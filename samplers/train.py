@@ -27,13 +27,13 @@ from torch import Tensor
 from .amed import BASES, Amed, Inner, Insertion
 from .first_step import afs, answered
 from .integrand import DataPrediction
+from .model import finite_answer, latents
 from .phi import midpoint
 from .predictor import Predictor, bounded, unbounded
 from .sample import Denoiser, advance, evaluate, on_device, sample
 from .schedule import Level, Path, find_path, levels
 from .solver import Multistep, finite
 from .storage import Partial
-from .tensors import per_image
 
 PARTIAL = "lambda-solvers partial amed 2"
 LEARNED = ("r", "c", "a")
@@ -102,14 +102,14 @@ def fit_amed(model: Callable[..., Tensor], x: Tensor, sigmas: Sequence[float] | 
     """
     gaussian = find_path(path)
     schedule = levels(torch.as_tensor(sigmas).tolist(), gaussian)
+    x = latents(x)
     _check(base, form, first_step, teacher, learn, held_out, len(x), features)
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
     trainable = _trainable(schedule)
     together, total = _effort(schedule, form, first_step, teacher, learn, budget, rounds)
     key = {"lam": [level.lam for level in schedule], "shape": list(x.shape), "path": path, "base": base, "seed": seed,
            "first_step": first_step, "teacher": teacher, "learn": list(learn), "held_out": held_out, "about": dict(about or {}),
            "together": together}
-    course = Course(model, extra_args, x.dtype, Partial(partial, PARTIAL, key, partial_seconds, x.device), progress, total)
+    course = Course(model, extra_args, Partial(partial, PARTIAL, key, partial_seconds, x.device), progress, total)
     targets = course.targets(lambda: _teacher(course.denoise, x, schedule, teacher, gaussian))
     solver = Insertion(Amed.untrained(first_step=first_step), BASES[base])
     student = Student(course.denoise, solver, schedule, gaussian, targets, learn)
@@ -181,19 +181,19 @@ class Course:
     evaluation is counted and told to progress(done, total, the last loss), which may raise to cancel.
     """
 
-    def __init__(self, model: Callable[..., Tensor], extra_args: Mapping[str, Any] | None, dtype: torch.dtype, file: Partial,
+    def __init__(self, model: Callable[..., Tensor], extra_args: Mapping[str, Any] | None, file: Partial,
                  progress: Callable[[int, int, float], None] | None, total: int) -> None:
-        self.model, self.extra_args, self.dtype = model, dict(extra_args or {}), dtype
+        self.model, self.extra_args = model, dict(extra_args or {})
         self.file, self.progress, self.total = file, progress, total
         self.kept, self.done = file.read()
         self.spent, self.loss = int(self.kept.get("spent", 0)), math.nan
 
     def denoise(self, x: Tensor, sigma: float | np.ndarray) -> Tensor:
-        answer = self.model(x, per_image(sigma, x), **self.extra_args).to(self.dtype)
+        denoised = finite_answer(self.model, x, sigma, self.extra_args)
         self.spent += 1
         if self.progress:
             self.progress(min(self.spent, self.total), self.total, self.loss)
-        return answer
+        return denoised
 
     def targets(self, teach: Callable[[], Mapping[int, Tensor]]) -> dict[int, Tensor]:
         """The teacher's states, kept or made."""

@@ -251,6 +251,14 @@ def test_the_chosen_nodes_serve_any_solver() -> None:
     sigmas = fitted_sigmas(found, 5, 14.6)
     assert [math.log(1 / s) for s in sigmas[:-1]] == pytest.approx(fit_multistep(found, 5, start=math.log(1 / 14.6)).lam)
     assert sigmas[-1] == 0.0
+    for start, count in ((14.6, 600), (0.05, 3), (0.05, 1)):
+        sigmas = fitted_sigmas(found, count, start)
+        assert len(sigmas) == count + 1 and sigmas[0] == pytest.approx(start) and sigmas[-1] == 0.0
+    for count in (0, -1):
+        with pytest.raises(ValueError, match=f"evaluations = {count} is out of range: choose a whole number >= 1"):
+            fitted_sigmas(found, count, 14.6)
+    for count in (1, 2, 3):
+        assert len(fitted_sigmas(found, count, 1.0, "flow")) == count + 1
     flow = fitted_sigmas(found, 5, 1.0, "flow")  # sigma = 1 has no lam: one node less
     assert flow[0] == 1.0 and [math.log((1 - s) / s) for s in flow[1:-1]] == pytest.approx(fit_multistep(found, 4).lam)
 

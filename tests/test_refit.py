@@ -131,6 +131,11 @@ def test_a_file_keeps_the_plan_and_a_damaged_one_is_refused(tmp_path, refitted) 
             replace(refitted, plans={4: bad})
 
 
+def test_a_model_that_leaves_nothing_to_learn_is_refitted_to_nothing(found) -> None:
+    result_ = refit_multistep(lambda x, sigma: torch.full_like(x, 0.25), noise(4), found, 4)
+    assert all(np.isfinite(rows).all() for rows in result_.plans.values())
+
+
 def test_cancelled_it_leaves_nothing_and_what_cannot_be_fitted_is_refused(found) -> None:
     def stop(done: int, total: int, error: float) -> None:
         if done == 60:

@@ -67,6 +67,10 @@ def written(path: Path, tensors: dict, metadata: dict) -> Path:
     (lambda p, t, m: written(p, {**t, "l": np.full(6, np.nan)}, m), "l has 6 values that are not finite"),
     (lambda p, t, m: written(p, {**t, "lam": t["lam"][::-1].copy()}, m), "lam must increase"),
     (lambda p, t, m: written(p, t, {**m, "about": "{"}), "damaged or was cut short"),
+    (lambda p, t, m: written(p, t, {**m, "about": "[1]"}), "described by .1.: it must be an object"),
+    (lambda p, t, m: written(p, t, {**m, "about": '{"guidance": NaN}'}), "damaged or was cut short: NaN is no number"),
+    (lambda p, t, m: written(p, t, {**m, "about": "[" * 100_000}), "damaged or was cut short"),
+    (lambda p, t, m: save_file({k: torch.tensor(v).bfloat16() for k, v in t.items()}, p, m), "damaged or was cut short.*bfloat16"),
     (lambda p, t, m: p.write_bytes(written(p, t, m).read_bytes()[:-9]), "damaged or was cut short"),
     (lambda p, t, m: p.write_bytes(written(p, t, m).read_bytes()[:40]), "damaged or was cut short"),
     (lambda p, t, m: p.write_bytes(b""), "damaged or was cut short"),
@@ -157,6 +161,16 @@ def test_statistics_by_channel_or_element_that_agree_are_those_of_one_number(sha
         lambda x, sigma: x * 0.3, x, torch.tensor([9.0, 3.0, 1.0, 0.2, 0.0]), disable=True) for statistics in (one, many)]
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-5)
     assert results[0].dtype == dtype
+
+
+@pytest.mark.parametrize(("curves", "x"), [
+    ((4, 1, 1), (2, 3, 4, 4)), ((3, 1, 1), (2, 3, 5, 4, 4)), ((3, 1, 1), (2, 1, 4, 4)), ((3, 4, 4), (2, 3, 8, 8))])
+def test_statistics_by_channel_or_element_are_refused_for_other_latents(curves: tuple, x: tuple) -> None:
+    one = gaussian_statistics()
+    many = Statistics(one.lam, *(np.broadcast_to(curve[:, None, None, None], (len(one.lam), *curves)).copy()
+                                 for curve in (one.l, one.s, one.b)))
+    with pytest.raises(ValueError, match=r"do not fit x of shape .*: statistics by channel or element serve only latents like those"):
+        k_diffusion_sampler("dpm_solver_v3", statistics=many)(lambda x, sigma: x, torch.ones(x), torch.tensor([9.0, 1.0, 0.0]), disable=True)
 
 
 @pytest.mark.parametrize("shape", [(), (3, 1, 1)], ids=["one number", "channels"])
