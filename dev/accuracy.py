@@ -2,7 +2,7 @@
 
     python dev/benchmark.py accuracy            every scheduler, more than an hour beside other work
     python dev/benchmark.py accuracy --few      two schedulers, two prompts, guidance 1, 3, 7, every budget from 3 to 10, and AMED
-    python dev/benchmark.py accuracy --best     every scheduler, 4 images a prompt: ComfyUI's samplers and ours that calibrate, about two hours
+    python dev/benchmark.py accuracy --best     every scheduler, many images: ComfyUI's samplers and ours that calibrate, about five hours
     python dev/benchmark.py accuracy --quick    three schedulers, two prompts, 5, 8 and 10 evaluations, about 3 minutes
 
 Writes accuracy.csv (a row a cell), accuracy.md (tables) and accuracy.png (error against evaluations) to --out. With --resume
@@ -80,7 +80,7 @@ FULL = Size(tuple(comfy.samplers.SCHEDULER_NAMES), ("red heart", "panda", "straw
             (4, 5, 6, 8, 10), (3.0, 7.0, 1.0), 1, 32, True)
 FEW = Size(("karras", "sgm_uniform"), ("red heart", "panda"), tuple(range(3, 11)), (), (3.0, 7.0, 1.0), 2, 16, True)
 BEST = Size(tuple(name for name in FULL.schedulers if name != MOVING_START), FULL.prompts, FULL.other_budgets, FULL.other_budgets,
-            FULL.guidances, 4, 32, True, catalogue=False, refits=True, calibration_prompt="ghost")
+            FULL.guidances, 8, 512, True, catalogue=False, refits=True, calibration_prompt="ghost")
 QUICK = Size(MAIN, ("red heart", "panda"), (5, 8, 10), (), (3.0,), 1, 16, True)
 
 
@@ -100,6 +100,7 @@ class Entry:
     discards: bool = False          # KSampler drops the last sigma above 0 for it
     calibrate: Callable[[comfy_host.Model, Tensor, Tensor, int, int, Options], Options] | None = None
     own_prompt: bool = False        # calibrated on the prompt that is evaluated
+    chooses: bool = False           # its levels: of a schedule only the range counts
     several: bool = False           # calibrated on REFIT_PROMPTS, where prompts differ
     train: Callable[..., Mapping[str, Any]] | None = None  # a calibration of every schedule by itself: main schedulers only
 
@@ -133,7 +134,8 @@ def ours(name: str, about: str = "", calibrate=None, own_prompt: bool = False, t
     def cost(n):  # of an AMED the same whatever was learned
         return n if calibrate else samplers.nfe(name, n, **options)
 
-    return Entry(" ".join(["lambda/" + name, about]).strip(), run, cost, bool(about), False, calibrate, own_prompt, several, train)
+    return Entry(" ".join(["lambda/" + name, about]).strip(), run, cost, bool(about), False, calibrate, own_prompt,
+                 name == "fitted_chosen", several, train)
 
 
 CORE = [
@@ -553,7 +555,9 @@ def calibrated(problem: Problem, solvers: Sequence[Entry], guidance: float, prom
     plain = fitted_statistics, tuple(prompts)  # what a refit begins with
     first = [plain] if any(calibrate is refitted for calibrate, _ in wanted.values()) else []
     for calibrate, seen in dict.fromkeys([*first, *wanted.values()]):
-        count = max(len(seen), problem.refit_noises if calibrate is refitted else problem.calibration_noises)
+        count = problem.calibration_noises
+        if calibrate is refitted:
+            count = max(problem.refit_noises, len(seen) * problem.refit_noises // 4)
         noise = starting_noise(problem, count, seed=7)
 
         def body(model):
@@ -623,6 +627,7 @@ def cells(problem: Problem, size: Size, solvers: Sequence[Entry], options: Mappi
     """The cells of one guidance that no run before has measured: every scheduler, budget and entry."""
     entries_by_label = {entry.label: entry for entry in solvers}
     of_budget: dict[tuple, Counted] = {}
+    chosen: dict[tuple, Tensor] = {}  # where runs ended that are the same on every schedule of their range
     for row in cells_of(problem, size, solvers, guidance):
         if table.has(row, prompts):
             continue
@@ -635,19 +640,25 @@ def cells(problem: Problem, size: Size, solvers: Sequence[Entry], options: Mappi
         own = own[row["scheduler"], row["steps"]] if entry.train else own
         looks = isinstance(own, Mapping) and getattr(own.get("trained"), "predictor", None)
         counted = Counted(model, remembers=False) if looks else of_budget[at]  # what is remembered has no middle block
-        table.add(cell(problem, entry, own, counted, noise, prompts, references, table, row))
+        table.add(cell(problem, entry, own, counted, noise, prompts, references, table, row,
+                       chosen if entry.chooses else {}))
 
 
 def cell(problem: Problem, entry: Entry, options: Any, model: Counted, noise: Tensor, prompts: Sequence[str],
-         references: dict[float, Reference], table: Table, row: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of one run, one for each prompt."""
+         references: dict[float, Reference], table: Table, row: dict[str, Any], same: dict[tuple, Tensor]) -> list[dict[str, Any]]:
+    """The rows of one run, one for each prompt. `same`: runs that need not be made again."""
     model.calls, x = 0, None
     try:
         if isinstance(options, Exception):
             raise options
         sigmas = schedule(row["scheduler"], row["steps"], entry.discards, problem.dtype)
         start = float(sigmas[0])
-        x = entry.run(model, starting_x(model, noise, sigmas[0]), sigmas.clone(), **options)
+        run = entry.label, row["steps"], round(start, 4)
+        if run in same:
+            model.calls = entry.cost(row["steps"])
+        else:
+            same[run] = entry.run(model, starting_x(model, noise, sigmas[0]), sigmas.clone(), **options)
+        x = same[run]
         reason = "" if x.isfinite().all() else "not finite"
     except Exception as error:  # recorded, whatever it is: a sampler that fails is a result
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]

@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("what", choices=["overhead", "accuracy"])
     parser.add_argument("--rounds", type=int, default=15, help="timed runs of each, taken in turn (default 15)")
     parser.add_argument("--few", action="store_true", help="accuracy: every budget from 3 to 10, with AMED, on two schedulers")
-    parser.add_argument("--best", action="store_true", help="accuracy: ComfyUI's samplers and ours that calibrate, 4 images a prompt")
+    parser.add_argument("--best", action="store_true", help="accuracy: ComfyUI's samplers and ours that calibrate, many images")
     parser.add_argument("--quick", action="store_true", help="accuracy: a small part of it, about 3 minutes instead of over an hour")
     parser.add_argument("--out", type=Path, default=environment.HOME / "accuracy", help="accuracy: folder (default .dev/accuracy)")
     parser.add_argument("--resume", action="store_true", help="accuracy: go on in --out where a run of the same size and code was cut short")

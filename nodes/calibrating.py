@@ -135,8 +135,8 @@ class RefitStatistics(io.ComfyNode):
                     "KSampler's steps that it is for: other numbers stay as they were")),
                 io.Int.Input("seed", default=0, min=0, max=2**32 - 1, tooltip="Of the noise it learns from"),
                 advanced(io.Int.Input("samples", default=0, min=0, max=64, tooltip=(
-                    "Images, evaluated as one batch; the last quarter only tests. 0: 4 to 8 by the latent's size, and at least one for "
-                    "each prompt"))),
+                    "Images, evaluated as one batch; the last quarter only tests. 0: 4 to 8 by the latent's size, and at least one or "
+                    "two for each prompt"))),
                 io.Clip.Input("clip", optional=True, tooltip="Reads the prompts below; what else the positive input has (guidance, sizes, "
                                                              "ControlNet) they get from it"),
                 io.String.Input("prompts", default="", multiline=True, optional=True, tooltip=(

@@ -15,6 +15,7 @@ TENSORS, VALUES = 16, 64  # what is sampled: the signs of so many values of so m
 LEVELS = (0.05, 0.3, 0.9, 3.0, 10.0)  # at which a sampling class is looked at
 PACK = __name__.rpartition(".nodes.")[0]  # this pack's own modules
 CACHES = ("easycache", "lazycache")  # ComfyUI's wrappers that answer in the model's place, by their keys
+SAME = (*CACHES, "torch.compile")  # wrappers that leave the model what it is
 BESIDE = ("scale", "comfy_quant", "codebook")  # in the names of what stands beside quantised weights
 
 
@@ -72,7 +73,8 @@ def _weights(patcher: Any) -> Iterator[str]:
 def _functions(patcher: Any) -> list[str]:
     """The functions that other nodes put into the model (FreeU, RescaleCFG, ...), by their names alone: not what they were set to."""
     names = {f"{name} replaced" for name in patcher.object_patches if name != "model_sampling"}
-    for function in _callables(patcher.model_options):
+    wrappers = [functions for keyed in patcher.wrappers.values() for key, functions in keyed.items() if key not in SAME]
+    for function in _callables([patcher.model_options, wrappers]):
         module, name = (getattr(function, word, getattr(type(function), word)) for word in ("__module__", "__qualname__"))
         if not str(module).startswith(PACK):
             names.add(f"{name.replace('.<locals>', '')} of {module.rpartition('.')[2]}")

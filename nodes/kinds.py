@@ -88,7 +88,7 @@ class StatisticsKind:
         elif about["prompts"] < PROMPTS:
             say(f"warning: {about['prompts']} prompts are few: what they teach can harm others. Give {PROMPTS} or more, or one alone for "
                 "itself", logging.WARNING)
-        count = samples or max(refit_images(run.x.shape), about["prompts"])
+        count = samples or refit_images(run.x.shape, about["prompts"])
         with resumable("the refit", partial):
             result = refit_multistep(run.denoise, pure_noise(run, count, seed), found, steps, path=run.path,
                                      start=highest.sigma if opening else None, held_out=max(1, count // 4),
@@ -224,9 +224,10 @@ def trajectories(shape: torch.Size, fewest: int = 1) -> int:
     return _enough(shape, 1, fewest, MOST)
 
 
-def refit_images(shape: torch.Size) -> int:
-    """How many images a refit looks at, those held out among them."""
-    return _enough(shape, 16, 4, 8)
+def refit_images(shape: torch.Size, prompts: int) -> int:
+    """How many images a refit looks at, those held out among them: a quarter of what one prompt gets for each of several."""
+    enough = _enough(shape, 16, 4, 8)
+    return max(enough, prompts * (enough // 4))
 
 
 def training_images(shape: torch.Size) -> int:

@@ -103,3 +103,15 @@ def test_a_prompt_is_the_same_in_half_precision_and_after_its_hooks_were_used() 
     before = conditions(hooks=used)
     used.hooks[0].need_weight_init = False
     assert conditions(hooks=used) == before
+
+
+def test_what_wraps_the_model_is_named_unless_it_leaves_the_model_what_it_is() -> None:
+    def painted(executor, *args):
+        return 2 * executor(*args)
+
+    def lines(**wrappers) -> list[str]:
+        return identity()._functions(types.SimpleNamespace(object_patches={}, model_options={}, wrappers={
+            "apply_model": {key.replace("_", ".") or None: [function] for key, function in wrappers.items()}}))
+
+    assert lines() == lines(easycache=painted) == lines(torch_compile=painted) == []
+    assert lines(other=painted) == ["test_what_wraps_the_model_is_named_unless_it_leaves_the_model_what_it_is.painted of test_identity"]
