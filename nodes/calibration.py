@@ -10,7 +10,7 @@ import math
 import os
 import time
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping, Protocol, Sequence
 
@@ -39,6 +39,7 @@ class Run:
     sigmas: Tensor
     extra_args: dict
     options: Mapping[str, Any]
+    asked: list[float] = field(default_factory=lambda: [math.inf])  # the last sigma
 
     @property
     def guider(self) -> Any:
@@ -57,7 +58,14 @@ class Run:
         return levels(self.sigmas.tolist(), find_path(self.path))
 
     def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """The model function that is being sampled, without its inpainting mask and caches."""
+        """The model function that is being sampled, without its inpainting mask and caches.
+
+        What is learned from many runs begins each of them with the hooks at their first keyframes, which never go back by themselves.
+        """
+        if hooks := self._hooks():
+            if (now := float(sigma.max())) > self.asked[-1]:
+                self._rewind(hooks)
+            self.asked[-1] = now
         return self.guider(x, sigma, model_options=identity.without_caches(self.extra_args.get("model_options", {})),
                            seed=self.extra_args.get("seed"))
 
@@ -70,11 +78,16 @@ class Run:
             yield
         finally:
             self.guider.model_options = options
-            hooks = [hook for conds in self.guider.conds.values() for cond in conds if "hooks" in cond for hook in cond["hooks"].hooks]
-            if hooks:
-                self.patcher.clean_hooks()  # weights of the last keyframe
-            for hook in hooks:
-                hook.initialize_timesteps(self.guider.inner_model)
+            self._rewind(self._hooks())
+
+    def _hooks(self) -> list[Any]:
+        return [hook for conds in self.guider.conds.values() for cond in conds if "hooks" in cond for hook in cond["hooks"].hooks]
+
+    def _rewind(self, hooks: list[Any]) -> None:
+        if hooks:
+            self.patcher.clean_hooks()  # weights of the last keyframe
+        for hook in hooks:
+            hook.initialize_timesteps(self.guider.inner_model)
 
 
 class Kind(Protocol):

@@ -60,10 +60,10 @@ def _entry(line: str) -> Entry:
             ours.settings({**ours.stand_ins, **options})
         except ValueError as error:
             raise ValueError(f"samplers: the line {line!r}: {error}") from None
-        rehearsed = {**ours.stand_ins, **options}
-        if rehearsed.get("first_step") == "mean":  # of a prompt's first run the model answers the first step too
-            rehearsed["first_step"] = "evaluate"
-        return Entry(line, KSAMPLER(calibrated(ours), options), KSAMPLER(sampler_function(ours), rehearsed),
+        if options.get("first_step") == "mean":
+            raise ValueError(f"samplers: the line {line!r}: the mean is learned from other seeds, and here all runs have one noise, whose own "
+                             "answer it would be: write evaluate or afs")
+        return Entry(line, KSAMPLER(calibrated(ours), options), KSAMPLER(sampler_function(ours), {**ours.stand_ins, **options}),
                      name if name in listed else "euler")
     if name not in listed:
         raise ValueError(f"samplers: unknown sampler {name!r}: write a name of KSampler's list ({', '.join(listed)}) or of "
@@ -131,13 +131,15 @@ class Counted:
 
 
 class Rehearsal(comfy.samplers.CFGGuider):
-    """The denoiser x / 2 in the model's place: no network, no patches, no other pack's wrappers.
+    """The denoiser x / 2 in the model's place: no network, no patches, no wrappers.
 
     ComfyUI loads the model for a run; newer versions do so anew each time. The first rehearsal is enough.
     """
 
     def __init__(self, model: Any) -> None:
-        super().__init__(model)
+        bare = model.clone()
+        bare.wrappers, bare.callbacks = {}, {}
+        super().__init__(bare)
         self.model_options = {"transformer_options": {"wrappers": {WrappersMP.PREPARE_SAMPLING: {None: [self._prepared]}}}}
         self.loaded = False
 
@@ -174,7 +176,7 @@ class Bench:
 
         counting = model.clone()
         counting.add_wrapper(WrappersMP.PREDICT_NOISE, predict)
-        self.real, self.stage = comfy.samplers.CFGGuider(counting), Rehearsal(counting)
+        self.real, self.stage = comfy.samplers.CFGGuider(counting), Rehearsal(model)
         for guider in (self.real, self.stage):
             guider.set_conds(positive, negative)
             guider.set_cfg(cfg)

@@ -1,9 +1,11 @@
 """Which model a guider samples: its checkpoint, what has been patched onto it, and its prompts; stable over runs, precision and offloading."""
 from __future__ import annotations
 
+import functools
 import hashlib
 from typing import Any, Callable, Iterator, Mapping
 
+import comfy.clip_vision
 import comfy.model_patcher
 import comfy.samplers
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 
 TENSORS, VALUES = 16, 64  # what is sampled: the signs of so many values of so many tensors
 LEVELS = (0.05, 0.3, 0.9, 3.0, 10.0)  # at which a sampling class is looked at
-PACK = __name__.rpartition(".nodes.")[0]  # this pack's own modules
+PACK = __name__.rpartition(".nodes.")[0] + "."  # this pack's own modules
 CACHES = ("easycache", "lazycache")  # ComfyUI's wrappers that answer in the model's place, by their keys
 SAME = (*CACHES, "torch.compile")  # wrappers that leave the model what it is
 BESIDE = ("scale", "comfy_quant", "codebook")  # in the names of what stands beside quantised weights
@@ -35,17 +37,22 @@ def fingerprint(patcher: Any) -> str:
     the scales of quantised weights have other names in other versions of ComfyUI. Of weights that a loader keeps elsewhere (on
     the meta device) the shapes alone count.
     """
-    weights = {name: value for name, value in patcher.model.state_dict().items()
-               if name.startswith("diffusion_model.") and value.ndim > 1 and not any(word in name for word in BESIDE)}
+    weights = {name: value for name, value in patcher.model.state_dict().items() if name.startswith("diffusion_model.")}
     digest = hashlib.sha256(type(patcher.model.model_config).__name__.encode())
+    for part in _network(weights, patcher.backup):
+        digest.update(part)
+    return digest.hexdigest()[:12]
+
+
+def _network(state: Mapping[str, Tensor], backup: Mapping[str, Any]) -> Iterator[bytes]:
+    """The matrices of a network, `backup` those of it that are patched at the moment: all shapes, and the signs of some values."""
+    weights = {name: value for name, value in state.items() if value.ndim > 1 and not any(word in name for word in BESIDE)}
     for name in sorted(weights):
-        digest.update(f"{name}{list(weights[name].shape)}".encode())
+        yield f"{name}{list(weights[name].shape)}".encode()
     large = sorted((name for name, value in weights.items() if not value.is_meta),
                    key=lambda name: (-weights[name].numel(), name))[:256]
     for name in large[::max(1, len(large) // TENSORS)][:TENSORS]:
-        backup = patcher.backup.get(name)
-        digest.update(_signs(weights[name] if backup is None else backup.weight))
-    return digest.hexdigest()[:12]
+        yield _signs(backup[name].weight if name in backup else weights[name])
 
 
 def patches(patcher: Any) -> list[str]:
@@ -77,7 +84,7 @@ def _functions(patcher: Any) -> list[str]:
     for function in _callables([patcher.model_options, wrappers]):
         module, name = (getattr(function, word, getattr(type(function), word)) for word in ("__module__", "__qualname__"))
         if not str(module).startswith(PACK):
-            names.add(f"{name.replace('.<locals>', '')} of {module.rpartition('.')[2]}")
+            names.add(f"{name.replace('.<locals>', '')} of {str(module).rpartition('.')[2]}")
     return sorted(names)
 
 
@@ -104,7 +111,7 @@ def guiding(guider: Any) -> list[str]:
     kind = type(guider)
     if kind.predict_noise is comfy.samplers.CFGGuider.predict_noise or kind.__module__.startswith(PACK):
         return []
-    numbers = [f"{name} {value:g}" for name, value in _numbers(guider).items()]
+    numbers = [f"{name} {value:g}" for name, value in _numbers(guider, switches=True).items()]
     models = [fingerprint(value) for _, value in sorted(vars(guider).items())
               if isinstance(value, comfy.model_patcher.ModelPatcher) and value is not guider.model_patcher]
     return [f"guided by {kind.__name__}: {', '.join([*numbers, *models])}"]
@@ -132,8 +139,9 @@ def conditions(guider: Any) -> str:
 def _told(content: Any) -> Iterator[bytes]:
     """What a condition says, in a form that does not depend on precision: its numbers, words, and the signs of its tensors."""
     if isinstance(content, Tensor):
-        mean = content.float().mean()
-        yield f"{list(content.shape)} {mean:.2g}".encode() + _signs(content - mean, 4096)
+        values = _some(content, 4096)
+        mean = values.mean()
+        yield f"{list(content.shape)} {mean:.2g}".encode() + torch.signbit(values - mean).numpy().tobytes()
     elif isinstance(content, (int, float, str)):
         yield str(content).encode()
     elif isinstance(content, (tuple, list)):
@@ -150,15 +158,20 @@ def _told(content: Any) -> Iterator[bytes]:
     elif isinstance(content, ControlBase):
         yield from _told([type(content).__name__, content.strength, content.timestep_percent_range, content.cond_hint_original,
                           content.previous_controlnet])
+        for network in (getattr(content, name, None) for name in ("control_model", "t2i_model", "control_weights")):
+            if network is not None:
+                yield from _network(network if isinstance(network, Mapping) else network.state_dict(), {})
+    elif isinstance(content, comfy.clip_vision.Output):
+        yield from _told(vars(content))
     else:
         for tensor in _tensors(content):
             yield from _told(tensor)
 
 
-def _numbers(thing: Any) -> dict[str, float]:
-    """The numbers that an object carries, without its switches: those of a hook change once it was used."""
+def _numbers(thing: Any, switches: bool = False) -> dict[str, float]:
+    """The numbers that an object carries, and its switches if asked: those of a hook change once it was used."""
     return {name: value for name, value in sorted(vars(thing).items())
-            if isinstance(value, (int, float)) and not isinstance(value, bool)}
+            if isinstance(value, (int, float)) and (switches or not isinstance(value, bool))}
 
 
 def _callables(content: Any) -> Iterator[Callable]:
@@ -169,16 +182,23 @@ def _callables(content: Any) -> Iterator[Callable]:
     elif isinstance(content, (tuple, list)):
         for part in content:
             yield from _callables(part)
+    elif isinstance(content, functools.partial):
+        yield from _callables(content.func)
     elif callable(content):
         yield content
 
 
-def _signs(tensor: Tensor, values: int = VALUES) -> bytes:
+def _signs(tensor: Tensor) -> bytes:
+    return torch.signbit(_some(tensor, VALUES)).numpy().tobytes()
+
+
+def _some(tensor: Tensor, values: int) -> Tensor:
+    """So many of a tensor's values, evenly spread; on the CPU, in float32."""
     flat = getattr(tensor, "_qdata", tensor).detach().reshape(-1)  # what ComfyUI's quantised tensors hold, as their state_dict has it
     if flat.dtype == torch.uint8:
         flat = flat.view(torch.int8)
     places = torch.linspace(0, flat.numel() - 1, min(values, flat.numel()), dtype=torch.float64).long()
-    return torch.signbit(flat[places.to(flat.device)].float()).cpu().numpy().tobytes()
+    return flat[places.to(flat.device)].float().cpu()
 
 
 def _tensors(content: Any) -> Iterator[Tensor]:

@@ -5,13 +5,12 @@ import itertools
 import logging
 import math
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Callable, Mapping
 
 import folder_paths
 
-from ..samplers.storage import OtherKind
+from ..samplers.storage import Damaged, OtherKind
 
 FOLDER = "solver_calibrations"
 ENDING = ".safetensors"
@@ -32,10 +31,12 @@ def directory() -> Path:
 
 
 def listed() -> list[str]:
-    """The names of all files; a folder that is gone is made again."""
-    with suppress(OSError):  # one that cannot be made holds nothing
+    """The names of all files; a folder that is gone is made again, and one that cannot be made holds nothing."""
+    try:
         directory().mkdir(parents=True, exist_ok=True)
-    return folder_paths.get_filename_list(FOLDER)
+        return folder_paths.get_filename_list(FOLDER)
+    except OSError:
+        return []
 
 
 def names() -> list[str]:
@@ -78,15 +79,17 @@ def free(name: str) -> Path:
 
 
 def unread(kind: type, name: str) -> Path:
-    """A file for what was just measured: `name`, or with a number if that is a whole file of this kind; a damaged one is replaced."""
+    """A file for what was just measured: `name`, or with a number if there is such a file; one that is damaged is replaced."""
     for n in itertools.count(1):
         path = place(name if n == 1 else f"{name}-{n}")
+        if not path.exists():
+            return path
         try:
             kind.load(path)
-        except OtherKind:
-            continue
-        except ValueError:  # none, or damaged
+        except Damaged:
             return path
+        except ValueError:  # another's: of another kind or version
+            continue
 
 
 def partial(name: str) -> Path | None:

@@ -147,7 +147,7 @@ class Amed:
         tensors = {"lam": self.lam, "table": self.table, **(self.predictor.arrays() if self.predictor else {})}
         about = {**self.about, "base": self.base, "first_step": self.first_step}
         write_whole(File(path), save({name: np.ascontiguousarray(value) for name, value in tensors.items()}, metadata={
-            "format": FORMAT, "about": json.dumps(about, sort_keys=True)}), overwrite)
+            "format": FORMAT, "about": json.dumps(about, sort_keys=True, allow_nan=False)}), overwrite)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Amed:

@@ -276,7 +276,7 @@ def adaptive(
     order: Annotated[int, Option("Order of the higher of the two methods, and evaluations in each trial step", 2, 3)] = 3,
     prediction: Prediction = "noise",
     rtol: Annotated[float, Option("Relative tolerance of a step: smaller is more exact and slower", 1e-5, 1.0, 1e-3)] = 0.05,
-    atol: Annotated[float, Option("Absolute tolerance of a step, in units of the latent", 1e-6, 1.0, 1e-4)] = 0.0078,
+    atol: Annotated[float, Option("Absolute tolerance of a step, in units of a state of unit variance", 1e-6, 1.0, 1e-4)] = 0.0078,
     h_init: Annotated[float, Option("First step length in lambda", 1e-3, 2.0, 1e-2, advanced=True)] = 0.05,
     theta: Annotated[float, Option("Safety factor on the next step's length", 0.1, 0.99, 0.01, advanced=True)] = 0.9,
     rule: SinglestepRule = "midpoint",

@@ -135,8 +135,8 @@ def refit_multistep(model: Callable[..., Tensor], x: Tensor, calibration: Statis
             for again in range(1 + AGAIN):
                 course.loss = float(np.sqrt(now.squares[training].mean()))
                 u = _step(slopes.values[:, training], now.residual[training], now.squares[training] + floor)
-                tried = (run.of(now.shape.moved(slopes.of, share * u), x) for share in ((1.0,) if again else (1.0, 0.5, 0.25)))
-                found = next((state for state in tried if left(state, training) < left(now, training)), None)
+                tried = (run.tried(now.shape.moved(slopes.of, share * u), x) for share in ((1.0,) if again else (1.0, 0.5, 0.25)))
+                found = next((state for state in tried if state and left(state, training) < left(now, training)), None)
                 if found is None:
                     break
                 now = found
@@ -198,6 +198,13 @@ class _Runs:
     def of(self, shape: Shape, x: Tensor) -> State:
         steps = shape.plan(self.calibration).steps(self.path)
         return State(shape, *self._ahead(steps, 0, (Place(x, (evaluate(self.denoise, x, steps[0].evaluations[0]),)),)))
+
+    def tried(self, shape: Shape, x: Tensor) -> State | None:
+        """The same for a shape that may be a bad one: None where it leads the model to answers that are not finite."""
+        try:
+            return self.of(shape, x)
+        except FloatingPointError:
+            return None
 
     def slopes(self, state: State) -> Slopes:
         """By forward differences: runs from where a number first matters."""

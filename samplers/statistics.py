@@ -141,7 +141,7 @@ class Statistics:
         """Write the file whole or not at all; FileExistsError if it exists, unless told to overwrite."""
         tensors = {"lam": self.lam, **self.curves(), **self.more()}
         content = save({name: np.ascontiguousarray(value) for name, value in tensors.items()},
-                       metadata={"format": FORMAT, "about": json.dumps(dict(self.about), sort_keys=True)})
+                       metadata={"format": FORMAT, "about": json.dumps(dict(self.about), sort_keys=True, allow_nan=False)})
         write_whole(Path(path), content, overwrite)
 
     @classmethod

@@ -21,6 +21,10 @@ class CalibrationError(ValueError):
     """A file or an array that cannot be what it should; the message says what is wrong with it."""
 
 
+class Damaged(CalibrationError):
+    """A file that no version can read."""
+
+
 class OtherKind(CalibrationError):
     """A whole file of ours, of another kind than the one asked for."""
 
@@ -70,13 +74,17 @@ def read_checked(path: Path, expected: str) -> tuple[dict[str, np.ndarray], dict
             about = json.loads(metadata.get("about", "{}"), parse_constant=_no_number)
             if not isinstance(about, dict):
                 raise CalibrationError(f"{path} is described by {about!r}: it must be an object of names and values")
+            if not isinstance(about.get("guidance", 0.0), (int, float)):
+                raise CalibrationError(f"{path} was measured at guidance {about['guidance']!r}: it must be a number")
             return {name: file.get_tensor(name) for name in file.keys()}, about
     except FileNotFoundError:
         raise CalibrationError(f"{path} does not exist") from None
+    except OSError as fault:
+        raise CalibrationError(f"{path} cannot be read: {fault}") from None
     except CalibrationError:
         raise
-    except (SafetensorError, ValueError, TypeError, RecursionError, OSError) as fault:  # TypeError: a dtype that numpy lacks
-        raise CalibrationError(f"{path} is damaged or was cut short: {fault}") from None
+    except (SafetensorError, ValueError, TypeError, RecursionError) as fault:  # TypeError: a dtype that numpy lacks
+        raise Damaged(f"{path} is damaged or was cut short: {fault}") from None
 
 
 def _no_number(name: str) -> float:

@@ -16,7 +16,7 @@ def placed(coefficient: Coefficient, x: Tensor) -> Coefficient:
     """
     if isinstance(coefficient, np.ndarray):
         own = tuple(x.shape)[x.ndim - coefficient.ndim:]
-        if coefficient.ndim < x.ndim - 1 or any(size not in (1, of) for size, of in zip(coefficient.shape, own)):
+        if not x.ndim - 1 <= coefficient.ndim <= x.ndim or any(size not in (1, of) for size, of in zip(coefficient.shape, own)):
             raise ValueError(f"coefficients of shape {list(coefficient.shape)} do not fit x of shape {list(x.shape)}: statistics "
                              "by channel or element serve only latents like those they were measured on; measure with pool = "
                              "'all', which serves every shape")

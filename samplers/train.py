@@ -348,8 +348,11 @@ def _gauss_newton(student: Student, place: Place, us: Sequence[np.ndarray], trai
         g, G = (np.tensordot(weight, part[training], 1) for part in (quadratic.g, quadratic.G))  # noqa: N806
         d = -np.linalg.solve(G + np.diag(damping * np.diag(G) + 1e-12), g)
         moved = [u + part for u, part in zip(us, np.clip(d, -1.0, 1.0).reshape(-1, 1, 3))]
-        ahead = student.run(place, lambda i: moved[i - start], end, {0: places[0].values[0]}, before)
-        if typical(student.squared(ahead[-1])[training], floor) < typical(student.squared(places[-1])[training], floor):
+        try:
+            ahead = student.run(place, lambda i: moved[i - start], end, {0: places[0].values[0]}, before)
+        except FloatingPointError:  # so far away that the model's answers are not finite
+            ahead = None
+        if ahead and typical(student.squared(ahead[-1])[training], floor) < typical(student.squared(places[-1])[training], floor):
             us, places, damping, quadratic = moved, ahead, damping / 5, None
         else:
             damping *= 10

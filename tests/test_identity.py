@@ -1,6 +1,7 @@
 """Which model a calibration belongs to: what makes it another one, and what does not."""
 from __future__ import annotations
 
+import functools
 import importlib
 import types
 
@@ -79,6 +80,21 @@ def control(strength: float, hint: float = 1.0, previous=None):
     return made
 
 
+def net(seed: int):
+    made = control(1.0)
+    torch.manual_seed(seed)
+    made.control_model = torch.nn.Linear(8, 8)
+    return made
+
+
+def seen(value: float):
+    comfy_sampling()
+    import comfy.clip_vision
+    made = comfy.clip_vision.Output()
+    made["last_hidden_state"], made["mm_projected"] = torch.tensor([[value, 1.0, -value]]), None
+    return made
+
+
 @pytest.mark.parametrize("one, other", [
     (dict(area=(16, 32, 0, 0)), dict(area=(16, 32, 0, 8))), (dict(strength=1.0), dict(strength=0.5)),
     (dict(mask=torch.zeros(1, 8, 8)), dict(mask=torch.ones(1, 8, 8))),
@@ -86,8 +102,12 @@ def control(strength: float, hint: float = 1.0, previous=None):
     (dict(hooks=lambda: hooks(1.0)), dict(hooks=lambda: hooks(1.0, (0.5, 0.3)))),
     (dict(control=lambda: control(1.0)), dict(control=lambda: control(0.1))),
     (dict(control=lambda: control(1.0)), dict(control=lambda: control(1.0, 0.5))),
-    (dict(control=lambda: control(1.0)), dict(control=lambda: control(1.0, previous=control(1.0))))],
-    ids=["area", "strength", "mask", "hook", "keyframe", "control", "hint", "second control"])
+    (dict(control=lambda: control(1.0)), dict(control=lambda: control(1.0, previous=control(1.0)))),
+    (dict(control=lambda: net(0)), dict(control=lambda: net(1))),
+    (dict(clip_vision_output=lambda: seen(1.0)), dict(clip_vision_output=lambda: seen(-2.0))),
+    (dict(region=torch.tensor([True, False])), dict(region=torch.tensor([False, True]))),
+    (dict(small=torch.tensor([1.0, -1.0]).to(torch.float8_e4m3fn)), dict(small=torch.tensor([-1.0, 1.0]).to(torch.float8_e4m3fn)))],
+    ids=["area", "strength", "mask", "hook", "keyframe", "control", "hint", "second control", "network", "clip vision", "bool", "float8"])
 def test_two_prompts_are_told_apart_by_everything_that_conditions_them(one: dict, other: dict) -> None:
     a, b = ({name: make() if callable(make) else make for name, make in cond.items()} for cond in (one, other))
     assert conditions(**a) != conditions(**b) and conditions(**a) != conditions()
@@ -109,9 +129,54 @@ def test_what_wraps_the_model_is_named_unless_it_leaves_the_model_what_it_is() -
     def painted(executor, *args):
         return 2 * executor(*args)
 
+    def other(executor, *args):
+        return executor(*args)
+
     def lines(**wrappers) -> list[str]:
         return identity()._functions(types.SimpleNamespace(object_patches={}, model_options={}, wrappers={
             "apply_model": {key.replace("_", ".") or None: [function] for key, function in wrappers.items()}}))
 
     assert lines() == lines(easycache=painted) == lines(torch_compile=painted) == []
-    assert lines(other=painted) == ["test_what_wraps_the_model_is_named_unless_it_leaves_the_model_what_it_is.painted of test_identity"]
+    name = "test_what_wraps_the_model_is_named_unless_it_leaves_the_model_what_it_is."
+    assert lines(other=painted) == lines(other=functools.partial(painted, 1)) == [f"{name}painted of test_identity"]
+    assert lines(other=functools.partial(other)) == [f"{name}other of test_identity"]
+    assert lines(other=[].append) == ["list.append of None"]  # of no module
+    painted.__module__ = f"{pack().__name__}-extras.nodes"  # a sibling's
+    assert lines(other=painted) == [f"{name}painted of nodes"]
+    painted.__module__ = f"{pack().__name__}.nodes.x"
+    assert lines(other=painted) == []
+
+
+def test_a_guider_s_switches_make_it_another() -> None:
+    class Dual:
+        def __init__(self, nested: bool) -> None:
+            self.cfg, self.nested = 3.0, nested
+
+        def predict_noise(self) -> None:
+            pass
+
+    assert identity().guiding(Dual(True)) != identity().guiding(Dual(False))
+
+
+def test_a_run_from_a_higher_level_begins_with_the_hooks_at_their_first_keyframes() -> None:
+    calibration = importlib.import_module(f"{pack().__name__}.nodes.calibration")
+    group, told = hooks(1.0, (0.0, 0.0), (0.5, 0.5), (1.0, 1.0)), []
+    group.hooks[0].initialize_timesteps = lambda model: told.append("first")
+
+    class Guider:
+        conds = {"positive": [{"hooks": group}], "negative": [{}]}
+        inner_model = None
+        model_patcher = types.SimpleNamespace(clean_hooks=lambda: told.append("clean"))
+
+        def __call__(self, x, sigma, model_options, seed):
+            told.append(float(sigma[0]))
+            return x
+
+    run = calibration.Run(types.SimpleNamespace(inner_model=Guider()), None, None, {}, {})
+    for sigma in (14.0, 14.0, 5.0, 1.0, 14.0, 5.0, 7.0):
+        run.denoise(torch.zeros(2, 3), torch.full((2,), sigma))
+    assert told == [14.0, 14.0, 5.0, 1.0, "clean", "first", 14.0, 5.0, "clean", "first", 7.0]
+    Guider.conds = {"positive": [{}]}
+    told.clear()
+    run.denoise(torch.zeros(2, 3), torch.full((2,), 20.0))
+    assert told == [20.0]

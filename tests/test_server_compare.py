@@ -137,3 +137,10 @@ def test_what_cannot_be_read_is_refused_before_anything_runs(server, changes: di
     ran, *_ = run(graph, server)
     assert ran.status == "error" and message in ran.error["exception_message"]
     assert not (server.base / "output" / f"{graph.counter}.count").exists()
+
+
+def test_a_model_with_a_step_cache_is_compared_too(server) -> None:  # noqa: F811
+    graph = comparison(Graph("panda").through("EasyCache", reuse_threshold=0.2, start_percent=0.15, end_percent=0.95, verbose=False))
+    ran, rows, *_ = run(graph, server)
+    assert ran.status == "success", ran.error
+    assert len(rows) == 4 and all(float(row[4]) > 0 for row in rows), rows

@@ -152,6 +152,16 @@ def test_a_damaged_file_is_measured_again_once_and_replaced(server, folder) -> N
     assert spent(patched(seed=2), server) == FEW
 
 
+def test_a_file_of_a_newer_version_is_left_as_it_is(server, folder) -> None:  # noqa: F811
+    patched().samples(server)
+    [name] = files(folder)
+    newer = (folder / name).read_bytes().replace(b"lambda-solvers statistics 1", b"lambda-solvers statistics 9")
+    (folder / name).write_bytes(newer)
+    assert spent(patched(seed=1), server) > FEW
+    assert len(files(folder)) == 2 and (folder / name).read_bytes() == newer
+    assert spent(patched(seed=2), server) == FEW
+
+
 def test_one_unusable_file_does_not_keep_a_sampler_from_the_others(server, folder) -> None:  # noqa: F811
     patched().samples(server)
     [name] = files(folder)
@@ -218,14 +228,6 @@ def mean(graph: Graph, seed: int) -> Graph:
 
 
 def test_the_mean_first_step_learns_from_the_model_alone_and_from_each_by_itself(server) -> None:  # noqa: F811
-    words = "tulip"
-    table = Graph(words)
-    table.add("LambdaCompareSamplers", model=table.model, positive=table.positive, negative=table.negative, latent_image=table.latent,
-              cfg=2.5, seed=1, samplers="lambda/dpmpp_2m, first_step=mean", schedulers="karras", evaluations="2", error=0.1,
-              denoise=1.0, reference_evaluations=40)
-    assert server.run(table.nodes).status == "success"
-    assert spent(mean(Graph(words), 2), server) == 6  # Compare's rehearsals taught it nothing for guidance 3
-
     half = Graph("ladybug")
     half.latent = [half.add("SetLatentNoiseMask", samples=half.latent, mask=[half.add("SolidMask", value=1.0, width=256, height=256), 0]), 0]
     assert spent(mean(half, 1), server) == 6

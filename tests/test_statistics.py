@@ -68,6 +68,8 @@ def written(path: Path, tensors: dict, metadata: dict) -> Path:
     (lambda p, t, m: written(p, {**t, "lam": t["lam"][::-1].copy()}, m), "lam must increase"),
     (lambda p, t, m: written(p, t, {**m, "about": "{"}), "damaged or was cut short"),
     (lambda p, t, m: written(p, t, {**m, "about": "[1]"}), "described by .1.: it must be an object"),
+    (lambda p, t, m: written(p, t, {**m, "about": '{"guidance": "7"}'}), "measured at guidance '7': it must be a number"),
+    (lambda p, t, m: p.mkdir(), "cannot be read|damaged"),
     (lambda p, t, m: written(p, t, {**m, "about": '{"guidance": NaN}'}), "damaged or was cut short: NaN is no number"),
     (lambda p, t, m: written(p, t, {**m, "about": "[" * 100_000}), "damaged or was cut short"),
     (lambda p, t, m: save_file({k: torch.tensor(v).bfloat16() for k, v in t.items()}, p, m), "damaged or was cut short.*bfloat16"),
@@ -164,10 +166,11 @@ def test_statistics_by_channel_or_element_that_agree_are_those_of_one_number(sha
 
 
 @pytest.mark.parametrize(("curves", "x"), [
-    ((4, 1, 1), (2, 3, 4, 4)), ((3, 1, 1), (2, 3, 5, 4, 4)), ((3, 1, 1), (2, 1, 4, 4)), ((3, 4, 4), (2, 3, 8, 8))])
+    ((4, 1, 1), (2, 3, 4, 4)), ((3, 1, 1), (2, 3, 5, 4, 4)), ((3, 1, 1), (2, 1, 4, 4)), ((3, 4, 4), (2, 3, 8, 8)),
+    ((1, 3, 1, 1, 1), (2, 3, 4, 4))])
 def test_statistics_by_channel_or_element_are_refused_for_other_latents(curves: tuple, x: tuple) -> None:
     one = gaussian_statistics()
-    many = Statistics(one.lam, *(np.broadcast_to(curve[:, None, None, None], (len(one.lam), *curves)).copy()
+    many = Statistics(one.lam, *(np.broadcast_to(curve.reshape(-1, *[1] * len(curves)), (len(one.lam), *curves)).copy()
                                  for curve in (one.l, one.s, one.b)))
     with pytest.raises(ValueError, match=r"do not fit x of shape .*: statistics by channel or element serve only latents like those"):
         k_diffusion_sampler("dpm_solver_v3", statistics=many)(lambda x, sigma: x, torch.ones(x), torch.tensor([9.0, 1.0, 0.0]), disable=True)

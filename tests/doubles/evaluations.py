@@ -7,6 +7,8 @@ import folder_paths
 from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 
+SAME_MODEL = "torch.compile"  # a key of wrappers that leave the model what it is
+
 
 class TestNaNModel(io.ComfyNode):
     @classmethod
@@ -59,7 +61,7 @@ class TestSlowModel(io.ComfyNode):
             return executor(*args, **kwargs)
 
         patched = model.clone()
-        patched.add_wrapper(WrappersMP.PREDICT_NOISE, predict)
+        patched.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, SAME_MODEL, predict)
         return io.NodeOutput(patched)
 
 
@@ -86,5 +88,5 @@ class TestCounter(io.ComfyNode):
             return executor(x, timestep, *args, **kwargs)
 
         patched = model.clone()
-        patched.add_wrapper(WrappersMP.APPLY_MODEL if calls else WrappersMP.PREDICT_NOISE, predict)
+        patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL if calls else WrappersMP.PREDICT_NOISE, SAME_MODEL, predict)
         return io.NodeOutput(patched)
