@@ -103,7 +103,7 @@ class Statistics:
         Measured on the emoji model (rms as a ratio to DPM-Solver++(2M), 5 to 15 evaluations, guidance 3 and 7): with the
         statistics of the prompt itself 0.76, with all of another prompt's 1.18, with another prompt's l and s 0.94. Plans of one
         prompt helped all others, of another some and harmed some; those of a dozen prompts helped others: a third less error without
-        guidance, a quarter at 3, a twentieth at 7.
+        guidance, a seventh at 3, none at 7.
         """
         refits = self.about.get("refits", {})
         plans = {n: rows for n, rows in self.plans.items() if refits.get(str(n), {}).get("prompts", 1) > 1}
