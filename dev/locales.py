@@ -78,7 +78,7 @@ def table() -> Table:
 
 
 def written(content: dict) -> str:
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
 def _node(schema: Any) -> dict[str, Any]:
