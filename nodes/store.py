@@ -70,26 +70,25 @@ def place(name: str) -> Path:
     return path
 
 
-def free(name: str) -> Path:
+def free(name: str, taken: Callable[[Path], bool] = Path.exists) -> Path:
     """The file of this name, or of the first of name-2, name-3, ... that is not taken."""
-    for n in itertools.count(1):
-        path = place(name if n == 1 else f"{name}-{n}")
-        if not path.exists():
-            return path
+    names = (name if n == 1 else f"{name}-{n}" for n in itertools.count(1))
+    return next(path for path in map(place, names) if not taken(path))
 
 
 def unread(kind: type, name: str) -> Path:
-    """A file for what was just measured: `name`, or with a number if there is such a file; one that is damaged is replaced."""
-    for n in itertools.count(1):
-        path = place(name if n == 1 else f"{name}-{n}")
-        if not path.exists():
-            return path
-        try:
-            kind.load(path)
-        except Damaged:
-            return path
-        except ValueError:  # another's: of another kind or version
-            continue
+    """A file for what was just measured: as `free`, but that one which no version can read is replaced."""
+    return free(name, lambda path: path.exists() and not _damaged(kind, path))
+
+
+def _damaged(kind: type, path: Path) -> bool:
+    try:
+        kind.load(path)
+    except Damaged:
+        return True
+    except ValueError:  # of another kind or version
+        pass
+    return False
 
 
 def partial(name: str) -> Path | None:
