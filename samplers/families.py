@@ -190,8 +190,9 @@ Prediction = Annotated[str, Option(
     "What is interpolated: data = the denoised image (DPM-Solver++), noise = the predicted noise (DPM-Solver). Which is better "
     "depends on the model for multistep; for singlestep in few steps data is", choices=tuple(PREDICTIONS), advanced=True)]
 LowerOrderFinal = Annotated[str, Option(
-    "Lower the order towards the end. auto: on for runs of fewer than 15 steps that end clean", advanced=True,
-    choices=("auto", "on", "off"))]
+    "Lower the order towards the end, where a long step by what the model said earlier goes astray. auto: in runs of fewer than 15 "
+    "steps that end clean, to 1 in the last step above 0 if it is long, else to 2; on: always to 1; off: never, as in ComfyUI",
+    advanced=True, choices=("auto", "on", "off"))]
 SinglestepRule = Annotated[str, Option(
     "How the inner evaluations are combined. midpoint: as published; taylor: the polynomial through all of them",
     choices=("midpoint", "taylor"), advanced=True)]
@@ -360,9 +361,13 @@ def fitted(
 })
 def ipndm(
     order: Annotated[int, Option("Order of accuracy where steps are equal, and how many evaluations are combined", 1, 4)] = 4,
+    lower_order_final: LowerOrderFinal = "auto",
 ) -> Solver:
-    """Adams-Bashforth on the predicted noise with the coefficients of equal steps, whatever the steps: ComfyUI's ipndm."""
-    return Multistep(NoisePrediction(), order, lower_order_final="off", basis=adams)
+    """Adams-Bashforth on the predicted noise with the coefficients of equal steps, whatever the steps.
+
+    With lower_order_final off it is ComfyUI's ipndm.
+    """
+    return Multistep(NoisePrediction(), order, lower_order_final=lower_order_final, basis=adams)
 
 
 @family("Heun (EDM)", "Karras et al. 2022, EDM (arXiv:2206.00364), Algorithms 1-2", {

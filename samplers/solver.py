@@ -110,6 +110,10 @@ CLEAN = 2.0
 """sigma / alpha = 0.135. Without the lower order a last long step to there spoils a run: on exact digits, time-uniform steps to
 sigma 0.03, the error of v3 was 0.68 without and 0.05 with it, that of 2M 0.18 and 0.07."""
 
+SHORT_RUN, LONG = 15, 1.7
+"""Steps of a run that still lowers its order, as the authors advise; and from what length in lambda, a factor 5.5 in sigma / alpha,
+the last step is of order 1. Figures in dev/NOTES.md."""
+
 CORRECTOR_HALF = -0.5
 """Where the time of the usual models is 1/2: lam = -0.48 for Stable Diffusion (sigma 1.62), 0 for unshifted flow."""
 
@@ -122,9 +126,11 @@ def finite(*ends: Level) -> bool:
 class Multistep:
     """Adams methods in lam: the polynomial through the last `order` evaluations; one evaluation a step.
 
-    The order rises from 1 at the start. With lower_order_final it falls to 1 again towards the end; "auto" does so for
-    runs of fewer than 15 steps (as the authors advise) that end clean, lam > CLEAN: to sigma = 0, or to the model's lowest
-    sigma. Runs that stop before go on elsewhere, as with leftover noise, and nothing ends there.
+    The order rises from 1 at the start. With lower_order_final it falls again towards the end: "on" to 1 in the last step of
+    finite length; "auto" to 1 there if that step is LONG, else to 2, in runs of fewer than SHORT_RUN steps that end clean,
+    lam > CLEAN: to sigma = 0, or to the model's lowest sigma. Runs that stop before go on elsewhere, as with leftover noise, and
+    nothing ends there. What was said earlier holds for a long way with a model that has not made up its mind, and near the end
+    it has: there the polynomial through earlier answers goes astray, the farther the step goes.
 
     A corrector repeats every step s -> t with the evaluation at t among its nodes s, t, s_-1, ..., at no further model
     call; it has corrector_extra nodes more than the predictor. "half" keeps it to lam >= CORRECTOR_HALF.
@@ -147,15 +153,23 @@ class Multistep:
         n, (s, t) = len(levels) - 1, levels[i:i + 2]
         if not finite(s, t):
             return ddim(self.integrand, s, t)
-        lower = self.lower_order_final == "on" or (
-            self.lower_order_final == "auto" and n < 15 and levels[-1].lam > CLEAN)
         past = [level for level in reversed(levels[max(0, i + 1 - self.order):i]) if finite(level)]  # lam = -inf carries no slope
-        order = min(self.order, 1 + len(past), n - i if lower else self.order)
+        order = min(self.order, 1 + len(past), self._highest(levels, i))
         predictor = Stage(tuple(range(0, -order, -1)), self.rule, self.basis)
         corrector = Stage((0, 1, *range(-1, -order, -1))[:order + self.corrector_extra], self.rule, self.corrector_basis)
         corrects = i + 1 < n and finite(levels[i + 2]) and 1 in corrector.uses and (
             self.corrector == "full" or (self.corrector == "half" and t.lam >= CORRECTOR_HALF))
         return step(self.integrand, (s, t), (predictor,), past[:order - 1], corrector=corrector if corrects else None)
+
+    def _highest(self, levels: Sequence[Level], i: int) -> int:
+        """The highest order that lower_order_final leaves to interval i."""
+        n = len(levels) - 1
+        last = n - 1 if finite(levels[n]) else n - 2  # the last interval of finite length
+        if self.lower_order_final == "on":
+            return last - i + 1
+        if self.lower_order_final == "off" or n >= SHORT_RUN or levels[n].lam <= CLEAN:
+            return self.order
+        return last - i + 1 + (levels[last + 1].lam - levels[last].lam <= LONG)
 
 
 @dataclass(frozen=True)

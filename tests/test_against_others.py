@@ -30,7 +30,7 @@ def noise_of(x, path: str, seed: int):
 @pytest.mark.parametrize("steps", [1, 2, 4, 9])
 def test_2m_is_theirs(functions, steps: int) -> None:
     model, x, sigmas = problem("ve", KARRAS[-steps - 1:])
-    torch.testing.assert_close(k_diffusion_sampler("dpmpp_2m")(model, x, sigmas, disable=True),
+    torch.testing.assert_close(k_diffusion_sampler("dpmpp_2m", lower_order_final="off")(model, x, sigmas, disable=True),
                                functions().sample_dpmpp_2m(model, x, sigmas, disable=True), rtol=0, atol=1e-12)
 
 
@@ -42,7 +42,7 @@ def test_2m_in_float32_is_theirs_to_float_precision(functions) -> None:
     model.denoiser.means, model.denoiser.stds, model.denoiser.weights = (
         v.float() for v in (model.denoiser.means, model.denoiser.stds, model.denoiser.weights))
     theirs = functions().sample_dpmpp_2m(model, x, sigmas, disable=True)
-    ours = k_diffusion_sampler("dpmpp_2m")(model, x, sigmas, disable=True)
+    ours = k_diffusion_sampler("dpmpp_2m", lower_order_final="off")(model, x, sigmas, disable=True)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max()
 
@@ -54,7 +54,7 @@ def test_2m_sde_is_theirs(functions, eta: float, rule: str, solver_type: str) ->
     model, x, sigmas = problem("ve", KARRAS)
     theirs = functions().sample_dpmpp_2m_sde(model, x, sigmas, disable=True, eta=eta, s_noise=0.9,
                                              solver_type=solver_type, noise_sampler=noise_of(x, "ve", 5))
-    ours = k_diffusion_sampler("dpmpp_2m_sde", eta=eta, s_noise=0.9, rule=rule)(
+    ours = k_diffusion_sampler("dpmpp_2m_sde", eta=eta, s_noise=0.9, rule=rule, lower_order_final="off")(
         model, x, sigmas, extra_args={"seed": 5}, disable=True)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
@@ -91,12 +91,12 @@ def test_fast_is_theirs_on_the_levels_they_use(functions, n: int) -> None:
     torch.testing.assert_close(k_diffusion_sampler("dpm_fast")(model, x, sigmas, disable=True), theirs, rtol=0, atol=3e-6)
 
 
-@pytest.mark.parametrize(("ours", "theirs", "options"), [
-    ("dpmpp_2m_sde", "sample_dpmpp_2m_sde", {}), ("dpmpp_3m_sde", "sample_dpmpp_3m_sde", {"lower_order_final": "off"})])
-def test_on_flow_models_the_sde_solvers_are_comfyui_s(ours: str, theirs: str, options: dict) -> None:
+@pytest.mark.parametrize(("ours", "theirs"), [
+    ("dpmpp_2m_sde", "sample_dpmpp_2m_sde"), ("dpmpp_3m_sde", "sample_dpmpp_3m_sde")])
+def test_on_flow_models_the_sde_solvers_are_comfyui_s(ours: str, theirs: str) -> None:
     model, x, sigmas = problem("flow", FLOW)
     expected = getattr(comfy_sampling(), theirs)(model, x, sigmas, disable=True, noise_sampler=noise_of(x, "flow", 5))
-    result = k_diffusion_sampler(ours, "flow", **options)(model, x, sigmas, extra_args={"seed": 5}, disable=True)
+    result = k_diffusion_sampler(ours, "flow", lower_order_final="off")(model, x, sigmas, extra_args={"seed": 5}, disable=True)
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-11)
 
 
@@ -132,7 +132,7 @@ def test_their_noise_depends_on_the_range_of_the_schedule_and_ours_does_not() ->
 def test_ipndm_is_comfyui_s(steps: int, order: int) -> None:
     model, x, sigmas = problem("ve", KARRAS[-steps - 1:])
     theirs = comfy_sampling().sample_ipndm(model, x, sigmas, disable=True, max_order=order)
-    ours = k_diffusion_sampler("ipndm", order=order)(model, x, sigmas, disable=True)
+    ours = k_diffusion_sampler("ipndm", order=order, lower_order_final="off")(model, x, sigmas, disable=True)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 

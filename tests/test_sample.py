@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from measure import Trace
-from problems import FIXED, Gaussian, needed, ode, reference_mixture, starting_noise
+from problems import FIXED, Gaussian, Mixture, needed, ode, reference_mixture, starting_noise
 from samplers import SAMPLERS, estimate_statistics, fit_amed, k_diffusion_sampler, nfe, refit_multistep
+from samplers.schedule import PATHS, levels
 
 EVERY = list(SAMPLERS)
 SCHEDULES = {
@@ -279,7 +280,6 @@ def test_an_answer_of_the_wrong_shape_is_refused() -> None:
 
 def test_the_final_steps_fall_in_order_only_when_asked_or_few() -> None:
     def orders(n: int, end: float, **options) -> list[int]:
-        from samplers.schedule import PATHS, levels
         sigmas = [20.0 * (1 - i / n) + end * i / n for i in range(n + 1)]
         return [len(step.updates[-1].terms)
                 for step in SAMPLERS["dpmpp_3m"].solver(**options).steps(levels(sigmas, PATHS["ve"]), PATHS["ve"])]
@@ -288,15 +288,45 @@ def test_the_final_steps_fall_in_order_only_when_asked_or_few() -> None:
     assert orders(6, 0.5) == [1, 2, 3, 3, 3, 3]            # goes on elsewhere: nothing ends here
     assert orders(6, 0.03) == [1, 2, 3, 3, 2, 1]           # the lowest sigma of a model is an end
     assert orders(6, 0.5, lower_order_final="on") == [1, 2, 3, 3, 2, 1]
+    assert orders(6, 0.0, lower_order_final="on") == [1, 2, 3, 2, 1, 1]  # of the steps of finite length
     assert orders(15, 0.0)[-3:] == [3, 3, 1]
     assert orders(6, 0.0, lower_order_final="off") == [1, 2, 3, 3, 3, 1]
+
+
+def test_the_last_step_above_zero_is_of_first_order_where_it_is_long() -> None:
+    def orders(*sigmas: float) -> list[int]:
+        return [len(step.updates[-1].terms)
+                for step in SAMPLERS["dpmpp_3m"].solver().steps(levels(sigmas, PATHS["ve"]), PATHS["ve"])]
+
+    assert orders(14.6, 7.0, 3.0, 1.2, 0.3, 0.0) == [1, 2, 3, 2, 1]        # log(1.2 / 0.3) = 1.4
+    assert orders(14.6, 7.0, 3.0, 1.2, 0.2, 0.0) == [1, 2, 2, 1, 1]        # log(1.2 / 0.2) = 1.8
+    assert orders(14.6, 7.0, 3.0, 1.2, 0.1) == [1, 2, 2, 1]                # without a step to 0 too
+    assert orders(14.6, 0.1, 0.0) == [1, 1] and orders(14.6, 0.0) == [1]
+    assert orders(*(14.6 * 0.9**k for k in range(15)), 0.03, 0.0)[-2:] == [3, 1]  # not in a run of 15 steps or more
+
+
+@pytest.mark.parametrize("name", ["dpmpp_2m", "dpmpp_3m", "dpm_2m", "dpm_3m", "ipndm"])
+def test_lowering_the_order_on_a_long_last_step_pays_in_few_steps(name: str) -> None:
+    """On a mixture, with levels even in time as ComfyUI's scheduler `normal` makes them: 0.35 -> 0.03, and then to 0."""
+    sigmas = [14.615, 3.686, 1.162, 0.348, 0.0292, 0.0]
+    generator = torch.Generator().manual_seed(3)
+    model = Mixture(torch.randn((40, 12), generator=generator, dtype=torch.float64),
+                    torch.full((40,), 0.05, dtype=torch.float64), torch.full((40,), 1 / 40, dtype=torch.float64))
+    x = sigmas[0] * torch.randn((256, 3, 2, 2), generator=generator, dtype=torch.float64)
+
+    def run_of(name: str, sigmas: list[float], how: str) -> torch.Tensor:
+        return k_diffusion_sampler(name, lower_order_final=how)(model, x, torch.tensor(sigmas, dtype=torch.float64), disable=True)
+
+    fine = [sigmas[0] * (sigmas[-2] / sigmas[0]) ** (k / 200) for k in range(201)]
+    end = run_of("dpmpp_2m", [*fine, 0.0], "off")
+    error = {how: float((run_of(name, sigmas, how) - end).square().mean().sqrt()) for how in ("auto", "off")}
+    assert error["auto"] < 0.8 * error["off"]
 
 
 @pytest.mark.parametrize(("n", "end", "groups"), [
     (9, 0.0, [3, 3, 2, 1]), (10, 0.0, [3, 3, 3, 1]), (8, 0.0, [3, 3, 1, 1]), (9, 0.5, [3, 3, 2, 1]), (8, 0.5, [3, 3, 2]),
     (3, 0.0, [2, 1]), (2, 0.0, [1, 1]), (1, 0.0, [1])])
 def test_fast_spends_exactly_one_evaluation_an_interval(n: int, end: float, groups: list[int]) -> None:
-    from samplers.schedule import PATHS, levels
     sigmas = [20.0 * (1 - i / n) + end * i / n for i in range(n + 1)]
     steps = SAMPLERS["dpm_fast"].solver().steps(levels(sigmas, PATHS["ve"]), PATHS["ve"])
     assert [step.intervals for step in steps] == groups and sum(len(step.evaluations) for step in steps) == n
