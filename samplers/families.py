@@ -149,7 +149,8 @@ def family(title: str, citation: str, presets: Mapping[str, Preset]) -> Callable
             kind, option = typing.get_args(hints[name])
             options[name] = replace(option, kind=kind, default=parameter.default)
         options["first_step"] = FIRST_STEP
-        whole = Sampler(build.__name__, title, inspect.getdoc(build), title, citation, options, {}, build)
+        paragraphs = [" ".join(part.split()) for part in inspect.getdoc(build).split("\n\n")]
+        whole = Sampler(build.__name__, title, "\n\n".join(paragraphs), title, citation, options, {}, build)
         FAMILIES[whole.name] = whole
         for name, (preset_title, when, fixed, defaults) in presets.items():
             free = {key: replace(option, default=defaults.get(key, option.default))
@@ -288,8 +289,8 @@ def adaptive(
 ) -> Solver:
     """Steps of free length from the schedule's first to its last sigma, by an error tolerance instead of a step count.
 
-    The sigmas in between only place the progress bar: the error is controlled down to the model's lowest sigma, and from there
-    one step leads to 0. The worst image of a batch sets the step for all.
+    The sigmas in between only place the progress bar. A run to 0 is under control down to the model's lowest sigma, and goes
+    on from there in one step. The worst image of a batch sets the step for all.
     """
     return Adaptive(PREDICTIONS[prediction], TABLEAUX[order, rule], rtol, atol, h_init, theta)
 
@@ -310,8 +311,8 @@ def sde(
 ) -> Solver:
     """DPM-Solver++ multistep on the diffusion SDE: fresh noise in every step forgets earlier errors, given enough steps.
 
-    The noise of image k in a batch is that of seed + k alone, as in the WebUI: the same start gives the same image by itself and
-    in any batch. ComfyUI's own samplers draw one noise for the whole batch.
+    Image k of a batch gets the noise of seed + k alone, as in the WebUI, so it can be made again by itself. ComfyUI's own
+    samplers draw one noise for the whole batch.
     """
     return Multistep(DataPrediction(eta, s_noise), order, RULES[rule], lower_order_final)
 
