@@ -9,7 +9,12 @@ import torch
 
 from measure import Trace
 from problems import FIXED, Gaussian, needed, ode, reference_mixture, starting_noise
-from samplers import FAMILIES, SAMPLERS, Amed, Statistics, estimate_statistics, fit_amed, k_diffusion_sampler, nfe, refit_multistep
+from samplers import (
+    FAMILIES, PATHS, SAMPLERS, Amed, Statistics, estimate_statistics, fit_amed, k_diffusion_sampler, nfe, refit_multistep)
+from samplers.integrand import DataPrediction
+from samplers.sample import sample
+from samplers.solver import DPM_2S_TAYLOR, Multistep, Singlestep
+from samplers.statistics import EmpiricalPrediction
 
 EVERY = list(SAMPLERS)
 SCHEDULES = {
@@ -226,6 +231,19 @@ def test_the_peak_is_order_plus_two_latents(name: str) -> None:
     if settings.get("corrector", "off") != "off":
         latents += 2  # where the step began, and one node more
     assert memory.peak <= latents * x.numel() * x.element_size()
+
+
+@pytest.mark.parametrize("solver", [
+    Multistep(DataPrediction(), 2, corrector="full"), Multistep(DataPrediction(1.0), 2, corrector="full"),
+    Multistep(EmpiricalPrediction(Statistics.constant()), 3, corrector="full"), Singlestep(DataPrediction(1.0), DPM_2S_TAYLOR)],
+    ids=["ODE corrected", "SDE corrected", "v3 corrected", "SDE singlestep"])
+def test_a_corrector_and_a_noisy_inner_stage_take_one_latent_more(solver) -> None:
+    """The corrector one node more, but neither where the step began nor its noise; the stage its noise, which goes on to the end."""
+    x, path = torch.empty(1, 4, 8, 8, device="meta"), PATHS["ve"]
+    steps = solver.steps([path.level(float(sigma)) for sigma in range(20, -1, -1)], path)
+    with Trace(x.numel(), "meta") as memory:
+        sample(lambda x, sigma: torch.empty_like(x), x, steps, noise=lambda s, t: torch.empty_like(x))
+    assert memory.peak <= (getattr(solver, "order", 2) + 3) * x.numel() * x.element_size()
 
 
 @pytest.mark.parametrize("name", FIXED)
