@@ -49,7 +49,10 @@ class Option:
         return f"{'a whole number' if self.kind is int else 'a number'} from {self.low:g} to {self.high:g}"
 
     def check(self, name: str, value: Any) -> Any:
-        """`value` if it is admissible, numpy's numbers as Python's; ValueError naming the option, the value and the range if not."""
+        """`value` if it is admissible, numpy's numbers as Python's.
+
+        ValueError naming the option, the value and the range if it is not.
+        """
         if isinstance(value, (np.number, np.bool_)):
             value = value.item()
         if self.stand_in is not None:
@@ -170,8 +173,8 @@ def find(name: str) -> Sampler:
 def nfe(name: str, steps: int | Sequence[float], path: str = "ve", **options: Any) -> int | None:
     """Model evaluations of a run, without running it; None if they depend on the model (adaptive solvers).
 
-    steps: the number of intervals of a schedule from the path's highest sigma to 0, as KSampler's; or the sigmas themselves. A
-    first step that the model does not answer counts 0.
+    steps: the number of intervals of a schedule from the path's highest sigma to 0, as KSampler's; or the
+    sigmas themselves. A first step that the model does not answer counts 0.
     """
     sampler, gaussian = find(name), find_path(path)
     settings = sampler.settings({**sampler.stand_ins, **options})
@@ -183,7 +186,8 @@ def nfe(name: str, steps: int | Sequence[float], path: str = "ve", **options: An
         if steps < 0:
             raise ValueError(f"steps = {steps} is out of range: choose a whole number >= 0")
         steps = [k / max(1, steps) for k in range(steps, -1, -1)]  # sigma = 1: where a flow begins
-        settings |= {name: value for name, value in sampler.stand_ins.items() if name == "statistics"}  # they cover it
+        if "statistics" in settings:
+            settings["statistics"] = sampler.stand_ins["statistics"]  # the count is theirs, on every schedule
     solver = sampler.solver_of(settings)
     if isinstance(solver, Adaptive):
         return None
@@ -289,8 +293,8 @@ def adaptive(
 ) -> Solver:
     """Steps of free length from the schedule's first to its last sigma, by an error tolerance instead of a step count.
 
-    The sigmas in between only place the progress bar. A run to 0 is under control down to the model's lowest sigma, and goes
-    on from there in one step. The worst image of a batch sets the step for all.
+    The sigmas in between only place the progress bar. A run to 0 is under control down to the model's lowest
+    sigma, and goes on from there in one step. The worst image of a batch sets the step for all.
     """
     return Adaptive(PREDICTIONS[prediction], TABLEAUX[order, rule], rtol, atol, h_init, theta)
 
@@ -309,10 +313,11 @@ def sde(
     lower_order_final: LowerOrderFinal = "auto",
     noise_device: NoiseDevice = "cpu",
 ) -> Solver:
-    """DPM-Solver++ multistep on the diffusion SDE: fresh noise in every step forgets earlier errors, given enough steps.
+    """DPM-Solver++ multistep on the diffusion SDE: fresh noise in every step forgets earlier errors, given
+    enough steps.
 
-    Image k of a batch gets the noise of seed + k alone, as in the WebUI, so it can be made again by itself. ComfyUI's own
-    samplers draw one noise for the whole batch.
+    Image k of a batch gets the noise of seed + k alone, as in the WebUI, so it can be made again by itself.
+    ComfyUI's own samplers draw one noise for the whole batch.
     """
     return Multistep(DataPrediction(eta, s_noise), order, RULES[rule], lower_order_final)
 

@@ -38,8 +38,9 @@ def afs(start: Level, sigma_data: float = 1.0) -> Callable[[Tensor], Tensor]:
 
 
 class MeanAnswer:
-    """The mean of a model's first answers, [C, ...]: those of one prompt, guidance, shape and level. On the CPU.
+    """The mean of a model's first answers, [C, ...]: those of one prompt, guidance, shape and level.
 
+    Kept on the CPU.
     ValueError for images of another shape than those it has learned.
     """
 
@@ -61,8 +62,9 @@ class MeanAnswer:
 
     def _check(self, x: Tensor) -> None:
         if self.mean is not None and self.mean.shape != x.shape[1:]:
-            raise ValueError(f"this MeanAnswer has learned images of shape {list(self.mean.shape)}, and x has "
-                             f"{list(x.shape[1:])}: give every shape, as every prompt, a MeanAnswer of its own")
+            raise ValueError(
+                f"this MeanAnswer has learned images of shape {list(self.mean.shape)}, and x has "
+                f"{list(x.shape[1:])}: give every shape, as every prompt, a MeanAnswer of its own")
 
 
 def check_full_noise(start: Level, sigma_max: float | None) -> None:

@@ -2,7 +2,7 @@
 
 With m the interpolated value, every update of this package is
 
-    x_t = decay x_s + sum_j coefficient_j m_j + bias + sum_i std_i xi_i,          m = p x + q D,   xi_i ~ N(0, 1)
+    x_t = decay x_s + sum_j coefficient_j m_j + bias + sum_i std_i xi_i,     m = p x + q D,   xi_i ~ N(0, 1)
 
 and an integrand is the choice of m (p, q) and of the coefficients for given nodes. The exponential ones have
 
@@ -45,9 +45,10 @@ Span = tuple[Level, Level]
 
 
 class Update(NamedTuple):
-    """x at `to` = decay x_s + sum_k coefficient_k m_k + bias + sum_i std_i xi_i, over the evaluations k that `terms` names.
+    """x at `to` = decay x_s + sum_k coefficient_k m_k + bias + sum_i std_i xi_i.
 
-    `noise` names the increments xi_i by their spans; updates of one step that name the same span get the same increment.
+    `terms` names the evaluations k, and `noise` the increments xi_i by their spans: updates of one step that
+    name the same span get the same increment.
     A chained update takes the x that the update before it made, in place of x_s.
     """
 
@@ -63,7 +64,10 @@ class Integrand(Protocol):
     def evaluation(self, at: Level) -> Evaluation: ...
 
     def update(self, s: Level, to: Level, stage: Stage, at: Mapping[int, Level]) -> Update:
-        """The finished coefficients of one stage from s; at[k] is the level of evaluation k, those of the step itself from 0 on."""
+        """The finished coefficients of one stage from s.
+
+        at[k] is the level of evaluation k; those of the step itself are numbered from 0 on.
+        """
 
 
 class Flow(NamedTuple):
@@ -90,14 +94,16 @@ class Exponential:
                       noise=self._noise(s, to, at) if std else ())
 
     def _noise(self, s: Level, to: Level, at: Mapping[int, Level]) -> tuple[tuple[Span, float], ...]:
-        """What comes in between s and `to`, span by span between the step's own levels, and shrinks from there on as x does:
+        """What comes in between s and `to`, span by span of the step's own levels, and shrinks on as x does:
 
             sum over spans a -> b of  decay_(b -> to) std_(a -> b) xi_(a -> b)
 
-        So the stages of one step are states of one path of the SDE. Gonzalez et al. 2023, SEEDS (arXiv:2305.14267), has two spans.
+        So the stages of a step are states of one path of the SDE. As in SEEDS (Gonzalez et al. 2023,
+        arXiv:2305.14267).
         """
         inner = sorted({level for k, level in at.items() if k > 0 and s.lam < level.lam < to.lam})
-        return tuple(((a, b), self.flow(b, to).decay * self.flow(a, b).std) for a, b in pairwise([s, *inner, to]))
+        return tuple(((a, b), self.flow(b, to).decay * self.flow(a, b).std)
+                     for a, b in pairwise([s, *inner, to]))
 
 
 @dataclass(frozen=True)

@@ -19,25 +19,30 @@ from .schedule import Level, find_path, levels
 from .solver import Adaptive, finite
 
 
-def k_diffusion_sampler(name: str, path: str = "ve", *, sigma_max: float | None = None, sigma_min: float | None = None,
-                        mean: MeanAnswer | None = None, **options: Any) -> Callable[..., Tensor]:
+def k_diffusion_sampler(name: str, path: str = "ve", *, sigma_max: float | None = None,
+                        sigma_min: float | None = None, mean: MeanAnswer | None = None,
+                        **options: Any) -> Callable[..., Tensor]:
     """fn(model, x, sigmas, extra_args=None, callback=None, disable=None) -> x at sigmas[-1], for a name of SAMPLERS.
 
     model(x, sigma[B], **extra_args) returns the denoised x. callback gets a dict with x, i, sigma, sigma_hat, denoised
     after the evaluation that opens interval i. x is [B, ...] noise at sigmas[0] plus signal, in any floating dtype: the
     model sees that dtype, the solver works in at least float32, and x is left as it was. sigmas strictly decrease.
     No graph is kept (torch.no_grad), as in k-diffusion.
-    Stochastic solvers take their seed from extra_args["seed"], or draw one from torch's generator. The noise of image k of a batch
-    is that of seed + k alone, on purpose (the WebUI's convention; ComfyUI's own samplers draw one noise for the batch).
-    sigma_max is the model's highest level: with it, a first_step that is not evaluated is refused in runs that start lower.
-    sigma_min is its lowest above 0: down to there an adaptive run to 0 controls its error (sample.LOWEST if not given).
-    first_step = "mean" needs a MeanAnswer that lives as long as model, prompt and shape are the same; the run that finds it
-    empty fills it.
+    Stochastic solvers take their seed from extra_args["seed"], or draw one from torch's generator. The noise
+    of image k of a batch is that of seed + k alone, on purpose: the WebUI's convention. ComfyUI's own samplers
+    draw one noise for the batch.
+
+    sigma_max is the model's highest level: with it, a first_step that is not evaluated is refused in runs that
+    start lower. sigma_min is its lowest above 0: down to there an adaptive run to 0 controls its error
+    (sample.LOWEST if not given). first_step = "mean" needs a MeanAnswer that lives as long as model, prompt
+    and shape are the same; the run that finds it empty fills it.
 
     ValueError for an unknown name, path or option, an option out of range, or unusable sigmas;
-    FloatingPointError if the model returned NaN or infinity, naming the step, or if an adaptive run finds no end.
+    FloatingPointError if the model returned NaN or infinity, naming the step, or if an adaptive run finds no
+    end.
     """
-    return k_diffusion_function(find(name), path, options, sigma_max=sigma_max, sigma_min=sigma_min, mean=mean)
+    return k_diffusion_function(find(name), path, options, sigma_max=sigma_max, sigma_min=sigma_min,
+                                mean=mean)
 
 
 def k_diffusion_function(sampler: Sampler, path: str, options: Mapping[str, Any], *, noise_scale: float = 1.0,
@@ -74,7 +79,8 @@ def k_diffusion_function(sampler: Sampler, path: str, options: Mapping[str, Any]
 
             if isinstance(solver, Adaptive):
                 try:
-                    result = sample_adaptive(answering, start, schedule, solver, gaussian, lowest=lowest, observe=observe)
+                    result = sample_adaptive(answering, start, schedule, solver, gaussian, lowest=lowest,
+                                             observe=observe)
                 except FloatingPointError:
                     denoise.check()  # the sooner cause, if there is one
                     raise

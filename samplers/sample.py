@@ -17,18 +17,18 @@ from .tensors import lincomb, placed, rms
 Denoiser = Callable[[Tensor, float], Tensor]
 """denoise(x, sigma) -> the model's estimate of x0."""
 Noise = Callable[[Level, Level], Tensor]
-"""noise(s, t) -> a unit-variance increment over the span, shaped like x; over disjoint spans independent ones."""
+"""noise(s, t) -> a unit-variance increment, shaped like x; those over disjoint spans are independent."""
 Observer = Callable[[int, float, Tensor, Tensor], None]
 """observe(i, sigma, x, denoised): the evaluation that opens interval i of the schedule has been made."""
 
 
 def no_noise(s: Level, t: Level) -> Tensor:
-    raise ValueError(f"the step from sigma = {s.sigma:.6g} to {t.sigma:.6g} adds noise, and none is given: give noise, such as "
-                     "BrownianNoise(x, seed)")
+    raise ValueError(f"the step from sigma = {s.sigma:.6g} to {t.sigma:.6g} adds noise, and none is given: "
+                     "give noise, such as BrownianNoise(x, seed)")
 
 
-def sample(denoise: Denoiser, x: Tensor, steps: Sequence[Step], *, noise: Noise = no_noise, observe: Observer | None = None,
-           first: int = 0) -> Tensor:
+def sample(denoise: Denoiser, x: Tensor, steps: Sequence[Step], *, noise: Noise = no_noise,
+           observe: Observer | None = None, first: int = 0) -> Tensor:
     """Run planned steps, from x at steps[0].s to steps[-1].t; `first` is the number of the first interval.
 
     The latents are touched once an update, by one linear combination, and nothing here waits for the device.
@@ -40,7 +40,7 @@ def sample(denoise: Denoiser, x: Tensor, steps: Sequence[Step], *, noise: Noise 
     for step in steps:
         here = evaluate(denoise, x, step.evaluations[0], observe, first)
         if before and before.correction:
-            x = combine(x, before.correction, {len(before.evaluations) - k: m for k, m in enumerate((here, *past))})
+            x = _corrected(x, before, (here, *past))
         if step.plan:
             step = on_device(step.plan(x), x)
         values = {0: here, **{-k: m for k, m in enumerate(past, 1)}}
@@ -54,12 +54,12 @@ def sample(denoise: Denoiser, x: Tensor, steps: Sequence[Step], *, noise: Noise 
     return x
 
 
-def advance(denoise: Denoiser, x: Tensor, step: Step, values: dict[int | Span, Tensor], keep: Set[int], noise: Noise = no_noise,
-            observe: Observer | None = None, first: int = 0) -> Tensor:
+def advance(denoise: Denoiser, x: Tensor, step: Step, values: dict[int | Span, Tensor], keep: Set[int],
+            noise: Noise = no_noise, observe: Observer | None = None, first: int = 0) -> Tensor:
     """x at step.t.
 
-    `values` holds the evaluations by their numbers, and increments of the noise by their spans. Those it lacks are made and
-    entered; those that no later update needs are dropped, but for the ones to `keep`.
+    `values` holds the evaluations by their numbers, and increments of the noise by their spans. Those it lacks
+    are made and entered; those that no later update needs are dropped, but for the ones to `keep`.
     """
     y = x
     for k, (evaluation, update) in enumerate(zip(step.evaluations, step.updates)):
@@ -78,6 +78,12 @@ def advance(denoise: Denoiser, x: Tensor, step: Step, values: dict[int | Span, T
                 values[span] = noise(*span)
             y.add_(values[span], alpha=std)
     return y
+
+
+def _corrected(x: Tensor, step: Step, latest: Sequence[Tensor]) -> Tensor:
+    """x at step.t, once the evaluation there has been made; it and those before it, latest first."""
+    n = len(step.evaluations)
+    return combine(x, step.correction, {n - k: m for k, m in enumerate(latest)})
 
 
 def combine(x: Tensor, update: Update, values: Mapping[int, Tensor]) -> Tensor:
@@ -110,21 +116,24 @@ def on_device(step: Step, x: Tensor) -> Step:
 
 
 OPENING = 0.1
-"""From pure noise (lam = -inf) an adaptive run goes at once to where alpha^2 is so many times its tolerance. That step errs by
-alpha^2 / 2 in a state of unit variance (measured on a mixture, from alpha = 0.14 to 0.002), a twentieth of the tolerance."""
+"""From pure noise (lam = -inf) an adaptive run goes at once to where alpha^2 is so many times its tolerance.
+That step errs by alpha^2 / 2 in a state of unit variance (measured on a mixture, from alpha = 0.14 to 0.002),
+a twentieth of the tolerance."""
 LOWEST = 0.002
-"""sigma / alpha from which an adaptive run to 0 goes there at once, if the model's lowest level is not known. On normal data of spreads
-0.02 to 1 that step erred by 1e-3 from 0.01 on and by 7e-5 from 0.002 on, which took 3 evaluations more at most tolerances."""
+"""sigma / alpha from which an adaptive run to 0 goes there at once, if the model's lowest level is not known.
+On normal data of spreads 0.02 to 1 that step erred by 1e-3 from 0.01 on, and by 7e-5 from 0.002 on, which took
+3 evaluations more at most tolerances."""
 MOST = 2000
-"""Evaluations in an adaptive run. The tightest tolerances of the catalogue took up to 1,455 on exact problems."""
+"""Evaluations of an adaptive run at most. The tightest tolerances took up to 1,455 on exact problems."""
 
 
 def sample_adaptive(denoise: Denoiser, x: Tensor, levels: Sequence[Level], solver: Adaptive, path: Path, *,
                     lowest: Level | None = None, observe: Observer | None = None) -> Tensor:
-    """Integrate from the first to the last of `levels`, choosing the steps on the way. Those between only number the intervals.
+    """Integrate from the first to the last of `levels`, choosing the steps on the way.
 
-    The error is controlled wherever lam is finite, and down to `lowest`, the model's lowest level, in a run to sigma = 0. What
-    is left at either end is one step of infinite length, DDIM. One number a step, the error estimate, is awaited from the device.
+    The levels between only number the intervals. The error is controlled wherever lam is finite, and down to
+    `lowest`, the model's lowest level, in a run to sigma = 0. What is left at either end is one step of
+    infinite length, DDIM. One number a step, the error estimate, is awaited from the device.
 
     FloatingPointError if the error estimate is not finite, or still too large after MOST evaluations.
     """
@@ -133,7 +142,9 @@ def sample_adaptive(denoise: Denoiser, x: Tensor, levels: Sequence[Level], solve
     denoise = _bounded(denoise, solver)
     start, end = levels[0], levels[-1]
     stop = end if finite(end) else lowest or path.at(-math.log(LOWEST))
-    s = start if finite(start) else min(stop, path.at(0.5 * math.log(OPENING * max(solver.rtol, solver.atol))))
+    s = start
+    if not finite(start):
+        s = min(stop, path.at(0.5 * math.log(OPENING * max(solver.rtol, solver.atol))))  # by lam
     if s != start:
         x = sample(denoise, x, [ddim(solver.integrand, start, s)], observe=observe)
     if s < stop:  # by lam
@@ -149,10 +160,10 @@ def _bounded(denoise: Denoiser, solver: Adaptive) -> Denoiser:
     def bounded(x: Tensor, sigma: float) -> Tensor:
         if next(calls) > MOST:
             raise FloatingPointError(
-                f"after {MOST} evaluations the run is at sigma = {sigma:.6g} only: its tolerances (rtol = {solver.rtol:g}, atol = "
-                f"{solver.atol:g}) are too tight for this model, or finer than its precision (a model in bfloat16 is exact to about "
-                "0.004, in float16 to 0.0005): raise rtol and atol, run the model in float32, or choose a solver with a fixed "
-                "number of steps")
+                f"after {MOST} evaluations the run is at sigma = {sigma:.6g} only: its tolerances (rtol = "
+                f"{solver.rtol:g}, atol = {solver.atol:g}) are too tight for this model, or finer than its "
+                "precision (a model in bfloat16 is exact to about 0.004, in float16 to 0.0005): raise rtol "
+                "and atol, run the model in float32, or choose a solver with a fixed number of steps")
         return denoise(x, sigma)
 
     return bounded
@@ -162,15 +173,16 @@ def _interval(levels: Sequence[Level], at: Level) -> int:
     return max(i for i, level in enumerate(levels[:-1]) if level.lam <= at.lam)
 
 
-def _adapt(denoise: Denoiser, x: Tensor, s: Level, end: Level, levels: Sequence[Level], solver: Adaptive, path: Path,
-           observe: Observer | None) -> Tensor:
+def _adapt(denoise: Denoiser, x: Tensor, s: Level, end: Level, levels: Sequence[Level], solver: Adaptive,
+           path: Path, observe: Observer | None) -> Tensor:
     h, before = solver.h_init, x / math.hypot(s.alpha, s.sigma)
     values: dict[int | Span, Tensor] = {}
     while s.lam < end.lam:
         interval = _interval(levels, s)
         t = end if s.lam + h >= end.lam else path.at(s.lam + h)
         step, low = solver.step(s, t, path)
-        high = advance(denoise, x, step, values, {0, *(k for k, _ in low.terms)}, observe=observe, first=interval)
+        keep = {0, *(k for k, _ in low.terms)}
+        high = advance(denoise, x, step, values, keep, observe=observe, first=interval)
         size = math.hypot(t.alpha, t.sigma)
         lower = combine(x, low, values).div_(size)
         error = _error(high / size, lower, before, solver)

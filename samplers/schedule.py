@@ -95,8 +95,8 @@ def levels(sigmas: Sequence[float] | Tensor | np.ndarray, path: Path) -> list[Le
     """
     shape = sigmas.shape if isinstance(sigmas, Tensor) else np.shape(sigmas)
     if len(shape) != 1:
-        raise ValueError(f"sigmas has shape {list(shape)}: give one list of noise levels from high to low, shape [n + 1] for n steps, "
-                         "which all images of a batch share")
+        raise ValueError(f"sigmas has shape {list(shape)}: give one list of noise levels from high to low, "
+                         "shape [n + 1] for n steps, which all images of a batch share")
     sigmas = sigmas.tolist() if isinstance(sigmas, Tensor) else [float(sigma) for sigma in sigmas]
     if not sigmas:
         raise ValueError("sigmas is empty: give the noise levels from the start to the end, at least one number")

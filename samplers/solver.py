@@ -24,9 +24,9 @@ from .schedule import Level, Path, VarianceExploding
 class Step(NamedTuple):
     """One step of a run: evaluation k, then update k, and so on; the last update arrives at t.
 
-    A correction goes from the x that arrived at t, noise and all, to the x of the same step with the evaluation at t, which is the
-    next step's first, among its nodes: it is numbered after the step's own. A step with a plan is replaced by what plan(x)
-    returns after its first evaluation, when that depends on what the model said.
+    A correction goes from the x that arrived at t, noise and all, to that of the same step with the evaluation
+    at t among its nodes: the next step's first, numbered after the step's own. A step with a plan is replaced
+    by what plan(x) returns after its first evaluation, when that depends on what the model said.
     """
 
     evaluations: tuple[Evaluation, ...]
@@ -49,9 +49,10 @@ class Step(NamedTuple):
 
     @property
     def lookback(self) -> int:
-        """How many evaluations from before it, and from before the evaluation that corrects it, are needed."""
-        late = self.correction.terms if self.correction else ()
-        return max(0, *(-k for update in self.updates for k, _ in update.terms), *(len(self.evaluations) - k for k, _ in late))
+        """How many evaluations from before it, and from before the one that corrects it, are needed."""
+        corrected = self.correction.terms if self.correction else ()
+        return max(0, *(-k for update in self.updates for k, _ in update.terms),
+                   *(len(self.evaluations) - k for k, _ in corrected))
 
 
 class Tableau(NamedTuple):
@@ -90,9 +91,10 @@ def step(integrand: Integrand, nodes: Sequence[Level], stages: Sequence[Stage], 
 
 
 def _change(made: Update, better: Update) -> Update:
-    """From the x of one update to that of another of the same step: their decay and their noise are the same, and stay in x.
+    """From the x of one update to that of another of the same step.
 
-    As in SA-Solver (Xue et al. 2023, arXiv:2309.05019), whose corrector adds the noise of its predictor again.
+    Their decay and their noise are the same, and stay in x: as in SA-Solver (Xue et al. 2023,
+    arXiv:2309.05019), whose corrector adds the noise of its predictor again.
     """
     change = dict(better.terms)
     for k, c in made.terms:
@@ -273,8 +275,9 @@ def _orders(n: int, order: int) -> list[int]:
 
 
 LONGEST = 1.0
-"""In lam: a factor e in sigma / alpha. On normal data and a mixture, sigma from 1 to 70 to 0.03, the worst run of DPM-Solver-23
-was 0.61 off without a limit, 0.037 with 2, 0.012 with 1.5 and 0.0075 with 1, at 19, 17, 18 and 21 evaluations on average."""
+"""In lam: a factor e in sigma / alpha. On normal data and a mixture, sigma from 1 to 70 to 0.03, the worst run
+of DPM-Solver-23 was 0.61 off without a limit, 0.037 with 2, 0.012 with 1.5 and 0.0075 with 1, at 19, 17, 18 and
+21 evaluations on average."""
 
 
 @dataclass(frozen=True)
@@ -287,9 +290,9 @@ class Adaptive:
 
     Lu et al. 2022 (arXiv:2206.00927), appendix C: DPM-Solver-12 and -23. Theirs is a VP state, where u is x. In a VE state x would
     allow rtol |x_before| = rtol sigma for any step away from sigma: from sigma = 80 they accepted one step to the end, 1.8 off.
-    Their steps have no longest: after short ones, whose error is 0 but for rounding, the next went over the whole range, where
-    two orders may agree by chance. Of 135 runs on normal data, sigma from 1 to 66 to 0.05, DPM-Solver-23 had 29 off by more than
-    its tolerance of 0.05, at most by 2.07.
+    Their steps have no longest: after short ones, whose error is 0 but for rounding, the next went over the
+    whole range, where two orders may agree by chance. Of 135 runs on normal data, sigma from 1 to 66 to 0.05,
+    DPM-Solver-23 had 29 off by more than its tolerance of 0.05, at most by 2.07.
     """
 
     integrand: Integrand

@@ -77,12 +77,13 @@ def test_3m_sde_is_theirs(functions, eta: float) -> None:
 @pytest.mark.parametrize("tau", [0.0, 0.7, 1.0])
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_the_sde_with_a_corrector_is_sa_solver(order: int, tau: float, path: str) -> None:
-    """At every level, before its correction; theirs returns the last but one of a schedule that does not end at 0."""
+    """At every level, before its correction; theirs returns the last but one if the last is not 0."""
     model, x, sigmas = problem(path, (KARRAS if path == "ve" else FLOW)[:-1])
     theirs, ours = [], []
-    comfy_sampling().sample_sa_solver(model, x, sigmas, disable=True, tau_func=lambda sigma: tau, s_noise=0.9,
-                                      predictor_order=order, corrector_order=order + 1, noise_sampler=noise_of(x, path, 5),
-                                      callback=lambda info: theirs.append(info["x"]))
+    comfy_sampling().sample_sa_solver(
+        model, x, sigmas, disable=True, tau_func=lambda sigma: tau, s_noise=0.9, predictor_order=order,
+        corrector_order=order + 1, noise_sampler=noise_of(x, path, 5),
+        callback=lambda info: theirs.append(info["x"]))
     solver = Multistep(DataPrediction(tau**2, 0.9), order, lower_order_final="off", corrector="full")
     sampled(solver, path, model, x, sigmas, observe=lambda i, sigma, x, denoised: ours.append(x))
     torch.testing.assert_close(torch.stack(ours), torch.stack(theirs), rtol=0, atol=1e-9)
@@ -93,8 +94,8 @@ def test_the_sde_with_a_corrector_is_sa_solver(order: int, tau: float, path: str
 @pytest.mark.parametrize(("stages", "tableau"), [(2, DPM_2S), (3, DPM_3S)])
 def test_a_singlestep_method_of_the_sde_is_seeds(stages: int, tableau, eta: float, path: str) -> None:
     model, x, sigmas = problem(path, KARRAS if path == "ve" else FLOW)
-    theirs = getattr(comfy_sampling(), f"sample_seeds_{stages}")(model, x, sigmas, disable=True, eta=eta, s_noise=0.9,
-                                                                 noise_sampler=noise_of(x, path, 5))
+    seeds = getattr(comfy_sampling(), f"sample_seeds_{stages}")
+    theirs = seeds(model, x, sigmas, disable=True, eta=eta, s_noise=0.9, noise_sampler=noise_of(x, path, 5))
     ours = Singlestep(DataPrediction(eta, 0.9), tableau)
     torch.testing.assert_close(sampled(ours, path, model, x, sigmas), theirs, rtol=0, atol=1e-9)
 
@@ -102,7 +103,8 @@ def test_a_singlestep_method_of_the_sde_is_seeds(stages: int, tableau, eta: floa
 def sampled(solver, path: str, model, x, sigmas, **how):
     """A solver that is not in the catalogue, with the noise of seed 5."""
     steps = solver.steps(levels(sigmas.tolist(), PATHS[path]), PATHS[path])
-    return sample(lambda x, sigma: model(x, x.new_full((len(x),), sigma)), x, steps, noise=BrownianNoise(x, 5), **how)
+    noise = BrownianNoise(x, 5)
+    return sample(lambda x, sigma: model(x, x.new_full((len(x),), sigma)), x, steps, noise=noise, **how)
 
 
 @BOTH

@@ -69,7 +69,7 @@ def test_a_mean_of_another_shape_is_refused_though_it_might_broadcast() -> None:
     mean = MeanAnswer()
     run("dpmpp_2m", "ve", Gaussian("ve"), noise("ve")[:, :1], first_step="mean", mean=mean)
     for x in (noise("ve"), noise("ve")[:, :1, :2], noise("ve")[:, 0], noise("ve")[:, None, :1]):
-        with pytest.raises(ValueError, match=r"this MeanAnswer has learned images of shape \[1, 4, 4\], and x has \[.*\]: give every shape"):
+        with pytest.raises(ValueError, match=r"learned images of shape \[1, 4, 4\], and x has \[.*\]: give every"):
             run("dpmpp_2m", "ve", Gaussian("ve"), x, first_step="mean", mean=mean)
         with pytest.raises(ValueError, match="has learned images of shape"):
             mean.learn(x)
