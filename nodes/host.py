@@ -60,8 +60,9 @@ def sampler_function(sampler: Sampler) -> Callable[..., Tensor]:
                callback: Callable | None = None, disable: bool | None = None, **options: Any) -> Tensor:
         model_sampling = model.inner_model.model_patcher.get_model_object("model_sampling")
         mean = first_steps.answer_of(model, x, sigmas, extra_args or {}) if options.get("first_step") == "mean" else None
-        fn = k_diffusion_function(sampler, path_of(model_sampling), options, noise_scale(model_sampling),
-                                  float(model_sampling.sigma_max), mean)
+        fn = k_diffusion_function(
+            sampler, path_of(model_sampling), options, noise_scale=noise_scale(model_sampling), mean=mean,
+            sigma_max=float(model_sampling.sigma_max), sigma_min=float(model_sampling.sigma_min))
         return fn(model, x.float(), sigmas, extra_args=extra_args, callback=callback, disable=disable).to(x.dtype)
 
     return sample

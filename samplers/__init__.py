@@ -16,6 +16,9 @@ Symbols, the same everywhere:
     eps         (x - alpha D) / sigma                      r           a node's place in the step, in units of h
     m           what is interpolated: D or eps             z           argument of the phi-functions: h, -h, (1 + eta) h
     eta         share of noise, 0 the ODE, 1 the SDE       nfe         number of model evaluations
+    xi          increment of the noise, of unit variance   span        the stretch of its path: two levels
+
+The noise of image k of a batch is that of seed + k alone, whatever the batch, the device and the schedule.
 """
 from .amed import Amed
 from .calibrate import estimate_statistics

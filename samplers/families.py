@@ -9,7 +9,10 @@ from __future__ import annotations
 import inspect
 import typing
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Annotated, Any, Callable, Mapping, NamedTuple, Sequence
+
+import numpy as np
 
 from .amed import BASES, Amed, Insertion
 from .first_step import CHOICES
@@ -46,7 +49,12 @@ class Option:
         return f"{'a whole number' if self.kind is int else 'a number'} from {self.low:g} to {self.high:g}"
 
     def check(self, name: str, value: Any) -> Any:
-        """`value` if it is admissible; ValueError naming the option, the value and the range if not."""
+        """`value` if it is admissible, numpy's numbers as Python's.
+
+        ValueError naming the option, the value and the range if it is not.
+        """
+        if isinstance(value, (np.number, np.bool_)):
+            value = value.item()
         if self.stand_in is not None:
             if not isinstance(value, self.kind):
                 raise ValueError(f"{name} = {value!r}: give {self.help}")
@@ -144,7 +152,8 @@ def family(title: str, citation: str, presets: Mapping[str, Preset]) -> Callable
             kind, option = typing.get_args(hints[name])
             options[name] = replace(option, kind=kind, default=parameter.default)
         options["first_step"] = FIRST_STEP
-        whole = Sampler(build.__name__, title, inspect.getdoc(build), title, citation, options, {}, build)
+        paragraphs = [" ".join(part.split()) for part in inspect.getdoc(build).split("\n\n")]
+        whole = Sampler(build.__name__, title, "\n\n".join(paragraphs), title, citation, options, {}, build)
         FAMILIES[whole.name] = whole
         for name, (preset_title, when, fixed, defaults) in presets.items():
             free = {key: replace(option, default=defaults.get(key, option.default))
@@ -164,25 +173,26 @@ def find(name: str) -> Sampler:
 def nfe(name: str, steps: int | Sequence[float], path: str = "ve", **options: Any) -> int | None:
     """Model evaluations of a run, without running it; None if they depend on the model (adaptive solvers).
 
-    steps: the number of intervals of a schedule that ends at sigma = 0, as KSampler's; or the sigmas themselves. A first
-    step that the model does not answer counts 0.
+    steps: the number of intervals of a schedule from the path's highest sigma to 0, as KSampler's; or the
+    sigmas themselves. A first step that the model does not answer counts 0.
     """
-    sampler = find(name)
-    options = {**sampler.stand_ins, **options}
-    if isinstance(trained := options.get("trained"), Amed):
-        options["trained"] = replace(trained, interpolate=True)  # the count is the same on every schedule
-    solver = sampler.solver(**options)
-    if isinstance(steps, str):
+    sampler, gaussian = find(name), find_path(path)
+    settings = sampler.settings({**sampler.stand_ins, **options})
+    if isinstance(trained := settings.get("trained"), Amed):
+        settings["trained"] = replace(trained, interpolate=True)  # the count is the same on every schedule
+    if isinstance(steps, (str, float)):
         raise ValueError(f"steps = {steps!r}: give a whole number of intervals, or the sigmas")
-    if isinstance(steps, int):
+    if isinstance(steps, Integral):
         if steps < 0:
             raise ValueError(f"steps = {steps} is out of range: choose a whole number >= 0")
-        steps, path = range(steps, -1, -1), "ve"
+        steps = [k / max(1, steps) for k in range(steps, -1, -1)]  # sigma = 1: where a flow begins
+        if "statistics" in settings:
+            settings["statistics"] = sampler.stand_ins["statistics"]  # the count is theirs, on every schedule
+    solver = sampler.solver_of(settings)
     if isinstance(solver, Adaptive):
         return None
-    gaussian = find_path(path)
-    planned = solver.steps(levels([float(sigma) for sigma in steps], gaussian), gaussian)
-    skipped = bool(planned) and sampler.first_step(sampler.settings(options)) != "evaluate"
+    planned = solver.steps(levels(steps, gaussian), gaussian)
+    skipped = bool(planned) and sampler.first_step(settings) != "evaluate"
     return sum(len(step.evaluations) for step in planned) - skipped
 
 
@@ -284,7 +294,8 @@ def adaptive(
 ) -> Solver:
     """Steps of free length from the schedule's first to its last sigma, by an error tolerance instead of a step count.
 
-    The sigmas in between only place the progress bar. The worst image of a batch sets the step for all.
+    The sigmas in between only place the progress bar. A run to 0 is under control down to the model's lowest
+    sigma, and goes on from there in one step. The worst image of a batch sets the step for all.
     """
     return Adaptive(PREDICTIONS[prediction], TABLEAUX[order, rule], rtol, atol, h_init, theta)
 
@@ -303,7 +314,12 @@ def sde(
     lower_order_final: LowerOrderFinal = "auto",
     noise_device: NoiseDevice = "cpu",
 ) -> Solver:
-    """DPM-Solver++ multistep on the diffusion SDE: fresh noise in every step forgets earlier errors, given enough steps."""
+    """DPM-Solver++ multistep on the diffusion SDE: fresh noise in every step forgets earlier errors, given
+    enough steps.
+
+    Image k of a batch gets the noise of seed + k alone, as in the WebUI, so it can be made again by itself.
+    ComfyUI's own samplers draw one noise for the whole batch.
+    """
     return Multistep(DataPrediction(eta, s_noise), order, RULES[rule], lower_order_final)
 
 

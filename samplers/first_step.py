@@ -38,13 +38,18 @@ def afs(start: Level, sigma_data: float = 1.0) -> Callable[[Tensor], Tensor]:
 
 
 class MeanAnswer:
-    """The mean of a model's first answers, [C, ...]: those of one prompt, guidance, shape and level. On the CPU."""
+    """The mean of a model's first answers, [C, ...]: those of one prompt, guidance, shape and level.
+
+    Kept on the CPU.
+    ValueError for images of another shape than those it has learned.
+    """
 
     def __init__(self) -> None:
         self.count, self.mean = 0, None
 
     def learn(self, denoised: Tensor) -> None:
         """Take in what the model answered to a batch of noises; nothing that is not finite, of which the run itself will tell."""
+        self._check(denoised)
         total = denoised.detach().float().sum(0).cpu()
         if not total.isfinite().all():
             return
@@ -52,7 +57,14 @@ class MeanAnswer:
         self.count += len(denoised)
 
     def __call__(self, x: Tensor) -> Tensor:
+        self._check(x)
         return self.mean.to(x).expand_as(x)
+
+    def _check(self, x: Tensor) -> None:
+        if self.mean is not None and self.mean.shape != x.shape[1:]:
+            raise ValueError(
+                f"this MeanAnswer has learned images of shape {list(self.mean.shape)}, and x has "
+                f"{list(x.shape[1:])}: give every shape, as every prompt, a MeanAnswer of its own")
 
 
 def check_full_noise(start: Level, sigma_max: float | None) -> None:

@@ -2,7 +2,7 @@
 
 With m the interpolated value, every update of this package is
 
-    x_t = decay x_s + sum_j coefficient_j m_j + bias + std xi,          m = p x + q D,   xi ~ N(0, 1)
+    x_t = decay x_s + sum_j coefficient_j m_j + bias + sum_i std_i xi_i,     m = p x + q D,   xi_i ~ N(0, 1)
 
 and an integrand is the choice of m (p, q) and of the coefficients for given nodes. The exponential ones have
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Mapping, NamedTuple, Protocol
 
 from .phi import Basis, Rule, taylor, weights
@@ -39,9 +40,15 @@ class Evaluation(NamedTuple):
     scale: Coefficient = 1.0
 
 
-class Update(NamedTuple):
-    """x at `to` = decay x_s + sum_k coefficient_k m_k + bias + std xi, over the evaluations k that `terms` names.
+Span = tuple[Level, Level]
+"""A stretch of the Brownian path, whose increment over it has unit variance."""
 
+
+class Update(NamedTuple):
+    """x at `to` = decay x_s + sum_k coefficient_k m_k + bias + sum_i std_i xi_i.
+
+    `terms` names the evaluations k, and `noise` the increments xi_i by their spans: updates of one step that
+    name the same span get the same increment.
     A chained update takes the x that the update before it made, in place of x_s.
     """
 
@@ -49,7 +56,7 @@ class Update(NamedTuple):
     decay: Coefficient
     terms: tuple[tuple[int, Coefficient], ...]
     bias: Coefficient = 0.0
-    std: float = 0.0
+    noise: tuple[tuple[Span, float], ...] = ()
     chained: bool = False
 
 
@@ -57,7 +64,10 @@ class Integrand(Protocol):
     def evaluation(self, at: Level) -> Evaluation: ...
 
     def update(self, s: Level, to: Level, stage: Stage, at: Mapping[int, Level]) -> Update:
-        """The finished coefficients of one stage from s; at[k] is the level of evaluation k."""
+        """The finished coefficients of one stage from s.
+
+        at[k] is the level of evaluation k; those of the step itself are numbered from 0 on.
+        """
 
 
 class Flow(NamedTuple):
@@ -80,7 +90,20 @@ class Exponential:
         decay, gain, z, std = self.flow(s, to)
         w = stage.basis([(at[k].lam - s.lam) / h for k in stage.uses], stage.rule(len(stage.uses), z))
         least = 1e-14 * max(map(abs, w))  # a weight that is 0 but for rounding would cost a pass over the latents
-        return Update(to, decay, tuple((k, gain * wk) for k, wk in zip(stage.uses, w) if abs(wk) > least), std=std)
+        return Update(to, decay, tuple((k, gain * wk) for k, wk in zip(stage.uses, w) if abs(wk) > least),
+                      noise=self._noise(s, to, at) if std else ())
+
+    def _noise(self, s: Level, to: Level, at: Mapping[int, Level]) -> tuple[tuple[Span, float], ...]:
+        """What comes in between s and `to`, span by span of the step's own levels, and shrinks on as x does:
+
+            sum over spans a -> b of  decay_(b -> to) std_(a -> b) xi_(a -> b)
+
+        So the stages of a step are states of one path of the SDE. As in SEEDS (Gonzalez et al. 2023,
+        arXiv:2305.14267).
+        """
+        inner = sorted({level for k, level in at.items() if k > 0 and s.lam < level.lam < to.lam})
+        return tuple(((a, b), self.flow(b, to).decay * self.flow(a, b).std)
+                     for a, b in pairwise([s, *inner, to]))
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,13 @@ from .families import Sampler, find
 from .first_step import MeanAnswer, afs, answered, check_full_noise
 from .model import answer, latents, not_finite
 from .noise import BrownianNoise
-from .sample import sample, sample_adaptive
+from .sample import no_noise, sample, sample_adaptive
 from .schedule import Level, find_path, levels
-from .solver import Adaptive
+from .solver import Adaptive, finite
 
 
-def k_diffusion_sampler(name: str, path: str = "ve", *, sigma_max: float | None = None, mean: MeanAnswer | None = None,
+def k_diffusion_sampler(name: str, path: str = "ve", *, sigma_max: float | None = None,
+                        sigma_min: float | None = None, mean: MeanAnswer | None = None,
                         **options: Any) -> Callable[..., Tensor]:
     """fn(model, x, sigmas, extra_args=None, callback=None, disable=None) -> x at sigmas[-1], for a name of SAMPLERS.
 
@@ -27,29 +28,40 @@ def k_diffusion_sampler(name: str, path: str = "ve", *, sigma_max: float | None 
     after the evaluation that opens interval i. x is [B, ...] noise at sigmas[0] plus signal, in any floating dtype: the
     model sees that dtype, the solver works in at least float32, and x is left as it was. sigmas strictly decrease.
     No graph is kept (torch.no_grad), as in k-diffusion.
-    Stochastic solvers take their seed from extra_args["seed"], or draw one from torch's generator. sigma_max is the model's
-    highest level: with it, a first_step that is not evaluated is refused in runs that start lower. first_step = "mean" needs
-    a MeanAnswer that lives as long as model, prompt and shape are the same; the run that finds it empty fills it.
+    Stochastic solvers take their seed from extra_args["seed"], or draw one from torch's generator. The noise
+    of image k of a batch is that of seed + k alone, on purpose: the WebUI's convention. ComfyUI's own samplers
+    draw one noise for the batch.
+
+    sigma_max is the model's highest level: with it, a first_step that is not evaluated is refused in runs that
+    start lower. sigma_min is its lowest above 0: down to there an adaptive run to 0 controls its error
+    (sample.LOWEST if not given). first_step = "mean" needs a MeanAnswer that lives as long as model, prompt
+    and shape are the same; the run that finds it empty fills it.
 
     ValueError for an unknown name, path or option, an option out of range, or unusable sigmas;
-    FloatingPointError if the model returned NaN or infinity, naming the step.
+    FloatingPointError if the model returned NaN or infinity, naming the step, or if an adaptive run finds no
+    end.
     """
-    return k_diffusion_function(find(name), path, options, sigma_max=sigma_max, mean=mean)
+    return k_diffusion_function(find(name), path, options, sigma_max=sigma_max, sigma_min=sigma_min,
+                                mean=mean)
 
 
-def k_diffusion_function(sampler: Sampler, path: str, options: Mapping[str, Any], noise_scale: float = 1.0,
-                         sigma_max: float | None = None, mean: MeanAnswer | None = None) -> Callable[..., Tensor]:
+def k_diffusion_function(sampler: Sampler, path: str, options: Mapping[str, Any], *, noise_scale: float = 1.0,
+                         sigma_max: float | None = None, sigma_min: float | None = None,
+                         mean: MeanAnswer | None = None) -> Callable[..., Tensor]:
     """`k_diffusion_sampler` for any entry of the catalogue; noise_scale is the standard deviation of the model's noise."""
     settings = sampler.settings(options)
     solver, first_step = sampler.solver(**options), sampler.first_step(settings)
     gaussian = find_path(path)
     if first_step == "mean" and mean is None:
         raise ValueError("first_step = 'mean' needs mean: give a MeanAnswer, the same one for every run of a prompt")
+    lowest = None if sigma_min is None else gaussian.level(float(sigma_min))
+    if isinstance(solver, Adaptive) and lowest and not finite(lowest):
+        raise ValueError(f"sigma_min = {sigma_min}: give the model's lowest noise level above 0, or None")
 
     @torch.no_grad()
     def fn(model: Callable[..., Tensor], x: Tensor, sigmas: Tensor, extra_args: Mapping[str, Any] | None = None,
            callback: Callable[[dict], None] | None = None, disable: bool | None = None) -> Tensor:
-        schedule = levels(torch.as_tensor(sigmas).tolist(), gaussian)
+        schedule = levels(sigmas, gaussian)
         extra = dict(extra_args or {})
         start = latents(x)
         denoise = _Denoiser(model, x, extra, schedule)
@@ -67,14 +79,15 @@ def k_diffusion_function(sampler: Sampler, path: str, options: Mapping[str, Any]
 
             if isinstance(solver, Adaptive):
                 try:
-                    result = sample_adaptive(answering, start, schedule, solver, gaussian, observe=observe)
+                    result = sample_adaptive(answering, start, schedule, solver, gaussian, lowest=lowest,
+                                             observe=observe)
                 except FloatingPointError:
                     denoise.check()  # the sooner cause, if there is one
                     raise
             else:
                 steps = solver.steps(schedule, gaussian)
-                noise = None
-                if any(step.std for step in steps):
+                noise = no_noise
+                if any(step.noisy for step in steps):
                     device = x.device if settings["noise_device"] == "gpu" else "cpu"
                     noise = BrownianNoise(start, _seed(extra), device, noise_scale)
                 result = sample(answering, start, steps, noise=noise, observe=observe)

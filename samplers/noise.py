@@ -18,7 +18,9 @@ class BrownianNoise:
 
     W runs in lam, over a fixed range, so it depends neither on the schedule nor on the path of the run: a finer schedule
     refines the same noise, and VE, VP and flow runs of one seed share it. Image k of a batch has a W of its own, keyed by
-    seed + k, drawn in float32 on `device` (the CPU unless told: then no GPU changes the image) and moved to the latents.
+    seed + k, drawn in float32 on `device` (the CPU unless told: then no GPU changes the image) and moved to
+    the latents. So it is the image of seed + k alone, on purpose: the WebUI's convention. ComfyUI's own
+    samplers draw one noise for the whole batch.
 
     W is a tree of halvings (torchsde); times are rounded to its nodes, and the variance is that of the rounded interval,
     so the increments keep unit variance and independence exactly.

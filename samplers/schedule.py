@@ -20,6 +20,9 @@ from __future__ import annotations
 import math
 from typing import Mapping, NamedTuple, Protocol, Sequence
 
+import numpy as np
+from torch import Tensor
+
 
 class Level(NamedTuple):
     """One noise level of a path: x = alpha x0 + sigma eps, lam = log(alpha / sigma)."""
@@ -85,12 +88,17 @@ def find_path(name: str) -> Path:
     return PATHS[name]
 
 
-def levels(sigmas: Sequence[float], path: Path) -> list[Level]:
+def levels(sigmas: Sequence[float] | Tensor | np.ndarray, path: Path) -> list[Level]:
     """The levels of a sampling schedule: sigmas strictly decreasing, finite, within [0, path.sigma_limit].
 
     Raises ValueError naming the first value that is not, what is admissible, and what to do.
     """
-    if len(sigmas) == 0:
+    shape = sigmas.shape if isinstance(sigmas, Tensor) else np.shape(sigmas)
+    if len(shape) != 1:
+        raise ValueError(f"sigmas has shape {list(shape)}: give one list of noise levels from high to low, "
+                         "shape [n + 1] for n steps, which all images of a batch share")
+    sigmas = sigmas.tolist() if isinstance(sigmas, Tensor) else [float(sigma) for sigma in sigmas]
+    if not sigmas:
         raise ValueError("sigmas is empty: give the noise levels from the start to the end, at least one number")
     for i, sigma in enumerate(sigmas):
         if not math.isfinite(sigma):

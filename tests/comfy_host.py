@@ -50,7 +50,8 @@ def sampling_of(*classes: str, **attributes: Any) -> Any:
     import comfy.model_sampling
     bases = [getattr(comfy.model_sampling, name, None) or type(name, (), {}) for name in classes]
     if not any(hasattr(base, "sigma_max") for base in bases):
-        attributes = {"sigma_max": 1.0 if "CONST" in classes else 14.6, **attributes}
+        ends = (1.0, 0.003) if "CONST" in classes else (14.6, 0.03)
+        attributes = {**dict(zip(("sigma_max", "sigma_min"), ends)), **attributes}
     return type("ModelSampling", tuple(bases), {"sigma_data": 1.0, **attributes})()
 
 

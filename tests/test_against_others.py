@@ -7,7 +7,11 @@ import torch
 from comfy_host import Model, comfy_sampling, k_diffusion_sampling, sampling_of
 from problems import reference_mixture
 from samplers import PATHS, k_diffusion_sampler
+from samplers.integrand import DataPrediction
 from samplers.noise import BrownianNoise
+from samplers.sample import sample
+from samplers.schedule import levels
+from samplers.solver import DPM_2S, DPM_3S, Multistep, Singlestep
 
 KARRAS = [14.6146, 9.0, 5.1, 2.7, 1.4, 0.65, 0.28, 0.1, 0.0292, 0.0]
 FLOW = [0.97, 0.9, 0.75, 0.6, 0.45, 0.3, 0.15, 0.05, 0.0]
@@ -67,6 +71,40 @@ def test_3m_sde_is_theirs(functions, eta: float) -> None:
     ours = k_diffusion_sampler("dpmpp_3m_sde", eta=eta, lower_order_final="off")(
         model, x, sigmas, extra_args={"seed": 5}, disable=True)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("path", ["ve", "flow"])
+@pytest.mark.parametrize("tau", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_the_sde_with_a_corrector_is_sa_solver(order: int, tau: float, path: str) -> None:
+    """At every level, before its correction; theirs returns the last but one if the last is not 0."""
+    model, x, sigmas = problem(path, (KARRAS if path == "ve" else FLOW)[:-1])
+    theirs, ours = [], []
+    comfy_sampling().sample_sa_solver(
+        model, x, sigmas, disable=True, tau_func=lambda sigma: tau, s_noise=0.9, predictor_order=order,
+        corrector_order=order + 1, noise_sampler=noise_of(x, path, 5),
+        callback=lambda info: theirs.append(info["x"]))
+    solver = Multistep(DataPrediction(tau**2, 0.9), order, lower_order_final="off", corrector="full")
+    sampled(solver, path, model, x, sigmas, observe=lambda i, sigma, x, denoised: ours.append(x))
+    torch.testing.assert_close(torch.stack(ours), torch.stack(theirs), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("path", ["ve", "flow"])
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(("stages", "tableau"), [(2, DPM_2S), (3, DPM_3S)])
+def test_a_singlestep_method_of_the_sde_is_seeds(stages: int, tableau, eta: float, path: str) -> None:
+    model, x, sigmas = problem(path, KARRAS if path == "ve" else FLOW)
+    seeds = getattr(comfy_sampling(), f"sample_seeds_{stages}")
+    theirs = seeds(model, x, sigmas, disable=True, eta=eta, s_noise=0.9, noise_sampler=noise_of(x, path, 5))
+    ours = Singlestep(DataPrediction(eta, 0.9), tableau)
+    torch.testing.assert_close(sampled(ours, path, model, x, sigmas), theirs, rtol=0, atol=1e-9)
+
+
+def sampled(solver, path: str, model, x, sigmas, **how):
+    """A solver that is not in the catalogue, with the noise of seed 5."""
+    steps = solver.steps(levels(sigmas.tolist(), PATHS[path]), PATHS[path])
+    noise = BrownianNoise(x, 5)
+    return sample(lambda x, sigma: model(x, x.new_full((len(x),), sigma)), x, steps, noise=noise, **how)
 
 
 @BOTH

@@ -65,6 +65,18 @@ def test_a_mean_that_learns_more_is_the_mean_of_all() -> None:
     torch.testing.assert_close(mean.mean, torch.cat(batches).mean(0))
 
 
+def test_a_mean_of_another_shape_is_refused_though_it_might_broadcast() -> None:
+    mean = MeanAnswer()
+    run("dpmpp_2m", "ve", Gaussian("ve"), noise("ve")[:, :1], first_step="mean", mean=mean)
+    for x in (noise("ve"), noise("ve")[:, :1, :2], noise("ve")[:, 0], noise("ve")[:, None, :1]):
+        with pytest.raises(ValueError, match=r"learned images of shape \[1, 4, 4\], and x has \[.*\]: give every"):
+            run("dpmpp_2m", "ve", Gaussian("ve"), x, first_step="mean", mean=mean)
+        with pytest.raises(ValueError, match="has learned images of shape"):
+            mean.learn(x)
+    run("dpmpp_2m", "ve", Gaussian("ve"), noise("ve", 1, 5)[:, :1], first_step="mean", mean=mean)
+    assert mean.count == 2
+
+
 @pytest.mark.parametrize("first_step", ["afs", "mean"])
 def test_a_run_that_does_not_start_at_full_noise_is_refused(first_step: str) -> None:
     with pytest.raises(ValueError, match=r"starts at sigma = 4, where x holds an image, and not at the model's highest, 14.6"):

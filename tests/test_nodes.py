@@ -106,6 +106,22 @@ def test_a_node_s_sampler_runs_with_its_options(name: str) -> None:
     assert result.isfinite().all()
 
 
+@pytest.mark.parametrize(("kind", "path", "sigmas"), [
+    ("EPS", "ve", [14.6, 0.0]), ("CONST", "flow", [1.0, 0.5, 0.0])])
+def test_an_adaptive_run_goes_to_the_model_s_lowest_level(kind: str, path: str, sigmas: list[float]) -> None:
+    sampling, (denoiser, x), asked = sampling_of(kind), reference_mixture(path), []
+
+    def model(x, sigma):
+        asked.append(float(sigma[0]))
+        return denoiser(x, sigma)
+
+    options = {key: option.default for key, option in FAMILIES["adaptive"].options.items()}
+    [sampler] = nodes()["LambdaSamplerAdaptive"].execute(**options).args
+    sampler.sampler_function(Model(model, sampling), x * sigmas[0], torch.tensor(sigmas), extra_args={"seed": 3},
+                             callback=None, disable=True, **sampler.extra_options)
+    assert asked[-1] == min(asked) == pytest.approx(sampling.sigma_min) and len(asked) > 15
+
+
 def test_a_node_refuses_what_the_server_let_through() -> None:
     node = nodes()["LambdaSamplerMultistep"]
     with pytest.raises(ValueError, match="rule = 'heun' is out of range: choose one of midpoint, taylor"):

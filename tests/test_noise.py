@@ -1,15 +1,35 @@
 """The noise of stochastic solvers: the same image alone, in any batch, on any schedule; and the right distribution."""
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from problems import Gaussian, sigmas_between
+from problems import Gaussian, reference_mixture, sigmas_between, smooth_statistics
 from samplers import PATHS, SAMPLERS, k_diffusion_sampler
+from samplers.integrand import DataPrediction
 from samplers.noise import BrownianNoise
+from samplers.sample import sample, sample_adaptive
+from samplers.solver import (
+    DPM_2S, DPM_2S_TAYLOR, DPM_3S_TAYLOR, HEUN, Adaptive, Churned, Multistep, Singlestep)
+from samplers.statistics import EmpiricalPrediction
 
 STOCHASTIC = [name for name in SAMPLERS if "eta" in SAMPLERS[name].options]
 EVERY_STOCHASTIC = pytest.mark.parametrize("name", STOCHASTIC)
+
+SDE = DataPrediction(1.0)
+PLANNED = {  # solvers of the SDE, and the weak order of each
+    "order 1": (Multistep(SDE, 1), 1),
+    "order 2": (Multistep(SDE, 2), 2),
+    "order 1 with corrector": (Multistep(SDE, 1, corrector="full"), 2),
+    "order 2 with corrector": (Multistep(SDE, 2, corrector="full"), 2),
+    "2S midpoint": (Singlestep(SDE, DPM_2S), 2),
+    "2S": (Singlestep(SDE, DPM_2S_TAYLOR), 2),
+    "3S": (Singlestep(SDE, DPM_3S_TAYLOR), 2),
+    "Heun": (Singlestep(SDE, HEUN), 2),
+}
+EVERY_PLANNED = pytest.mark.parametrize("solver", [solver for solver, _ in PLANNED.values()], ids=PLANNED)
 
 
 def run(name: str, x, sigmas, seed: int | None, path: str = "ve", **options):
@@ -97,3 +117,110 @@ def test_a_negative_or_missing_item_never_shares_noise() -> None:
     noise = BrownianNoise(torch.zeros(3, 1000), seed=7)
     xi = noise(PATHS["ve"].at(-1.0), PATHS["ve"].at(0.5))
     assert max(abs(float((xi[0] * xi[k]).mean())) for k in (1, 2)) < 0.15
+
+
+def drawn(count: int, std: float):
+    return std * torch.randn(1, count, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+
+def planned(solver, path: str, n: int, x, noise, model=None, start: float = -2.2, end: float = 4.0):
+    """A solver that is not in the catalogue, over n intervals of equal length in lam."""
+    model = model or Gaussian(path)
+    steps = solver.steps([PATHS[path].at(start + (end - start) * i / n) for i in range(n + 1)], PATHS[path])
+    return sample(lambda x, sigma: model(x, x.new_full((len(x),), sigma)), x, steps, noise=noise)
+
+
+def std_error(solver, path: str, n: int) -> float:
+    """Of N(0, 0.4^2), without any draw: x holds its coefficients over the start and all increments."""
+    start, end = PATHS[path].at(-2.2), PATHS[path].at(4.0)
+    sources: dict = {}
+
+    def noise(s, t):
+        unit = torch.zeros(1, 3 * n + 2, dtype=torch.float64)
+        unit[0, sources.setdefault((s, t), 1 + len(sources))] = 1.0
+        return unit
+
+    x = torch.zeros(1, 3 * n + 2, dtype=torch.float64)
+    x[0, 0] = (start.alpha**2 * 0.16 + start.sigma**2) ** 0.5
+    result = planned(solver, path, n, x, noise, Gaussian(path, mean=0.0))
+    return abs(float(result.norm()) / (end.alpha**2 * 0.16 + end.sigma**2) ** 0.5 - 1.0)
+
+
+@pytest.mark.parametrize("path", ["ve", "flow"])
+@pytest.mark.parametrize(("solver", "order"), PLANNED.values(), ids=PLANNED)
+def test_the_variance_is_right_at_the_solver_s_weak_order(solver, order: int, path: str) -> None:
+    """Exactly, for a linear model: every stage's noise is of one path, and a corrector keeps it."""
+    errors = [std_error(solver, path, n) for n in (48, 96)]
+    assert errors[0] < (0.07 if order == 1 else 0.015)
+    assert errors[0] / errors[1] > 2**order * (0.9 if order == 1 else 0.88)
+
+
+@EVERY_PLANNED
+def test_drawn_noise_has_that_variance(solver) -> None:
+    x = drawn(40_000, (0.16 + math.exp(4.4)) ** 0.5)
+    result = planned(solver, "ve", 24, x, BrownianNoise(x, 9), Gaussian("ve", mean=0.0))
+    exact = (0.16 + math.exp(-8.0)) ** 0.5
+    assert abs(float(result.std()) / exact - 1.0) == pytest.approx(std_error(solver, "ve", 24), abs=0.015)
+
+
+@EVERY_PLANNED
+def test_the_noise_of_every_stage_is_that_of_the_image_s_own_seed(solver) -> None:
+    x = 9.0 * torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    batch = planned(solver, "ve", 6, x, BrownianNoise(x, 11))
+    for k in range(3):
+        alone = planned(solver, "ve", 6, x[k:k + 1], BrownianNoise(x[k:k + 1], 11 + k))
+        torch.testing.assert_close(alone, batch[k:k + 1], rtol=0, atol=1e-6)
+
+
+@EVERY_PLANNED
+def test_every_stage_refines_the_same_image(solver) -> None:
+    """Strong convergence to a far finer run of another solver on the same path."""
+    x = drawn(300, 9.0)
+    fine = planned(Multistep(SDE, 2), "ve", 640, x, BrownianNoise(x, 5), end=3.0)
+    runs = [planned(solver, "ve", n, x, BrownianNoise(x, 5), end=3.0) for n in (20, 40, 80)]
+    errors = [float((result - fine).square().mean().sqrt()) for result in runs]
+    assert errors[1] < 0.75 * errors[0] and errors[2] < 0.75 * errors[1]
+    assert errors[2] < 0.2 * float(fine.std())
+
+
+def test_a_corrector_keeps_the_noise_though_a_second_draw_would_be_another() -> None:
+    x, spans, generator = drawn(20_000, 9.0), [], torch.Generator().manual_seed(0)
+
+    def noise(s, t):
+        spans.append((s, t))
+        return torch.randn(x.shape, dtype=x.dtype, generator=generator)
+
+    for solver in (Multistep(SDE, 2, corrector="full"), Singlestep(SDE, DPM_2S_TAYLOR)):
+        spans.clear()
+        result = planned(solver, "ve", 48, x, noise)
+        assert len(spans) == len(set(spans)) and abs(float(result.std()) - 0.4) < 0.015
+
+
+def test_planned_noise_is_never_left_out() -> None:
+    x = torch.ones(1, 3)
+    levels = [PATHS["ve"].level(sigma) for sigma in (3.0, 1.0, 0.3)]
+    for solver in (Multistep(SDE, 1), Singlestep(SDE, DPM_2S)):
+        with pytest.raises(ValueError, match="from sigma = 3 to .* adds noise, and none is given: give"):
+            sample(lambda x, sigma: x * 0, x, solver.steps(levels, PATHS["ve"]))
+    with pytest.raises(ValueError, match="adds noise, and none is given"):
+        adaptive = Adaptive(SDE, DPM_2S, 0.05, 0.0078, 0.05, 0.9)
+        sample_adaptive(lambda x, sigma: x * 0, x, levels, adaptive, PATHS["ve"])
+
+
+def test_churn_raises_a_step_with_all_that_is_in_it() -> None:
+    """Bias and noise too: a run of v3 or of the SDE is the same on every path after division by alpha."""
+    for integrand in (EmpiricalPrediction(smooth_statistics()), SDE):
+        results = []
+        for path in PATHS:
+            start, end = PATHS[path].at(-2.5), PATHS[path].at(3.0)
+            x = reference_mixture("ve")[1] * 12.0 * start.alpha
+            churned, noise = Churned(Singlestep(integrand, DPM_2S_TAYLOR), 8.0, 0.0, 1e6, 1.0), BrownianNoise(x, 3)
+            results.append(planned(churned, path, 8, x, noise, reference_mixture(path)[0], -2.5, 3.0) / end.alpha)
+        for other in results[1:]:
+            torch.testing.assert_close(other, results[0], rtol=0, atol=1e-9)
+
+
+def test_a_churned_run_that_stops_early_is_at_the_schedule_s_last_level() -> None:
+    x, sigmas = drawn(20_000, (0.16 + 81.0) ** 0.5), sigmas_between(-math.log(9.0), 0.0, 20, "ve")
+    result = k_diffusion_sampler("heun", s_churn=40.0)(Gaussian(mean=0.0), x, sigmas, {"seed": 1}, disable=True)
+    assert float(result.std()) == pytest.approx((0.16 + 1.0) ** 0.5, abs=0.02)

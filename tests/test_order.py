@@ -52,9 +52,9 @@ def end_error(solver, n: int, path: str) -> float:
         e = step.evaluations[0]
         values[0] = e.x * x + e.denoised * denoise(x, e.at.sigma)
         if before:
-            x = combine(before[0], before[1], {**before[2], 1: values[0]})
-        seeding = isinstance(solver, (Multistep, Fitted)) and step.lookback < solver.order - 1
-        before = (x, step.correction, dict(values)) if step.correction and not seeding else None
+            x = combine(x, before, {1 - k: m for k, m in enumerate((values[0], *past))})
+        seeding = isinstance(solver, (Multistep, Fitted)) and len(past) < solver.order - 1
+        before = None if seeding else step.correction
         own = range(len(step.evaluations) - 1, -1, -1)
         x = problem.exact(start, schedule[0].sigma, step.t.sigma) if seeding else advance(denoise, x, step, values, {*own, -1, -2})
         past = [values[k] for k in (*own, -1, -2, -3) if k in values][:4]

@@ -3,13 +3,20 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from measure import Trace
 from problems import FIXED, Gaussian, Mixture, needed, ode, reference_mixture, starting_noise
-from samplers import SAMPLERS, estimate_statistics, fit_amed, k_diffusion_sampler, nfe, refit_multistep
-from samplers.schedule import PATHS, levels
+from samplers import (
+    FAMILIES, PATHS, SAMPLERS, Amed, Statistics, estimate_statistics, fit_amed, k_diffusion_sampler, nfe,
+    refit_multistep)
+from samplers.integrand import DataPrediction
+from samplers.sample import sample
+from samplers.schedule import levels
+from samplers.solver import DPM_2S_TAYLOR, Multistep, Singlestep
+from samplers.statistics import EmpiricalPrediction
 
 EVERY = list(SAMPLERS)
 SCHEDULES = {
@@ -63,6 +70,28 @@ def test_nfe_of_a_step_count_is_that_of_a_schedule_to_zero(name: str) -> None:
     assert nfe(name, 0) in (0, None)
     if SAMPLERS[name].evaluations_per_step is not None:
         assert nfe(name, 6) == SAMPLERS[name].evaluations_per_step * 5 + 1
+
+
+@pytest.mark.parametrize("path", ["ve", "flow"])
+@pytest.mark.parametrize("name", FIXED)
+def test_nfe_is_what_a_run_costs_by_a_step_count_and_by_sigmas(name: str, path: str) -> None:
+    """A flow begins at sigma = 1, and its first interval costs one evaluation whatever the solver."""
+    for n in (1, 2, 3, 5, 8):
+        sigmas = [(1.0 if path == "flow" else 14.6) * (1 - k / n) for k in range(n + 1)]
+        model = Counting(path)
+        run(name, (path, sigmas), model=model)
+        for steps in (n, sigmas, torch.tensor(sigmas)):
+            assert nfe(name, steps, path) == len(model.sigmas), steps
+
+
+def test_nfe_of_a_step_count_needs_no_statistics_that_cover_it() -> None:
+    few = Statistics.constant(lam=(-1.0, 1.0))
+    assert nfe("dpm_solver_v3", 40, "flow", statistics=few) == 40
+    assert nfe("dpm_solver_v3", np.int64(40), statistics=few) == 40
+    with pytest.raises(ValueError, match="statistics cover lambda"):
+        nfe("dpm_solver_v3", [14.6, 1.0, 0.0], statistics=few)
+    with pytest.raises(ValueError, match="statistics = 3: give the model's statistics"):
+        nfe("dpm_solver_v3", 5, statistics=3)
 
 
 @EVERY_SCHEDULE
@@ -208,6 +237,20 @@ def test_the_peak_is_order_plus_two_latents(name: str) -> None:
     assert memory.peak <= latents * x.numel() * x.element_size()
 
 
+@pytest.mark.parametrize("solver", [
+    Multistep(DataPrediction(), 2, corrector="full"), Multistep(DataPrediction(1.0), 2, corrector="full"),
+    Multistep(EmpiricalPrediction(Statistics.constant()), 3, corrector="full"),
+    Singlestep(DataPrediction(1.0), DPM_2S_TAYLOR)],
+    ids=["ODE corrected", "SDE corrected", "v3 corrected", "SDE singlestep"])
+def test_a_corrector_and_a_noisy_inner_stage_take_one_latent_more(solver) -> None:
+    """The corrector one node, but neither where the step began nor its noise; the stage its noise."""
+    x, path = torch.empty(1, 4, 8, 8, device="meta"), PATHS["ve"]
+    steps = solver.steps([path.level(float(sigma)) for sigma in range(20, -1, -1)], path)
+    with Trace(x.numel(), "meta") as memory:
+        sample(lambda x, sigma: torch.empty_like(x), x, steps, noise=lambda s, t: torch.empty_like(x))
+    assert memory.peak <= (getattr(solver, "order", 2) + 3) * x.numel() * x.element_size()
+
+
 @pytest.mark.parametrize("name", FIXED)
 def test_an_update_passes_over_the_latents_once_for_each_tensor_that_enters_it(name: str) -> None:
     """One more for the sum that shows NaN after the run, two for the noise prediction, one for fresh noise."""
@@ -248,6 +291,16 @@ def test_nan_from_the_model_is_reported_with_step_and_sigma(name: str, bad: floa
     (lambda: k_diffusion_sampler("dpmpp_2m_sde", s_noise="1"), "s_noise = '1' is out of range"),
     (lambda: k_diffusion_sampler("dpm_adaptive_23", rtol=0.0), "rtol = 0.0 is out of range: choose a number from 1e-05"),
     (lambda: nfe("dpmpp_2m", -1), "steps = -1 is out of range"),
+    (lambda: nfe("dpmpp_2m", 5.0), "steps = 5.0: give a whole number of intervals, or the sigmas"),
+    (lambda: nfe("dpmpp_2m", torch.tensor(5.0)), "sigmas has shape []: give one list of noise levels"),
+    (lambda: nfe("dpm_adaptive_23", 5, "edm"), "unknown path 'edm': choose one of ve, flow"),
+    (lambda: k_diffusion_sampler("dpmpp_2m_sde", eta=np.float32(10.5)), "eta = 10.5 is out of range: choose a number"),
+    (lambda: k_diffusion_sampler("dpmpp_2m_sde", eta=np.float64("nan")), "eta = nan is out of range"),
+    (lambda: FAMILIES["multistep"].solver(order=np.int64(7)), "order = 7 is out of range: choose a whole number"),
+    (lambda: FAMILIES["multistep"].solver(order=np.float32(2.0)), "order = 2.0 is out of range: choose a whole"),
+    (lambda: FAMILIES["multistep"].solver(order=np.bool_(True)), "order = True is out of range: choose a whole"),
+    (lambda: FAMILIES["v3"].settings({"statistics": Statistics.constant(), "pseudo_corrector": np.int64(1)}),
+     "pseudo_corrector = 1 is out of range: choose true or false"),
 ])
 def test_a_bad_call_is_refused_with_value_range_and_remedy(call, message: str) -> None:
     with pytest.raises(ValueError) as caught:
@@ -255,9 +308,23 @@ def test_a_bad_call_is_refused_with_value_range_and_remedy(call, message: str) -
     assert message in str(caught.value)
 
 
+def test_numpy_s_numbers_are_the_numbers_they_are() -> None:
+    for family, given, plain in (
+            ("sde", {"order": np.int64(3), "eta": np.float32(0.5), "s_noise": np.int32(1)},
+             {"order": 3, "eta": 0.5, "s_noise": 1}),
+            ("adaptive", {"order": np.uint8(2), "rtol": np.float64(0.01)}, {"order": 2, "rtol": 0.01}),
+            ("amed", {"trained": Amed.untrained(), "interpolate": np.bool_(True)}, {"interpolate": True})):
+        settings = FAMILIES[family].settings(given)
+        assert {name: settings[name] for name in plain} == plain
+        assert all(type(settings[name]) is type(plain[name]) for name in plain)
+    x = starting_noise((1, 3, 4, 4), 14.6, "ve", dtype=torch.float32)
+    results = [k_diffusion_sampler("dpmpp_2m_sde", eta=eta)(Gaussian(), x, [14.6, 2.0, 0.0], {"seed": 1}, disable=True)
+               for eta in (0.5, np.float32(0.5), np.float16(0.5))]
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
 @pytest.mark.parametrize("order", [0, 4, 2.5, True, "2"])
 def test_an_order_out_of_range_is_refused(order) -> None:
-    from samplers import FAMILIES
     with pytest.raises(ValueError, match=r"order = .* is out of range: choose a whole number from 1 to 3"):
         FAMILIES["multistep"].solver(order=order)
 
@@ -271,6 +338,25 @@ def test_bad_sigmas_are_refused_before_the_model_is_called(name: str, sigmas, me
 
     with pytest.raises(ValueError, match=message):
         run(name, ("ve", sigmas), torch.zeros(1, 1), model=never)
+
+
+@pytest.mark.parametrize("sigmas", [
+    torch.tensor(14.6), torch.tensor([[14.6, 1.0, 0.0], [14.6, 1.0, 0.0]]), np.float64(14.6), 14.6,
+    [[14.6, 1.0, 0.0]]], ids=["0-d", "2-d", "numpy", "a number", "a list of lists"])
+@pytest.mark.parametrize("name", ["dpmpp_2m", "dpm_adaptive_23", "fitted_chosen", "amed"])
+def test_sigmas_that_are_no_list_are_refused_before_the_model_is_called(name: str, sigmas) -> None:
+    with pytest.raises(ValueError, match=r"sigmas has shape \[.*\]: give one list .* shape \[n \+ 1\] for n steps"):
+        k_diffusion_sampler(name, **needed(name))(None, torch.zeros(1, 1), sigmas, disable=True)
+
+
+def test_sigmas_may_be_a_list_or_an_array_and_are_taken_as_they_are() -> None:
+    x = starting_noise((1, 3, 4, 4), 14.6, "ve")
+    seen = []
+    plain = [14.6, 1.1, 0.0]
+    for sigmas in (plain, tuple(plain), np.array(plain), torch.tensor(plain, dtype=torch.float64)):
+        model = Counting("ve")
+        seen.append((k_diffusion_sampler("dpmpp_2m")(model, x, sigmas, disable=True), model.sigmas))
+    assert all(torch.equal(result, seen[0][0]) and calls == [14.6, 1.1] for result, calls in seen)
 
 
 def test_an_answer_of_the_wrong_shape_is_refused() -> None:
