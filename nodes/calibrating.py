@@ -1,6 +1,7 @@
 """Nodes that measure, save, load and attach what solvers need to know of a model."""
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Callable
 
 import torch
@@ -35,7 +36,7 @@ def _model(what: str) -> list[io.Input]:
         io.Conditioning.Input("negative", tooltip="The negative prompt that will be used"),
         io.Float.Input("cfg", default=5.0, min=0.0, max=100.0, step=0.1, round=False,
                        tooltip="Guidance: what is measured serves guidance within about 10 % of it"),
-        io.Latent.Input("latent_image", tooltip="Only its shape is used"),
+        io.Latent.Input("latent_image", tooltip="Its shape is measured, and as many images at once as it has: 1 takes the least memory"),
     ]
 
 
@@ -70,7 +71,7 @@ class EstimateStatistics(io.ComfyNode):
                 advanced(io.Int.Input("intervals", default=INTERVALS, min=4, max=500, tooltip=(
                     "Grid intervals in lambda; each costs two evaluations"))),
                 advanced(io.Int.Input("samples", default=0, min=0, max=256, tooltip=(
-                    "Trajectories, evaluated as one batch. 0: as many as the latent's size asks for, at most 16"))),
+                    "Trajectories to average over. 0: as many as the latent's size asks for, at most 16"))),
                 advanced(io.Combo.Input("pool", options=["all", "channel"], default="all", tooltip=(
                     "all: one number at each lambda; channel: one for every latent channel"))),
                 advanced(io.Boolean.Input("fitted", default=False, optional=True, tooltip=(
@@ -135,7 +136,7 @@ class RefitStatistics(io.ComfyNode):
                     "KSampler's steps that it is for: other numbers stay as they were")),
                 io.Int.Input("seed", default=0, min=0, max=2**32 - 1, tooltip="Of the noise it learns from"),
                 advanced(io.Int.Input("samples", default=0, min=0, max=64, tooltip=(
-                    "Images, evaluated as one batch; the last quarter only tests. 0: 4 to 8 by the latent's size, and at least one or "
+                    "Images; the last quarter only tests. 0: 4 to 8 by the latent's size, and at least one or "
                     "two for each prompt"))),
                 io.Clip.Input("clip", optional=True, tooltip="Reads the prompts below; what else the positive input has (guidance, sizes, "
                                                              "ControlNet) they get from it"),
@@ -191,7 +192,7 @@ class TrainAmed(io.ComfyNode):
                     "The analytic first step: one evaluation less, worth it for models with a very high sigma_max")),
                 io.Int.Input("seed", default=0, min=0, max=2**32 - 1, tooltip="Of the noise it is trained on"),
                 advanced(io.Int.Input("samples", default=0, min=0, max=64, tooltip=(
-                    "Images to learn from, evaluated as one batch with a quarter more that test it. 0: 2 to 8 by the latent's "
+                    "Images to learn from, with a quarter more that test it. 0: 2 to 8 by the latent's "
                     "size"))),
                 advanced(io.Int.Input("teacher", default=TEACHER, min=2, max=64, tooltip=(
                     "Steps of the teacher in every interval: what AMED learns to land on"))),
@@ -202,7 +203,7 @@ class TrainAmed(io.ComfyNode):
     @classmethod
     def execute(cls, model, positive, negative, cfg, latent_image, sigmas, base, form, afs, seed, samples, teacher) -> io.NodeOutput:
         def measure(run: Run) -> Any:
-            run = Run(run.model, run.x, run.sigmas, run.extra_args, {"base": base, "first_step": "afs" if afs else "evaluate"})
+            run = replace(run, options={"base": base, "first_step": "afs" if afs else "evaluate"})
             about = calibration.described(AMED_KIND, run)
             return AMED_KIND.measure(run, about, _partial(run, AMED_KIND, about, form, seed, samples, teacher), seed=seed,
                                      samples=samples, form=form, teacher=teacher)

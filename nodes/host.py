@@ -2,10 +2,11 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, Callable
+from typing import Any, Callable, Mapping, Sequence
 
 import comfy.model_sampling
 import comfy.sample
+import torch
 from torch import Tensor
 
 from ..samplers.families import Sampler
@@ -53,6 +54,23 @@ def latent_for(model: Any, latent: dict) -> Tensor:
     return fix(model, latent["samples"], **{name: latent[name] for name in inspect.signature(fix).parameters if name in latent})
 
 
+def following(extra_args: Mapping[str, Any] | None, sigmas: Sequence[float]) -> dict[str, Any]:
+    """extra_args that tell nodes which look their step up that a run goes over these levels; the given ones stay as they are."""
+    options = (extra_args or {}).get("model_options", {})
+    transformer = options.get("transformer_options", {})
+    if "sample_sigmas" not in transformer:
+        return dict(extra_args or {})
+    own = transformer["sample_sigmas"]
+    told = torch.tensor(sigmas, dtype=own.dtype).unique().flip(0).to(own.device, non_blocking=True)
+    return {**extra_args, "model_options": {**options, "transformer_options": {**transformer, "sample_sigmas": told}}}
+
+
+def nested(guider: Any) -> bool:
+    """Whether a guider that is sampling has latents of several kinds, which ComfyUI has packed into one."""
+    return any(len(cond["model_conds"]["latent_shapes"].cond) > 1 for conds in guider.conds.values() for cond in conds
+               if "latent_shapes" in cond.get("model_conds", {}))
+
+
 def sampler_function(sampler: Sampler) -> Callable[..., Tensor]:
     """The function ComfyUI's KSAMPLER calls; its extra_options are the sampler's options."""
 
@@ -61,7 +79,7 @@ def sampler_function(sampler: Sampler) -> Callable[..., Tensor]:
         model_sampling = model.inner_model.model_patcher.get_model_object("model_sampling")
         mean = first_steps.answer_of(model, x, sigmas, extra_args or {}) if options.get("first_step") == "mean" else None
         fn = k_diffusion_function(sampler, path_of(model_sampling), options, noise_scale(model_sampling),
-                                  float(model_sampling.sigma_max), mean)
+                                  float(model_sampling.sigma_max), mean, following)
         return fn(model, x.float(), sigmas, extra_args=extra_args, callback=callback, disable=disable).to(x.dtype)
 
     return sample

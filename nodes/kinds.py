@@ -11,8 +11,8 @@ from typing import Any, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from ..samplers import Amed, Statistics, estimate_statistics, fit_amed, refit_multistep
-from ..samplers.calibrate import INTERVALS
+from ..samplers import Amed, Statistics, estimate_statistics, fit_amed, fitted_sigmas, refit_multistep
+from ..samplers.calibrate import INTERVALS, nodes
 from ..samplers.first_step import FULL
 from ..samplers.fitted import Fitted
 from ..samplers.refit import FEWEST, LARGEST
@@ -56,8 +56,10 @@ class StatisticsKind:
     def measure(self, run: Run, about: dict[str, Any], partial: Any, *, seed: int = 0, intervals: int = INTERVALS,
                 samples: int = 0, pool: str = "all") -> Statistics:
         sigmas = table(run)
+        grid = [level.sigma for level in nodes(sigmas, intervals, find_path(run.path))]
+        run = replace(run, grid=(*grid, 0.0))
         noise = pure_noise(run, samples or trajectories(run.x.shape, 2 if about.get("fitted") else 1), seed, sigmas[0])
-        with resumable("the measurement", partial):
+        with resumable("the measurement", partial, run):
             result = estimate_statistics(
                 run.denoise, noise, sigmas, intervals=intervals, pool=pool, path=run.path, seed=seed,
                 about=about, precision=precision_of(run.patcher), progress=Progress("measuring the model's statistics"),
@@ -89,7 +91,8 @@ class StatisticsKind:
             say(f"warning: {about['prompts']} prompts are few: what they teach can harm others. Give {PROMPTS} or more, or one alone for "
                 "itself", logging.WARNING)
         count = samples or refit_images(run.x.shape, about["prompts"])
-        with resumable("the refit", partial):
+        run = replace(run, grid=fitted_sigmas(found.for_another_prompt(), steps, highest.sigma, run.path))  # where it begins
+        with resumable("the refit", partial, run):
             result = refit_multistep(run.denoise, pure_noise(run, count, seed), found, steps, path=run.path,
                                      start=highest.sigma if opening else None, held_out=max(1, count // 4),
                                      progress=Progress("refitting the solver"), about=about, partial=partial)
@@ -144,7 +147,8 @@ class AmedKind:
             if form == "predictor" and not block.exists:
                 raise ValueError(f"a predictor looks at the middle block of a U-Net, and {about['model']} has none: set form to "
                                  "table")
-            with resumable("the training", partial):
+            run = replace(run, block=block if block.exists else None)
+            with resumable("the training", partial, run):
                 result = fit_amed(
                     run.denoise, noise, run.sigmas, base=about["base"], first_step=about["first_step"], form=form,
                     held_out=held_out, path=run.path, features=block.features if block.exists else None, seed=seed,

@@ -10,6 +10,10 @@ from torch import Tensor
 from .tensors import per_image
 
 
+class UnsteadyModel(ValueError):
+    """A model that does not answer for itself: something remembers, skips or makes up its answers."""
+
+
 def latents(x: Tensor) -> Tensor:
     """x in at least float32; ValueError if it holds no images, or whole numbers."""
     if not x.is_floating_point():
