@@ -40,8 +40,10 @@ def fingerprint(patcher: Any) -> str:
     device) the shapes alone count.
     """
     weights = {name: value for name, value in _stored(patcher.model).items() if name.startswith("diffusion_model.")}
+    originals = {**{name: kept[0] for name, kept in patcher.hook_backup.items()},
+                 **{name: kept.weight for name, kept in patcher.backup.items()}}
     digest = hashlib.sha256(type(patcher.model.model_config).__name__.encode())
-    for part in _network(weights, patcher.backup):
+    for part in _network(weights, originals):
         digest.update(part)
     return digest.hexdigest()[:12]
 
@@ -52,15 +54,15 @@ def _stored(model: torch.nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **{name: value for name, value in model.named_buffers() if name in saved}}
 
 
-def _network(state: Mapping[str, Tensor], backup: Mapping[str, Any]) -> Iterator[bytes]:
-    """The matrices of a network, `backup` those of it that are patched at the moment: all shapes, and the signs of some values."""
+def _network(state: Mapping[str, Tensor], originals: Mapping[str, Tensor]) -> Iterator[bytes]:
+    """The matrices of a network, with the originals of those that are patched at the moment: all shapes, and the signs of some values."""
     weights = {name: value for name, value in state.items() if len(value.shape) > 1 and not any(word in name for word in BESIDE)}
     for name in sorted(weights):
         yield f"{name}{list(weights[name].shape)}".encode()
     large = sorted((name for name, value in weights.items() if not value.is_meta),
                    key=lambda name: (-weights[name].numel(), name))[:256]
     for name in large[::max(1, len(large) // TENSORS)][:TENSORS]:
-        yield _signs(backup[name].weight if name in backup else weights[name])
+        yield _signs(originals.get(name, weights[name]))
 
 
 def patches(patcher: Any) -> list[str]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from comfy_host import comfy_sampling, pack
-from comfy_models import IMAGE, Network, guider, model, prompt
+from comfy_models import IMAGE, Network, guider, model, prompt, sampled
 
 
 def identity() -> types.ModuleType:
@@ -44,7 +44,7 @@ def parameter(value: torch.Tensor) -> torch.nn.Parameter:
 
 
 def fingerprint(state: dict[str, torch.Tensor], backup: dict | None = None, buffers: bool = False) -> str:
-    return identity().fingerprint(types.SimpleNamespace(model=Held(state, buffers), backup=backup or {}))
+    return identity().fingerprint(types.SimpleNamespace(model=Held(state, buffers), backup=backup or {}, hook_backup={}))
 
 
 def test_a_checkpoint_keeps_its_fingerprint_in_other_formats_and_in_other_versions_of_comfyui() -> None:
@@ -107,7 +107,7 @@ def gguf(seed: int, small: float = 0.0) -> str:
         return GGMLTensor(torch.cat([scale.half().view(torch.uint8).view(-1, 2), quants.view(torch.uint8)], 1), value.shape)
 
     state = {name: packed(value + small * value.roll(1, 0)) if value.ndim > 1 else value for name, value in weights(seed).items()}
-    return identity().fingerprint(types.SimpleNamespace(model=OfGGUF(state), backup={}))
+    return identity().fingerprint(types.SimpleNamespace(model=OfGGUF(state), backup={}, hook_backup={}))
 
 
 def test_two_checkpoints_of_gguf_have_fingerprints_of_their_own() -> None:
@@ -320,6 +320,27 @@ def patched(*loras: tuple[int, float, range]) -> dict:
             content[f"diffusion_model.more{k}"] = comfy.weight_adapter.LoRAAdapter(set(), (up, down, 1.0, None, None, None))
         assert len(patcher.add_patches(content, strength)) == len(content)
     return identity().description(guider(patcher, prompt(0.3), prompt(0.0)))
+
+
+@pytest.mark.parametrize("lora, left", [(0.0, -1.0), (0.4, -1.8)])
+def test_the_fingerprint_is_that_of_the_checkpoint_while_its_weights_are_patched_by_loras_and_hooks(lora: float, left: float) -> None:
+    network, seen = Network(), []
+    patcher = model(network)
+    group = hooks(1.0)
+    group.hooks[0].weights = {"diffusion_model.weight": ("diff", (-2 * network.weight.clone(),))}
+    group.hooks[0].need_weight_init = False
+    if lora:
+        patcher.add_patches({"diffusion_model.weight": ("diff", (-2 * network.weight.clone(),))}, lora)
+    plain = identity().fingerprint(patcher)
+
+    def function(run_model, x, *args, **more):
+        run_model(x, x.new_ones(len(x)), **more["extra_args"])
+        seen.append((identity().fingerprint(run_model.inner_model.model_patcher), float(network.weight[0, 0])))
+        return x
+
+    weight = float(network.weight[0, 0])
+    sampled(guider(patcher, prompt(0.3, hooks=group), prompt(0.0), 1.0), function)
+    assert seen[0][0] == plain and seen[0][1] == pytest.approx(left * weight, rel=1e-4)
 
 
 ALL, FEW, MORE = range(24), range(6), range(6, 24)
