@@ -36,7 +36,8 @@ def _model(what: str) -> list[io.Input]:
         io.Conditioning.Input("negative", tooltip="The negative prompt that will be used"),
         io.Float.Input("cfg", default=5.0, min=0.0, max=100.0, step=0.1, round=False,
                        tooltip="Guidance: what is measured serves guidance within about 10 % of it"),
-        io.Latent.Input("latent_image", tooltip="Its shape is measured, and as many images at once as it has: 1 takes the least memory"),
+        io.Latent.Input("latent_image", tooltip=(
+            "Its shape is measured, and as many images at once as it has: 1 takes the least memory")),
     ]
 
 
@@ -45,9 +46,9 @@ def _outputs(kind: Kind, word: str, uses: str) -> list[io.Output]:
             io.Image.Output(display_name="picture", tooltip=PICTURES[kind])]
 
 
-def _partial(run: Run, kind: Kind, about: dict[str, Any], *settings: object) -> Any:
+def _partial(kind: Kind, about: dict[str, Any], *settings: object) -> Any:
     """Where a measurement of these settings is kept until it is whole."""
-    return store.partial("-".join([about["model"], kind.name(about), *map(str, settings)]))
+    return store.partial("-".join([calibration.file_name(kind, about), *map(str, settings)]))
 
 
 def _shown(cls: type[io.ComfyNode], result: Any, draw: Callable[[Any], Tensor]) -> io.NodeOutput:
@@ -84,8 +85,9 @@ class EstimateStatistics(io.ComfyNode):
     def execute(cls, model, positive, negative, cfg, latent_image, seed, intervals, samples, pool, fitted=False) -> io.NodeOutput:
         def measure(run: Run) -> Any:
             about = {**calibration.described(STATISTICS_KIND, run), **({"fitted": True} if fitted else {})}
-            return STATISTICS_KIND.measure(run, about, _partial(run, STATISTICS_KIND, about, seed, intervals, samples, pool),
-                                           seed=seed, intervals=intervals, samples=samples, pool=pool)
+            partial = _partial(STATISTICS_KIND, about, seed, intervals, samples, pool)
+            return STATISTICS_KIND.measure(run, about, partial, seed=seed, intervals=intervals, samples=samples,
+                                           pool=pool)
 
         result = calibration.measured(model, [positive], negative, cfg, latent_image, seed, None, measure)
         return _shown(cls, result, picture.curves)
@@ -136,8 +138,8 @@ class RefitStatistics(io.ComfyNode):
                     "KSampler's steps that it is for: other numbers stay as they were")),
                 io.Int.Input("seed", default=0, min=0, max=2**32 - 1, tooltip="Of the noise it learns from"),
                 advanced(io.Int.Input("samples", default=0, min=0, max=64, tooltip=(
-                    "Images; the last quarter only tests. 0: 4 to 8 by the latent's size, and at least one or "
-                    "two for each prompt"))),
+                    "Images; the last quarter only tests. 0: 4 to 8 by the latent's size, and at least one "
+                    "or two for each prompt"))),
                 io.Clip.Input("clip", optional=True, tooltip="Reads the prompts below; what else the positive input has (guidance, sizes, "
                                                              "ControlNet) they get from it"),
                 io.String.Input("prompts", default="", multiline=True, optional=True, tooltip=(
@@ -153,8 +155,8 @@ class RefitStatistics(io.ComfyNode):
 
         def measure(run: Run) -> Any:
             about = {**identity.description(run.guider), "prompts": len(positives)}
-            return STATISTICS_KIND.refit(run, statistics, steps, about, _partial(run, STATISTICS_KIND, about, "refit", steps, seed, samples),
-                                         seed=seed, samples=samples)
+            partial = _partial(STATISTICS_KIND, about, "refit", steps, seed, samples)
+            return STATISTICS_KIND.refit(run, statistics, steps, about, partial, seed=seed, samples=samples)
 
         result = calibration.measured(model, positives, negative, cfg, latent_image, seed, None, measure)
         return _shown(cls, result, picture.curves)
@@ -205,8 +207,9 @@ class TrainAmed(io.ComfyNode):
         def measure(run: Run) -> Any:
             run = replace(run, options={"base": base, "first_step": "afs" if afs else "evaluate"})
             about = calibration.described(AMED_KIND, run)
-            return AMED_KIND.measure(run, about, _partial(run, AMED_KIND, about, form, seed, samples, teacher), seed=seed,
-                                     samples=samples, form=form, teacher=teacher)
+            partial = _partial(AMED_KIND, about, form, seed, samples, teacher)
+            return AMED_KIND.measure(run, about, partial, seed=seed, samples=samples, form=form,
+                                     teacher=teacher)
 
         result = calibration.measured(model, [positive], negative, cfg, latent_image, seed, sigmas, measure)
         return _shown(cls, result, picture.training)

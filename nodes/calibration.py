@@ -31,7 +31,8 @@ from .settings import RULES
 
 VARIABLE = "LAMBDA_SOLVERS_CALIBRATION"
 PROMPT = "lambda_solvers.prompt"  # in model_options, of the images of a call
-NESTED = "this model's latents are nested (several in one, such as video and sound): one calibration cannot hold for all of them"
+NESTED = ("this model's latents are nested (several in one, such as video and sound): one calibration cannot "
+          "hold for all of them")
 
 
 @dataclass
@@ -73,12 +74,15 @@ class Run:
         return levels(self.sigmas.tolist(), find_path(self.path))
 
     def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """The model function that is being sampled, without its inpainting mask and caches; sigma [B], for any number of images.
+        """The model function that is being sampled, without its inpainting mask and caches, for any number of
+        images; sigma [B].
 
-        ComfyUI has reserved memory for the run's own batch, so the model is asked for just so many images at once, those of
-        one prompt: what are too few are repeated. All calls are told the levels that are measured.
+        ComfyUI has reserved memory for the run's own batch, so the model is asked for just so many images at
+        once, those of one prompt; if there are fewer, they are repeated. Every call is told the levels that are
+        measured.
 
-        What is learned from many runs begins each of them with the hooks at their first keyframes, which never go back by themselves.
+        What is learned from many runs begins each of them with the hooks at their first keyframes, which never
+        go back by themselves.
         """
         if hooks := self._hooks():
             if (now := float(sigma.max())) > self.pace.sigma:
@@ -111,25 +115,26 @@ class Run:
                 raise
             if self.pace.batch or batch == 1:
                 raise comfy.model_management.OOM_EXCEPTION(
-                    f"out of memory while measuring the model, {batch} image{'s' * (batch > 1)} at once: measure at a smaller size, which "
-                    "serves larger ones too (a run of a smaller latent, or the node that measures), with a batch of 1, or make room on "
-                    f"the device. The fault was: {fault}") from fault
+                    f"out of memory while measuring the model, {batch} image{'s' * (batch > 1)} at once: measure "
+                    "at a smaller size, which serves larger ones too (a run of a smaller latent, or the node that "
+                    "measures), with a batch of 1, or make room on the device. The fault was: "
+                    f"{fault}") from fault
         self.pace.batch = batch // 2  # not above, where the fault still holds what did not fit
-        say(f"warning: out of memory while measuring {batch} images at once: going on with {batch // 2}. For less, measure with a "
-            "smaller batch", logging.WARNING)
+        say(f"warning: out of memory while measuring {batch} images at once: going on with {batch // 2}. Measure "
+            "with a smaller batch to avoid this", logging.WARNING)
         comfy.model_management.soft_empty_cache()
         return self._answer(x, sigma, images, prompt)
 
     def _ask(self, x: Tensor, sigma: Tensor, prompt: int) -> Tensor:
         grid = self.grid or self.sigmas.tolist()
-        options = following(self.extra_args, [*grid, *sigma.tolist()]).get("model_options", {})
-        return self.guider(x, sigma, model_options={**identity.without_caches(options), PROMPT: prompt}, seed=self.extra_args.get("seed"))
+        told = following(self.extra_args, [*grid, *sigma.tolist()])
+        options = {**identity.without_caches(told.get("model_options", {})), PROMPT: prompt}
+        return self.guider(x, sigma, model_options=options, seed=self.extra_args.get("seed"))
 
     @contextmanager
     def apart(self) -> Iterator[None]:
-        """The guider as it is at the start of a run, and again afterwards: without caches, and with its hooks at their first keyframes.
-
-        ValueError for what cannot be measured.
+        """The guider as it is at the start of a run, and again afterwards: without caches, and with its hooks at
+        their first keyframes. ValueError for latents that cannot be measured.
         """
         if nested(self.guider):
             raise ValueError(f"{NESTED}. Choose a sampler that needs none, such as lambda_2m")
@@ -229,21 +234,24 @@ def calibration_for(kind: Kind, run: Run, given: Any, how: str) -> Any:
 
 
 def described(kind: Kind, run: Run) -> dict[str, Any]:
-    """The description of a run, with what the kind adds; ValueError if its guidance is none that a calibration could hold for."""
+    """The description of a run, with what the kind adds; ValueError for a guidance that none could hold for."""
     about = identity.description(run.guider)
     if math.isnan(about["guidance"]):
-        raise ValueError(f"the guidance of this {type(run.guider).__name__} is {run.guider.cfg!r}, and {kind.noun} hold for one number: set "
-                         f"one, give the sampler what {kind.makes} made at a number, or choose a sampler that needs none, such as lambda_2m")
+        raise ValueError(f"the guidance of this {type(run.guider).__name__} is {run.guider.cfg!r}, and "
+                         f"{kind.noun} hold for one number: set one, give the sampler what {kind.makes} made at "
+                         "a number, or choose a sampler that needs none, such as lambda_2m")
     return {**about, **kind.about(run)}
 
 
 def file_name(kind: Kind, about: Mapping[str, Any]) -> str:
     """The name of a file unless another is given: one for each model, patches, guidance, prompt, and what the kind adds."""
-    patches = "".join(about.get("patches", [])) + "".join(f" {strength:.3g}" for strength in about.get("strengths", []))
+    strengths = [f" {strength:.3g}" for strength in _numbers(about, "strengths")]
+    patches = "".join([*about.get("patches", []), *strengths])
     patched = hashlib.sha256(patches.encode()).hexdigest()[:6] if patches else ""
-    distilled = "".join(f"-guidance{scale:g}" for scale in about.get("distilled", []) if scale is not None)
+    distilled = "".join(f"-guidance{scale:g}" for scale in _numbers(about, "distilled"))
     return "-".join(filter(None, [about.get("model", "model"), patched, kind.name(about),
-                                  f"cfg{about.get('guidance', 1.0):g}{distilled}", about.get("conditions", "")]))
+                                  f"cfg{about.get('guidance', 1.0):g}{distilled}",
+                                  about.get("conditions", "")]))
 
 
 class Progress:
@@ -263,14 +271,16 @@ class Progress:
 
 @contextmanager
 def resumable(what: str, partial: Path | None, run: Run) -> Iterator[None]:
-    """Says after Cancel whether the next run goes on from there; ValueError naming what may stand before a model that does not
-    answer for itself."""
+    """Says after Cancel whether the next run goes on from there.
+
+    ValueError for a model that does not answer for itself, naming what other nodes have put around it.
+    """
     try:
         yield
     except UnsteadyModel as fault:
         named = ", ".join(identity.changed(run.patcher)) or "nothing that ComfyUI knows of"
-        raise ValueError(f"{fault}. Other nodes have put around this model: {named}. Bypass the node that did it while the model is "
-                         "measured; afterwards it may be switched on again") from fault
+        raise ValueError(f"{fault}. Other nodes have put around this model: {named}. Bypass the node that did it "
+                         "while the model is measured; afterwards it may be switched on again") from fault
     except comfy.model_management.InterruptProcessingException:
         kept = partial is not None and partial.exists()
         say(f"{what} was cancelled; the next run {'goes on from there' if kept else 'begins anew'}")
@@ -296,17 +306,25 @@ def faults(about: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
         found.append(f"measured with the patches {about.get('patches') or 'none'}, and this model has "
                      f"{wanted['patches'] or 'none'}")
     elif not store.alike("strengths", about, wanted):
-        found.append(f"measured with patches at strength {_listed(about, 'strengths')}, and here it is {_listed(wanted, 'strengths')}")
+        found.append(f"measured with patches at strength {_listed(about, 'strengths')}, and here it is "
+                     f"{_listed(wanted, 'strengths')}")
     if not store.alike("guidance", about, wanted):
         here = "changes from step to step" if math.isnan(wanted["guidance"]) else f"is {wanted['guidance']:g}"
         found.append(f"measured for guidance {about.get('guidance', 'unknown')}, and this {here}")
     if not store.alike("distilled", about, wanted):
-        found.append(f"measured for distilled guidance {_listed(about, 'distilled')}, and this is {_listed(wanted, 'distilled')}")
+        found.append(f"measured for distilled guidance {_listed(about, 'distilled')}, and this is "
+                     f"{_listed(wanted, 'distilled')}")
     return found
 
 
 def _listed(about: Mapping[str, Any], key: str) -> str:
-    return ", ".join(dict.fromkeys(map(str, about.get(key, [])))) or "none"
+    return ", ".join(dict.fromkeys(f"{value:g}" for value in _numbers(about, key))) or "none"
+
+
+def _numbers(about: Mapping[str, Any], key: str) -> list[float]:
+    """Those in a list of a description, which may come from anyone's file."""
+    found = about.get(key)
+    return [value for value in found if isinstance(value, (int, float))] if isinstance(found, list) else []
 
 
 def warn(kind: Kind, found: Any, run: Run) -> None:
@@ -334,12 +352,13 @@ class SeveralPrompts(comfy.samplers.CFGGuider):
 
     def set_prompts(self, positives: Sequence[Any], negative: Any) -> None:
         self.prompts = len(positives)
-        self.inner_set_conds({"negative": negative, **{_positive(k): content for k, content in enumerate(positives)}})
+        named = {_positive(k): cond for k, cond in enumerate(positives)}
+        self.inner_set_conds({"negative": negative, **named})
 
     def predict_noise(self, x, timestep, model_options={}, seed=None):
-        return comfy.samplers.sampling_function(
-            self.inner_model, x, timestep, self.conds["negative"], self.conds[_positive(model_options[PROMPT])], self.cfg,
-            model_options=model_options, seed=seed)
+        positive = self.conds[_positive(model_options[PROMPT])]
+        return comfy.samplers.sampling_function(self.inner_model, x, timestep, self.conds["negative"], positive,
+                                                self.cfg, model_options=model_options, seed=seed)
 
 
 def _positive(k: int) -> str:
@@ -348,7 +367,8 @@ def _positive(k: int) -> str:
 
 def measured(model: Any, positives: Sequence[Any], negative: Any, cfg: float, latent: dict, seed: int, sigmas: Tensor | None,
              measure: Callable[[Run], Any]) -> Any:
-    """What `measure` makes of a model under these conditions, in a run of ComfyUI's own, as many images at once as the latent has."""
+    """What `measure` makes of a model under these conditions, in a run of ComfyUI's own; the latent's batch says how
+    many images are evaluated at once."""
     guider = SeveralPrompts(model)
     guider.set_prompts(positives, negative)
     guider.set_cfg(cfg)

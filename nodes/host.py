@@ -55,20 +55,21 @@ def latent_for(model: Any, latent: dict) -> Tensor:
 
 
 def following(extra_args: Mapping[str, Any] | None, sigmas: Sequence[float]) -> dict[str, Any]:
-    """extra_args that tell nodes which look their step up that a run goes over these levels; the given ones stay as they are."""
+    """extra_args that tell nodes which look their step up that a run goes over these levels, in new dicts."""
     options = (extra_args or {}).get("model_options", {})
     transformer = options.get("transformer_options", {})
     if "sample_sigmas" not in transformer:
         return dict(extra_args or {})
     own = transformer["sample_sigmas"]
     told = torch.tensor(sigmas, dtype=own.dtype).unique().flip(0).to(own.device, non_blocking=True)
-    return {**extra_args, "model_options": {**options, "transformer_options": {**transformer, "sample_sigmas": told}}}
+    transformer = {**transformer, "sample_sigmas": told}
+    return {**extra_args, "model_options": {**options, "transformer_options": transformer}}
 
 
 def nested(guider: Any) -> bool:
     """Whether a guider that is sampling has latents of several kinds, which ComfyUI has packed into one."""
-    return any(len(cond["model_conds"]["latent_shapes"].cond) > 1 for conds in guider.conds.values() for cond in conds
-               if "latent_shapes" in cond.get("model_conds", {}))
+    told = [cond.get("model_conds", {}) for conds in guider.conds.values() for cond in conds]
+    return any("latent_shapes" in named and len(named["latent_shapes"].cond) > 1 for named in told)
 
 
 def sampler_function(sampler: Sampler) -> Callable[..., Tensor]:

@@ -27,19 +27,20 @@ def description(guider: Any) -> dict[str, Any]:
     patcher = guider.model_patcher
     digits = fingerprint(patcher)
     return {"model": f"{type(patcher.model.model_config).__name__}-{digits}", "fingerprint": digits,
-            "patches": [*patches(patcher), *guiding(guider)], "strengths": strengths(patcher), "guidance": guidance(guider),
-            "distilled": distilled(guider), "conditions": conditions(guider)}
+            "patches": [*patches(patcher), *guiding(guider)], "strengths": strengths(patcher),
+            "guidance": guidance(guider), "distilled": distilled(guider), "conditions": conditions(guider)}
 
 
 def fingerprint(patcher: Any) -> str:
     """Twelve hex digits for the unpatched checkpoint: its class, its matrices' names and shapes, and signs of their values.
 
-    Signs, because they survive every format: the float32, float16 and float8 file of a checkpoint have one fingerprint, a
-    fine-tune of it another; of packed formats (GGUF, nvfp4) the packed bytes. Matrices, because vectors and the scales of
-    quantised weights have other names in other versions of ComfyUI. Of weights that a loader keeps elsewhere (on the meta
-    device) the shapes alone count.
+    Signs, because they survive every format: the float32, float16 and float8 file of a checkpoint have one
+    fingerprint, a fine-tune of it another; of packed formats (GGUF, nvfp4) the packed bytes. Matrices, because
+    vectors and the scales of quantised weights have other names in other versions of ComfyUI. Of weights that a
+    loader keeps elsewhere (on the meta device) the shapes alone count.
     """
-    weights = {name: value for name, value in _stored(patcher.model).items() if name.startswith("diffusion_model.")}
+    stored = _stored(patcher.model)
+    weights = {name: value for name, value in stored.items() if name.startswith("diffusion_model.")}
     originals = {**{name: kept[0] for name, kept in patcher.hook_backup.items()},
                  **{name: kept.weight for name, kept in patcher.backup.items()}}
     digest = hashlib.sha256(type(patcher.model.model_config).__name__.encode())
@@ -49,14 +50,16 @@ def fingerprint(patcher: Any) -> str:
 
 
 def _stored(model: torch.nn.Module) -> dict[str, Tensor]:
-    """The parameters, and the buffers that are saved with them, themselves: a state_dict of GGUF has meta tensors in their place."""
+    """The parameters, and the buffers that are saved with them; a state_dict of GGUF has meta tensors instead."""
     saved = model.state_dict().keys()
-    return {**dict(model.named_parameters()), **{name: value for name, value in model.named_buffers() if name in saved}}
+    buffers = {name: value for name, value in model.named_buffers() if name in saved}
+    return {**dict(model.named_parameters()), **buffers}
 
 
 def _network(state: Mapping[str, Tensor], originals: Mapping[str, Tensor]) -> Iterator[bytes]:
-    """The matrices of a network, with the originals of those that are patched at the moment: all shapes, and the signs of some values."""
-    weights = {name: value for name, value in state.items() if len(value.shape) > 1 and not any(word in name for word in BESIDE)}
+    """The matrices of a network, by their originals where they are patched: all shapes, the signs of some values."""
+    weights = {name: value for name, value in state.items()
+               if len(value.shape) > 1 and not any(word in name for word in BESIDE)}
     for name in sorted(weights):
         yield f"{name}{list(weights[name].shape)}".encode()
     large = sorted((name for name, value in weights.items() if not value.is_meta),
@@ -71,7 +74,7 @@ def patches(patcher: Any) -> list[str]:
 
 
 def _weights(patcher: Any) -> Iterator[str]:
-    """A line for the weight patches (LoRAs), whatever their strengths: how many weights, and a hash of the patches' values."""
+    """A line for the weight patches (LoRAs), at any strengths: how many weights, and a hash of the values."""
     if patcher.patches:
         digest = hashlib.sha256()
         for name in _patched(patcher):
@@ -83,7 +86,7 @@ def _weights(patcher: Any) -> Iterator[str]:
 
 
 def strengths(patcher: Any) -> list[float]:
-    """The strength of every patch on the weights that `_weights` looks at, in order: what may differ a little."""
+    """The strength of every patch on the weights that `_weights` looks at, in their order."""
     return [float(strength) for name in _patched(patcher) for strength, *_ in patcher.patches[name]]
 
 
@@ -141,7 +144,7 @@ def _plain(guider: Any) -> bool:
 
 
 def guidance(guider: Any) -> float:
-    """The scale of a guider; NaN for one that changes from step to step: a list, a tensor of several numbers, a function."""
+    """The scale of a guider; NaN for one that changes from step to step: several numbers, a function."""
     try:
         return float(guider.cfg)
     except (TypeError, ValueError, RuntimeError):  # the last two: a tensor of several
@@ -156,7 +159,7 @@ def _listed(cfg: Any) -> Any:
 
 
 def distilled(guider: Any) -> list[float | None]:
-    """The different scales that are told to the model itself (FluxGuidance), as far as conditions name any; None where told none."""
+    """The scales that the model itself is told (FluxGuidance), where conditions name any; None: told of none."""
     told = {cond["guidance"] for conds in _used(guider).values() for cond in conds if "guidance" in cond}
     return [None] * (None in told) + sorted(float(scale) for scale in told if scale is not None)
 
@@ -178,7 +181,7 @@ def without_caches(model_options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def conditions(guider: Any) -> str:
-    """Eight hex digits for the prompts and whatever else conditions a guider, but for the scale that `distilled` tells."""
+    """Eight hex digits for the prompts and whatever else conditions a guider, but for `distilled` scales."""
     digest = hashlib.sha256()
     for name, conds in sorted(_used(guider).items()):
         for cond in conds:
@@ -249,8 +252,8 @@ def _signs(tensor: Tensor) -> bytes:
 
 def _some(tensor: Tensor, values: int) -> Tensor:
     """So many of a tensor's values, evenly spread; on the CPU, in float32."""
-    held = getattr(tensor, "_qdata", tensor)  # what ComfyUI's quantised tensors hold, as their state_dict has it
-    flat = held.as_subclass(Tensor).detach().reshape(-1)  # of GGUF's: the packed bytes, without its own rules for tensors
+    held = getattr(tensor, "_qdata", tensor)  # what ComfyUI's quantised tensors hold
+    flat = held.as_subclass(Tensor).detach().reshape(-1)  # GGUF's have rules of their own for tensors
     places = torch.linspace(0, flat.numel() - 1, min(values, flat.numel()), dtype=torch.float64).long()
     return flat[places.to(flat.device)].float().cpu()
 

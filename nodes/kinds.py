@@ -91,7 +91,8 @@ class StatisticsKind:
             say(f"warning: {about['prompts']} prompts are few: what they teach can harm others. Give {PROMPTS} or more, or one alone for "
                 "itself", logging.WARNING)
         count = samples or refit_images(run.x.shape, about["prompts"])
-        run = replace(run, grid=fitted_sigmas(found.for_another_prompt(), steps, highest.sigma, run.path))  # where it begins
+        begins = fitted_sigmas(found.for_another_prompt(), steps, highest.sigma, run.path)
+        run = replace(run, grid=begins)
         with resumable("the refit", partial, run):
             result = refit_multistep(run.denoise, pure_noise(run, count, seed), found, steps, path=run.path,
                                      start=highest.sigma if opening else None, held_out=max(1, count // 4),

@@ -10,8 +10,8 @@ COND = 0  # in transformer_options["cond_or_uncond"]
 
 
 class MiddleBlock:
-    """Watches the middle block while it is entered. A forward hook sees the block; a wrapper of the model sees the order of
-    the batch: ComfyUI calls it with all conds at once, with one after the other, or with each on a device of its own."""
+    """Watches the middle block while it is entered. A forward hook sees the block; a wrapper of the model sees the
+    order of the batch: ComfyUI calls it with all conds at once, one after the other, or each on its own device."""
 
     def __init__(self, patcher: Any) -> None:
         copies = [patcher, *patcher.get_additional_models_with_key("multigpu")]
@@ -58,5 +58,5 @@ class MiddleBlock:
             if COND in order:
                 self.seen = output.chunk(len(order))[order.index(COND)].detach()
 
-        last = network.middle_block[-1]  # ComfyUI iterates over the container: a hook on itself would never be called
+        last = network.middle_block[-1]  # ComfyUI iterates over the container: a hook on that is never called
         return [network.register_forward_pre_hook(called, with_kwargs=True), last.register_forward_hook(look)]

@@ -100,27 +100,33 @@ def partial(name: str) -> Path | None:
 
 
 def near(a: float, b: float, apart: float = 0.1) -> bool:
-    """Guidance scales close enough to share statistics: within a tenth, and no more than `apart` where they are small."""
+    """Numbers close enough to share statistics: within a tenth, and `apart` more, for small ones."""
     return abs(a - b) <= apart + 0.1 * max(abs(a), abs(b))
 
 
 NUMBERS = {"guidance": 0.1, "distilled": 0.1, "strengths": 0.0}
-"""What of a description need only be near, and how far apart small numbers may be: 0.8 and 0.88 of a LoRA are near, 0 and 0.1 not."""
+"""What of a description need only be near, and how far apart beyond a tenth: 0.8 and 0.88 of a LoRA are near, 0.1
+and 0.2 are not."""
 
 
 def alike(key: str, about: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    """Whether two descriptions agree in one of NUMBERS: one number each, or as many; None is a number that was left out."""
-    a, b = (value if isinstance(value, list) else [value] for value in (about.get(key, []), wanted.get(key, [])))
-    return len(a) == len(b) and all(
-        near(x, y, NUMBERS[key]) if isinstance(x, (int, float)) and isinstance(y, (int, float)) else x is y is None for x, y in zip(a, b))
+    """Whether two descriptions agree in one of NUMBERS: one number, or as many; None stands for none."""
+    def close(x: Any, y: Any) -> bool:
+        if isinstance(x, (int, float)) and isinstance(y, (int, float)):
+            return near(x, y, NUMBERS[key])
+        return x is None and y is None
+
+    a, b = (told.get(key, []) for told in (about, wanted))
+    a, b = (value if isinstance(value, list) else [value] for value in (a, b))
+    return len(a) == len(b) and all(map(close, a, b))
 
 
 def find(kind: type, wanted: Mapping[str, Any], exactly: bool, serves: Callable[[Any], int]) -> tuple[str, Any] | None:
     """The name and content of a saved calibration for a model as `identity.description` describes it.
 
-    The checkpoint and its patches are the same, their strengths and the guidance near; of several that serve, those that serve
-    best, then those of the same prompt, then those of the nearest guidance. `exactly` asks for the same prompt. A damaged file is named in
-    the log and skipped.
+    The checkpoint and its patches are the same, their strengths and the guidance near; of several that serve, those
+    that serve best, then those of the same prompt, then those of the nearest guidance. `exactly` asks for the same
+    prompt. A damaged file is named in the log and skipped.
     """
     found = []
     for name in listed():
@@ -132,8 +138,9 @@ def find(kind: type, wanted: Mapping[str, Any], exactly: bool, serves: Callable[
             logging.warning("Lambda Solvers: %s", fault)
             continue
         about = loaded.about
-        same = all(about.get(key) == wanted[key] for key in ("fingerprint", "patches")) and all(alike(key, about, wanted) for key in NUMBERS)
+        same = all(about.get(key) == wanted[key] for key in ("fingerprint", "patches"))
+        close = all(alike(key, about, wanted) for key in NUMBERS)
         other_prompt = about.get("conditions") != wanted["conditions"]
-        if same and not (exactly and other_prompt) and (well := serves(loaded)):
+        if same and close and not (exactly and other_prompt) and (well := serves(loaded)):
             found.append((-well, other_prompt, abs(about["guidance"] - wanted["guidance"]), name, loaded))
     return min(found, key=lambda entry: entry[:4])[3:] if found else None

@@ -38,15 +38,16 @@ def k_diffusion_sampler(name: str, path: str = "ve", *, sigma_max: float | None 
 
 
 Follow = Callable[[Mapping[str, Any], Sequence[float]], Mapping[str, Any]]
-"""follow(extra_args, sigmas) -> extra_args for the model, where the host tells it which levels a run goes over."""
+"""follow(extra_args, sigmas) -> extra_args for the model, in which the host tells it the levels of a run."""
 
 
 def k_diffusion_function(sampler: Sampler, path: str, options: Mapping[str, Any], noise_scale: float = 1.0,
-                         sigma_max: float | None = None, mean: MeanAnswer | None = None, follow: Follow | None = None) -> Callable[..., Tensor]:
-    """`k_diffusion_sampler` for any entry of the catalogue; noise_scale is the standard deviation of the model's noise.
+                         sigma_max: float | None = None, mean: MeanAnswer | None = None,
+                         follow: Follow | None = None) -> Callable[..., Tensor]:
+    """`k_diffusion_sampler` for any entry of the catalogue.
 
-    follow: told the levels that the solver goes over, which need not be the schedule's; for an evaluation between two of them
-    (of a step's inner level) with that one among them.
+    noise_scale: the standard deviation of the model's noise. follow: told the levels that the solver goes over,
+    which need not be the schedule's; for an evaluation between two of them (a step's inner one) with that one too.
     """
     settings = sampler.settings(options)
     solver, first_step = sampler.solver(**options), sampler.first_step(settings)
@@ -111,7 +112,8 @@ def _first_answered(denoise: Callable[[Tensor, float], Tensor], answer: Callable
 
 def _followed(steps: Sequence[Step]) -> list[float]:
     """The levels at which planned steps begin or pass one of the schedule's, and the last one's end."""
-    return [*(e.at.sigma for step in steps for e in step.evaluations[:step.intervals]), *(step.t.sigma for step in steps[-1:])]
+    begun = [evaluation.at.sigma for step in steps for evaluation in step.evaluations[:step.intervals]]
+    return [*begun, *(step.t.sigma for step in steps[-1:])]
 
 
 class _Denoiser:

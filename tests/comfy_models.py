@@ -1,4 +1,4 @@
-"""Models of ComfyUI's own classes around networks of a few numbers, and runs of ComfyUI's own guiders on them."""
+"""Models of ComfyUI's own classes around networks of a few numbers, and runs of its own guiders on them."""
 from __future__ import annotations
 
 import importlib
@@ -20,7 +20,8 @@ def part(name: str) -> types.ModuleType:
 
 
 class Network(torch.nn.Module):
-    """Data near +-1, around what the conditions say; every call is remembered, and one of more images than `most` is refused."""
+    """Data near +-1, around what the conditions say; every call is remembered, and one of more images than `most` is
+    out of memory."""
 
     dtype = torch.float32
 
@@ -31,12 +32,13 @@ class Network(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.randn(24, 16, generator=generator), requires_grad=False)
         self.middle_block = torch.nn.ModuleList([torch.nn.Identity()])
 
-    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor, transformer_options: dict, **more: Any) -> Tensor:
+    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor, transformer_options: dict,
+                **more: Any) -> Tensor:
         conds = len(transformer_options["cond_or_uncond"])
         sigma = transformer_options["sigmas"]
-        told = transformer_options.get("sample_sigmas")
-        self.calls.append(types.SimpleNamespace(
-            images=len(x) // conds, sigma=sigma.tolist(), told=None if told is None else told.tolist(), context=context[:, 0, 0].tolist(), shape=list(x.shape)))
+        told = transformer_options.get("sample_sigmas", torch.zeros(0))
+        self.calls.append(types.SimpleNamespace(images=len(x) // conds, sigma=sigma.tolist(), told=told.tolist(),
+                                                context=context[:, 0, 0].tolist(), shape=list(x.shape)))
         if self.most and len(x) // conds > self.most:
             import comfy.model_management
             raise comfy.model_management.OOM_EXCEPTION(f"{len(x) // conds} images are too many")
@@ -62,7 +64,8 @@ def model(network: torch.nn.Module, video: bool = False) -> Any:
 
     made = comfy.model_base.BaseModel(Tiny({"disable_unet_model_creation": True}))
     made.diffusion_model = network
-    return comfy.model_patcher.ModelPatcher(made, load_device=torch.device("cpu"), offload_device=torch.device("cpu"))
+    cpu = torch.device("cpu")
+    return comfy.model_patcher.ModelPatcher(made, load_device=cpu, offload_device=cpu)
 
 
 def prompt(value: float, images: int = 1, **more: Any) -> list:
@@ -79,7 +82,8 @@ def guider(patcher: Any, positive: list, negative: list, cfg: float = 3.0) -> An
     return made
 
 
-def in_a_run(made: Any, use: Callable[[Any], Any], batch: int = 1, shape: tuple[int, ...] = IMAGE, steps: int = 5) -> Any:
+def in_a_run(made: Any, use: Callable[[Any], Any], batch: int = 1, shape: tuple[int, ...] = IMAGE,
+             steps: int = 5) -> Any:
     """What `use` makes of the Run that a sampler is called with: such a batch and schedule."""
     found = []
 
@@ -91,10 +95,12 @@ def in_a_run(made: Any, use: Callable[[Any], Any], batch: int = 1, shape: tuple[
     return found[0]
 
 
-def sampled(made: Any, function: Callable, batch: int = 1, shape: tuple[int, ...] = IMAGE, steps: int = 5, **options: Any) -> Tensor:
+def sampled(made: Any, function: Callable, batch: int = 1, shape: tuple[int, ...] = IMAGE, steps: int = 5,
+            **options: Any) -> Tensor:
     """A run of a sampler function on a guider."""
     import comfy.samplers
-    sigmas = comfy.samplers.calculate_sigmas(made.model_patcher.get_model_object("model_sampling"), "karras", steps)
+    sampling = made.model_patcher.get_model_object("model_sampling")
+    sigmas = comfy.samplers.calculate_sigmas(sampling, "karras", steps)
     noise = torch.randn((batch, *shape), generator=torch.Generator().manual_seed(batch))
     sampler = comfy.samplers.KSAMPLER(function, extra_options=options)
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""How a model is measured inside ComfyUI: as many images at once as the run has, told the levels that are really evaluated."""
+"""How a model is measured inside ComfyUI: as many images at once as the run has, told the levels of its calls."""
 from __future__ import annotations
 
 from dataclasses import replace
@@ -17,7 +17,8 @@ def folder(tmp_path, monkeypatch):
     """An empty folder of calibrations."""
     part("nodes")
     import folder_paths
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, "solver_calibrations", ([str(tmp_path)], {".safetensors"}))
+    place = ([str(tmp_path)], {".safetensors"})
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "solver_calibrations", place)
     folder_paths.filename_list_cache.pop("solver_calibrations", None)
     return tmp_path
 
@@ -28,7 +29,7 @@ def made(network: Network, video: bool = False, cfg: float = 3.0):
 
 @pytest.mark.parametrize("batch", [1, 2, 3])
 @pytest.mark.parametrize("name", ["lambda_2m", *MEASURED])
-def test_a_model_that_takes_the_run_s_batch_and_no_more_can_be_measured_in_calls_of_one_shape(name: str, batch: int) -> None:
+def test_a_model_that_takes_the_run_s_batch_and_no_more_is_measured_in_calls_of_one_shape(name, batch) -> None:
     network = Network(most=batch)
     result = sampled(made(network), listed(name), batch)
     assert result.isfinite().all() and {call.images for call in network.calls} == {batch}
@@ -60,21 +61,23 @@ def test_every_image_is_evaluated_under_its_own_prompt(batch: int, asked: list[i
     network = Network(most=batch)
     x = torch.randn(5, *IMAGE)
     answers = part("nodes.calibration").measured(
-        model(network), [prompt(0.0), prompt(10.0), prompt(20.0)], prompt(0.0), 1.0, {"samples": torch.zeros(batch, *IMAGE)}, 0, None,
-        lambda run: run.denoise(x, torch.full((5,), 0.5)))
+        model(network), [prompt(0.0), prompt(10.0), prompt(20.0)], prompt(0.0), 1.0,
+        {"samples": torch.zeros(batch, *IMAGE)}, 0, None, lambda run: run.denoise(x, torch.full((5,), 0.5)))
     assert [call.context for call in network.calls] == [[value] * batch for value in asked]
     assert answers.mean((1, 2, 3)).sub(torch.tensor([0.0, 10.0, 20.0, 0.0, 10.0])).abs().max() < 1.5
 
 
 def windows(patcher, length: int = 4):
     from comfy_extras.nodes_context_windows import ContextWindowsManualNode
-    return ContextWindowsManualNode.execute(patcher, length, 1, "standard_uniform", 1, False, "pyramid", 2).args[0]
+    how = (length, 1, "standard_uniform", 1, False, "pyramid", 2)
+    return ContextWindowsManualNode.execute(patcher, *how).args[0]
 
 
 @pytest.mark.parametrize("name", ["lambda_2m", *MEASURED])
 def test_context_windows_work_while_a_video_model_is_measured_and_sampled(name: str) -> None:
     network = Network()
-    result = sampled(guider(windows(model(network, video=True)), prompt(0.3), prompt(0.0)), listed(name), 1, VIDEO)
+    windowed = guider(windows(model(network, video=True)), prompt(0.3), prompt(0.0))
+    result = sampled(windowed, listed(name), 1, VIDEO)
     assert result.isfinite().all() and {call.shape[2] for call in network.calls} == {4}
 
 
@@ -90,7 +93,8 @@ def test_what_does_not_fit_into_memory_is_halved_once_and_then_told_with_the_rem
         assert [call.images for call in network.calls[4:]] == [2]
         network.most = 1
         import comfy.model_management
-        with pytest.raises(comfy.model_management.OOM_EXCEPTION, match="measuring the model, 2 images at once: measure at a smaller size.*2 images are too many"):
+        told = "measuring the model, 2 images at once: measure at a smaller size.*2 images are too many"
+        with pytest.raises(comfy.model_management.OOM_EXCEPTION, match=told):
             run.denoise(torch.ones(5, *IMAGE), torch.ones(5))
         return first
 
@@ -116,7 +120,8 @@ def test_every_call_finds_its_level_among_the_levels_it_is_told(name: str) -> No
     network = Network()
     sampled(made(network), listed(name), batch=2, steps=6)
     for call in network.calls:
-        assert set(call.sigma) <= set(call.told) and call.told == sorted(call.told, reverse=True) and call.told[-1] == 0.0
+        assert set(call.sigma) <= set(call.told) and call.told[-1] == 0.0
+        assert call.told == sorted(call.told, reverse=True)
 
 
 def test_the_fitted_solver_tells_the_levels_it_has_chosen_and_a_measurement_its_grid() -> None:
@@ -127,7 +132,8 @@ def test_the_fitted_solver_tells_the_levels_it_has_chosen_and_a_measurement_its_
     assert len(chosen) == 5 and all(call.told == [*chosen, 0.0] for call in run)
     assert run[0].told != before[-1].told
     grid = levels_of(before)
-    assert sorted({*grid}, reverse=True) == before[0].told[:-1] and len(grid) == 25 and len({tuple(call.told) for call in before}) == 1
+    assert grid == before[0].told[:-1] and len(grid) == 25
+    assert len({tuple(call.told) for call in before}) == 1
 
 
 def test_a_step_of_two_evaluations_tells_the_schedule_and_at_its_inner_level_that_one_too() -> None:
@@ -137,7 +143,8 @@ def test_a_step_of_two_evaluations_tells_the_schedule_and_at_its_inner_level_tha
     singlestep = part("nodes.registry").calibrated(part("samplers").FAMILIES["singlestep"])
     sampled(made(network), singlestep, steps=4, order=2)
     inner = [call for call in network.calls if call.sigma[0] not in schedule]
-    assert len(inner) == 3 and all(call.told == schedule for call in network.calls if call.sigma[0] in schedule)
+    assert len(inner) == 3
+    assert all(call.told == schedule for call in network.calls if call.sigma[0] in schedule)
     assert all(call.told == sorted([*schedule, call.sigma[0]], reverse=True) for call in inner)
 
 
@@ -148,7 +155,8 @@ def test_telling_levels_leaves_the_caller_s_options_as_they_were(name: str) -> N
     def function(run_model, x, sigmas, extra_args, callback, disable, **options):
         told = extra_args["model_options"]["transformer_options"]["sample_sigmas"]
         result = listed(name)(run_model, x, sigmas, extra_args, callback, disable, **options)
-        assert extra_args["model_options"]["transformer_options"]["sample_sigmas"] is told and torch.equal(told, sigmas)
+        assert extra_args["model_options"]["transformer_options"]["sample_sigmas"] is told
+        assert torch.equal(told, sigmas)
         seen.append(set(extra_args["model_options"]))
         return result
 
@@ -176,7 +184,8 @@ def test_a_predictor_is_trained_on_a_model_that_takes_the_run_s_batch_and_no_mor
 
     def measure(run):
         run = replace(run, options={"base": "amed", "first_step": "evaluate"})
-        return kind.measure(run, part("nodes.calibration").described(kind, run), None, samples=3, form="predictor", teacher=2)
+        about = part("nodes.calibration").described(kind, run)
+        return kind.measure(run, about, None, samples=3, form="predictor", teacher=2)
 
     trained = in_a_run(made(network), measure, steps=3)
     assert trained.predictor is not None and {call.images for call in network.calls} == {1}
@@ -190,7 +199,8 @@ def test_the_middle_block_is_watched_on_every_copy_that_computes() -> None:
     x = torch.randn(2, *IMAGE)
 
     def call(network: Network, order: list[int], value: float) -> None:
-        network(x + value, torch.ones(2), torch.zeros(2, 4, 8), {"cond_or_uncond": order, "sigmas": torch.ones(2)})
+        options = {"cond_or_uncond": order, "sigmas": torch.ones(2)}
+        network(x + value, torch.ones(2), torch.zeros(2, 4, 8), options)
 
     with part("nodes.middle_block").MiddleBlock(patcher) as block:
         call(base, [1], 5.0)
@@ -199,7 +209,8 @@ def test_the_middle_block_is_watched_on_every_copy_that_computes() -> None:
         call(copy, [1], 5.0)
         call(base, [0], 1.0)
         torch.testing.assert_close(block.features(), x + 1.0)
-    assert not any(network._forward_pre_hooks or network.middle_block[0]._forward_hooks for network in (base, copy))
+    assert not base._forward_pre_hooks and not base.middle_block[0]._forward_hooks
+    assert not copy._forward_pre_hooks and not copy.middle_block[0]._forward_hooks
 
 
 class Remembering:
@@ -216,7 +227,7 @@ class Remembering:
         return answer
 
 
-def test_a_model_that_does_not_answer_for_itself_is_refused_with_the_names_of_what_wraps_it(folder, monkeypatch) -> None:
+def test_a_model_that_does_not_answer_for_itself_is_refused_and_what_wraps_it_named(folder, monkeypatch) -> None:
     def unsteady(*args, **kwargs):
         raise part("samplers.model").UnsteadyModel("the model answered otherwise when it was asked again")
 
@@ -225,7 +236,8 @@ def test_a_model_that_does_not_answer_for_itself_is_refused_with_the_names_of_wh
         monkeypatch.setattr(kinds, entry, unsteady)
         patcher = model(Network())
         patcher.set_model_unet_function_wrapper(Remembering())
-        with pytest.raises(ValueError, match="asked again. Other nodes have put around this model: Remembering of test_measuring. Bypass"):
+        told = "asked again. Other nodes have put around this model: Remembering of test_measuring. Bypass"
+        with pytest.raises(ValueError, match=told):
             sampled(guider(patcher, prompt(0.3), prompt(0.0)), listed(name))
     assert not list(folder.glob("*.safetensors"))
 
@@ -236,12 +248,13 @@ def test_latents_of_several_kinds_are_refused_by_name_where_a_model_is_measured(
     import comfy.nested_tensor
     latents = comfy.nested_tensor.NestedTensor([torch.zeros(1, *VIDEO), torch.zeros(1, 4, 8)])
     with pytest.raises(ValueError, match="latents are nested"):
-        part("nodes.calibration").measured(model(Network()), [prompt(0.0)], prompt(0.0), 1.0, {"samples": latents}, 0, None, lambda run: None)
+        part("nodes.calibration").measured(model(Network()), [prompt(0.0)], prompt(0.0), 1.0, {"samples": latents},
+                                           0, None, lambda run: None)
     network = Network()
     patcher = model(network)
-    told = patcher.model.extra_conds
-    patcher.model.extra_conds = lambda **more: {**told(**more), "latent_shapes": comfy.conds.CONDConstant([[1, 4, 8, 8], [1, 4, 8]])}
-    with pytest.raises(ValueError, match="latents are nested .several in one, such as video and sound.*Choose a sampler that needs none"):
+    told, shapes = patcher.model.extra_conds, comfy.conds.CONDConstant([[1, 4, 8, 8], [1, 4, 8]])
+    patcher.model.extra_conds = lambda **more: {**told(**more), "latent_shapes": shapes}
+    with pytest.raises(ValueError, match="nested .several in one, such as video.*Choose a sampler that needs none"):
         sampled(guider(patcher, prompt(0.3), prompt(0.0)), listed("dpm_solver_v3"))
     assert not network.calls
 
@@ -256,8 +269,9 @@ def scheduled(cfg) -> object:
             told = model_options["transformer_options"]["sample_sigmas"]
             step = int((told == timestep[0]).nonzero())
             scale = self.cfg(step) if callable(self.cfg) else float(self.cfg[step])
-            return comfy.samplers.sampling_function(self.inner_model, x, timestep, self.conds["negative"], self.conds["positive"], scale,
-                                                    model_options=model_options, seed=seed)
+            return comfy.samplers.sampling_function(
+                self.inner_model, x, timestep, self.conds["negative"], self.conds["positive"], scale,
+                model_options=model_options, seed=seed)
 
     changing = ScheduledCFG(model(Network()))
     changing.set_conds(prompt(0.3), prompt(0.0))
@@ -265,14 +279,20 @@ def scheduled(cfg) -> object:
     return changing
 
 
-@pytest.mark.parametrize("cfg", [[5.0, 4.0, 3.0, 2.0, 1.0], torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0]), lambda step: 5.0 - step], ids=["list", "tensor", "function"])
+FALLING = [5.0, 4.0, 3.0, 2.0, 1.0]
+
+
+@pytest.mark.parametrize("cfg", [FALLING, torch.tensor(FALLING), lambda step: FALLING[step]],
+                         ids=["list", "tensor", "function"])
 def test_a_guidance_that_changes_from_step_to_step_is_sampled_and_refused_a_calibration(cfg) -> None:
-    results = [sampled(scheduled(made_of), listed("lambda_2m")) for made_of in (cfg, [5.0, 4.0, 3.0, 2.0, 1.0])]
+    results = [sampled(scheduled(scales), listed("lambda_2m")) for scales in (cfg, FALLING)]
     assert torch.equal(*results)
-    with pytest.raises(ValueError, match="the guidance of this ScheduledCFG is .*, and statistics hold for one number: set one"):
+    with pytest.raises(ValueError, match="guidance of this ScheduledCFG is .*, and statistics hold for one number"):
         sampled(scheduled(cfg), listed("dpm_solver_v3"))
     kind = part("nodes.kinds").STATISTICS_KIND
-    found = in_a_run(made(Network()), lambda run: kind.measure(run, part("nodes.calibration").described(kind, run), None))
-    assert sampled(scheduled(cfg), listed("dpm_solver_v3"), statistics=found).isfinite().all()  # one that is given is used
+    described = part("nodes.calibration").described
+    found = in_a_run(made(Network()), lambda run: kind.measure(run, described(kind, run), None))
+    given = sampled(scheduled(cfg), listed("dpm_solver_v3"), statistics=found)
+    assert given.isfinite().all()
     description = part("nodes.identity").description
     assert description(scheduled(cfg))["patches"] != description(scheduled([1.0] * 5))["patches"]

@@ -197,7 +197,8 @@ def test_install_makes_the_folder_for_calibrations_and_nothing_else(tmp_path) ->
 
 
 def patcher_of(network: torch.nn.Module):
-    return types.SimpleNamespace(model=types.SimpleNamespace(diffusion_model=network), get_additional_models_with_key=lambda key: [])
+    model = types.SimpleNamespace(diffusion_model=network)
+    return types.SimpleNamespace(model=model, get_additional_models_with_key=lambda key: [])
 
 
 @pytest.mark.parametrize("calls", [[[1, 0]], [[0, 1]], [[1], [0]], [[0], [1]], [[0]], [[0, 0, 1]]])
@@ -230,6 +231,7 @@ def test_the_middle_block_is_seen_for_the_conditional_half_however_conds_are_eva
 
 def test_a_transformer_has_no_middle_block() -> None:
     pack()
-    block = sys.modules["custom_nodes_x_lambda-solvers.nodes.middle_block"].MiddleBlock(patcher_of(torch.nn.Linear(2, 2)))
+    watching = sys.modules["custom_nodes_x_lambda-solvers.nodes.middle_block"].MiddleBlock
+    block = watching(patcher_of(torch.nn.Linear(2, 2)))
     with block:
         assert not block.exists and block.features() is None

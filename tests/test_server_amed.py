@@ -14,6 +14,9 @@ from test_server import Graph, base, looks_like_an_image, server  # noqa: F401  
 from test_server_v3 import files, folder  # noqa: F401
 
 
+IMAGES = 10  # that the emoji model is trained and tested on, each of which takes a call in a run of one image
+
+
 def flow(graph: Graph) -> Graph:
     """A tiny SD3-like transformer in place of the emoji."""
     node = graph.add("TestFlowModel")
@@ -44,13 +47,15 @@ def test_from_nothing_it_is_trained_once_saved_and_found_again(server, folder, n
     samples, run = graph.run(server)
     assert run.status == "success", run.error
     assert looks_like_an_image(samples)
-    spent = len(graph.evaluations(server)) - 5
-    assert 20 < spent <= 15 * 5
+    calls = len(graph.evaluations(server)) - 5
     assert any(re.search(r"training AMED: evaluation \d+ of \d+, error [0-9.]+, \d+ s left", text) for text in run.texts)
     [file] = files(folder)
     assert re.fullmatch(rf"TinyEmoji-[0-9a-f]{{12}}-{name}-3steps-[0-9a-f]{{6}}-cfg3-[0-9a-f]{{8}}\.safetensors", file)
     trained = Amed.load(folder / file)
-    assert trained.about["evaluations"] == spent and trained.about["guidance"] == 3.0
+    spent = trained.about["evaluations"]
+    assert 20 < spent <= 15 * 5 and trained.about["guidance"] == 3.0
+    assert trained.about["samples"] + trained.about["held_out"] == IMAGES
+    assert calls == IMAGES * spent  # one image at once, as in the run
     for words in ("panda", "strawberry"):
         graph = Graph(words).counted().ksampler(name, steps=3, scheduler="karras", seed=8)
         samples, run = graph.run(server)
@@ -140,11 +145,11 @@ def test_cancel_while_training_leaves_a_partial_file_from_which_the_next_run_goe
     assert run.status == "interrupted"
     [partial] = files(folder)
     assert partial.endswith(".part")
-    first = len(graph.evaluations(server))
+    first = len(graph.evaluations(server)) / IMAGES
     graph = Graph().counted().ksampler("amed", seed=8, **how)
     samples, run = graph.run(server)
     assert run.status == "success" and samples.isfinite().all()
-    again = len(graph.evaluations(server)) - 7
+    again = (len(graph.evaluations(server)) - 7) / IMAGES
     [name] = files(folder)
     whole = Amed.load(folder / name).about["evaluations"]
     assert first >= 45 and again <= 91 - 20  # the teacher is kept, and every whole step
