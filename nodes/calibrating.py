@@ -64,7 +64,7 @@ class EstimateStatistics(io.ComfyNode):
             node_id="LambdaEstimateStatistics",
             display_name="Estimate Solver Statistics",
             category=CATEGORY,
-            description="Measures what DPM-Solver-v3 needs to know of a model, at one prompt and guidance: about 50 "
+            description="Measures what DPM-Solver-v3 needs to know of a model, at one prompt and guidance: about 55 "
                         "evaluations of a small batch, no training, no data. Best for that prompt; good for any size.",
             inputs=[
                 *_model("for other prompts the part of the statistics that belongs to the prompt is left out"),
@@ -138,13 +138,13 @@ class RefitStatistics(io.ComfyNode):
                     "KSampler's steps that it is for: other numbers stay as they were")),
                 io.Int.Input("seed", default=0, min=0, max=2**32 - 1, tooltip="Of the noise it learns from"),
                 advanced(io.Int.Input("samples", default=0, min=0, max=64, tooltip=(
-                    "Images; the last quarter only tests. 0: 4 to 8 by the latent's size, and at least one "
-                    "or two for each prompt"))),
+                    "Images; the last quarter selects among what the others teach. 0: 4 to 8 by the latent's size, "
+                    "and at least one or two for each prompt"))),
                 io.Clip.Input("clip", optional=True, tooltip="Reads the prompts below; what else the positive input has (guidance, sizes, "
                                                              "ControlNet) they get from it"),
                 io.String.Input("prompts", default="", multiline=True, optional=True, tooltip=(
                     "More prompts, one a line, a dozen or more. What is learned from several is used for every prompt, if it helps on those "
-                    "held out")),
+                    "that select")),
             ],
             outputs=_outputs(STATISTICS_KIND, "Statistics", f"the Fitted Multistep node, Save or Apply {STATISTICS_KIND.title}"),
         )
@@ -194,7 +194,7 @@ class TrainAmed(io.ComfyNode):
                     "The analytic first step: one evaluation less, worth it for models with a very high sigma_max")),
                 io.Int.Input("seed", default=0, min=0, max=2**32 - 1, tooltip="Of the noise it is trained on"),
                 advanced(io.Int.Input("samples", default=0, min=0, max=64, tooltip=(
-                    "Images to learn from, with a quarter more that test it. 0: 2 to 8 by the latent's "
+                    "Images to learn from, with a quarter more that test a table, or select a predictor. 0: 2 to 8 by the latent's "
                     "size"))),
                 advanced(io.Int.Input("teacher", default=TEACHER, min=2, max=64, tooltip=(
                     "Steps of the teacher in every interval: what AMED learns to land on"))),

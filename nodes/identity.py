@@ -14,6 +14,8 @@ from comfy.controlnet import ControlBase
 from comfy.hooks import HookGroup
 from torch import Tensor
 
+from ..samplers.storage import plain
+
 TENSORS, VALUES = 16, 64  # what is sampled: the signs of so many values of so many tensors
 LEVELS = (0.05, 0.3, 0.9, 3.0, 10.0)  # at which a sampling class is looked at
 PACK = __name__.rpartition(".nodes.")[0] + "."  # this pack's own modules
@@ -27,7 +29,7 @@ def description(guider: Any) -> dict[str, Any]:
     patcher = guider.model_patcher
     digits = fingerprint(patcher)
     return {"model": f"{type(patcher.model.model_config).__name__}-{digits}", "fingerprint": digits,
-            "patches": [*patches(patcher), *guiding(guider)], "strengths": strengths(patcher),
+            "patches": [*map(plain, [*patches(patcher), *guiding(guider)])], "strengths": strengths(patcher),
             "guidance": guidance(guider), "distilled": distilled(guider), "conditions": conditions(guider)}
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from dataclasses import replace
 from typing import Any, Callable, Mapping, Sequence
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .amed import Insertion
 from .families import Sampler, find
 from .first_step import MeanAnswer, afs, answered, check_full_noise
 from .model import answer, latents, not_finite
@@ -82,7 +84,8 @@ def k_diffusion_function(sampler: Sampler, path: str, options: Mapping[str, Any]
                     denoise.check()  # the sooner cause, if there is one
                     raise
             else:
-                steps = solver.steps(schedule, gaussian)
+                run = replace(solver, answered=lambda: bool(denoise.seen)) if isinstance(solver, Insertion) else solver
+                steps = run.steps(schedule, gaussian)
                 noise = None
                 if any(step.std for step in steps):
                     device = x.device if settings["noise_device"] == "gpu" else "cpu"

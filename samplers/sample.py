@@ -31,13 +31,13 @@ def sample(denoise: Denoiser, x: Tensor, steps: Sequence[Step], *, noise: Noise 
     steps = [on_device(step, x) for step in steps]
     memory = max((step.lookback for step in steps), default=0)
     past: list[Tensor] = []
-    correct = None
+    correct = before = None
     for step in steps:
         here = evaluate(denoise, x, step.evaluations[0], observe, first)
         if correct:
             x = correct(here)
         if step.plan:
-            step = on_device(step.plan(x), x)
+            step = on_device(step.plan(x, before), x)
         values = {0: here, **{-k: m for k, m in enumerate(past, 1)}}
         del here, past
         correct = step.correction and partial(_correct, x, step.correction, dict(values))
@@ -48,6 +48,7 @@ def sample(denoise: Denoiser, x: Tensor, steps: Sequence[Step], *, noise: Noise 
         if step.std:
             x.add_(noise(*(step.clock or (step.s, step.t))), alpha=step.std)
         first += step.intervals
+        before = step
     return x
 
 

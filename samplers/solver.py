@@ -25,7 +25,8 @@ class Step(NamedTuple):
     """One step of a run: evaluation k, then update k, and so on; the last update arrives at t.
 
     A correction repeats the step once the evaluation at t, its number 1, has been made by the next step. A step with a
-    plan is replaced by what plan(x) returns after its first evaluation, when that depends on what the model said.
+    plan is replaced by what plan(x, before) returns after its first evaluation, when that depends on what the model said;
+    `before` is the step taken before it, and `told` what the plan of that one has to tell it.
     """
 
     evaluations: tuple[Evaluation, ...]
@@ -33,7 +34,8 @@ class Step(NamedTuple):
     intervals: int = 1  # how many of the schedule's intervals it covers; its inner levels are then the schedule's own
     correction: Update | None = None
     clock: tuple[Level, Level] | None = None  # the interval its noise is of, if not the step's own
-    plan: Callable[[Tensor], Step] | None = None
+    plan: Callable[[Tensor, Step | None], Step] | None = None
+    told: tuple = ()
 
     @property
     def s(self) -> Level:

@@ -77,7 +77,7 @@ def test_the_fitted_solver_measures_a_file_of_its_own_beside_v3_s_once(server, f
     Graph("panda").ksampler(NAME).samples(server)
     [name] = files(folder)
     assert Statistics.load(folder / name).root is None
-    for seed, spent in ((1, IMAGES * 73), (2, 0)):
+    for seed, spent in ((1, IMAGES * 77), (2, 0)):
         graph = Graph("panda").counted().family("fitted", calibration="auto", nodes="chosen", seed=seed)
         samples, run = graph.run(server)
         assert run.status == "success" and looks_like_an_image(samples), run.error
@@ -87,7 +87,7 @@ def test_the_fitted_solver_measures_a_file_of_its_own_beside_v3_s_once(server, f
     other = Graph("panda").counted().ksampler("lambda_fitted", seed=2, scheduler="exponential")  # of which only the range counts
     torch.testing.assert_close(other.samples(server), samples, rtol=0, atol=1e-3)
     [fitted] = [other for other in files(folder) if other != name]
-    assert "-fitted-cfg3-" in fitted and Statistics.load(folder / fitted).about["evaluations"] == 73
+    assert "-fitted-cfg3-" in fitted and Statistics.load(folder / fitted).about["evaluations"] == 77
     graph = Graph("panda").counted().ksampler(NAME, seed=3)
     assert looks_like_an_image(graph.samples(server)) and len(graph.evaluations(server)) == STEPS
 
@@ -311,7 +311,8 @@ def test_cancel_while_measuring_leaves_a_partial_file_from_which_the_next_run_go
     samples, run = graph.run(server)
     assert run.status == "success" and samples.isfinite().all()
     again = len(graph.evaluations(server)) - 4
-    assert 13 <= first / IMAGES < 30 and again / IMAGES <= 50 - 10 and (first + again) / IMAGES <= 50 + 4
+    first, again = first / IMAGES, again / IMAGES
+    assert 13 <= first < 30 and again <= 54 - 10 + 4 and first + again <= 54 + 4 + 4  # the model is probed again
     [name] = files(folder)
     assert "-cfg3-" in name and name.endswith(".safetensors")
 
