@@ -73,6 +73,7 @@ def windows(patcher, length: int = 4):
     return ContextWindowsManualNode.execute(patcher, *how).args[0]
 
 
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")  # ComfyUI's own
 @pytest.mark.parametrize("name", ["lambda_2m", *MEASURED])
 def test_context_windows_work_while_a_video_model_is_measured_and_sampled(name: str) -> None:
     network = Network()
@@ -127,7 +128,7 @@ def test_every_call_finds_its_level_among_the_levels_it_is_told(name: str) -> No
 def test_the_fitted_solver_tells_the_levels_it_has_chosen_and_a_measurement_its_grid() -> None:
     network = Network()
     sampled(made(network), listed("lambda_fitted"), steps=5)
-    probe = 2 * part("samplers.model").PROBE  # calls of one image, of two
+    probe = 2 * part("samplers.model").PROBE  # calls, of one image each
     run, before = network.calls[-5:], network.calls[probe:-5]
     chosen = levels_of(run)
     assert len(chosen) == 5 and all(call.told == [*chosen, 0.0] for call in run)
