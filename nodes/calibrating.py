@@ -86,8 +86,8 @@ class EstimateStatistics(io.ComfyNode):
         def measure(run: Run) -> Any:
             about = {**calibration.described(STATISTICS_KIND, run), **({"fitted": True} if fitted else {})}
             partial = _partial(STATISTICS_KIND, about, seed, intervals, samples, pool)
-            return STATISTICS_KIND.measure(run, about, partial, seed=seed, intervals=intervals, samples=samples,
-                                           pool=pool)
+            return STATISTICS_KIND.measure(run, about, partial, seed=seed, intervals=intervals,
+                                           samples=samples, pool=pool)
 
         result = calibration.measured(model, [positive], negative, cfg, latent_image, seed, None, measure)
         return _shown(cls, result, picture.curves)

@@ -77,12 +77,12 @@ class Run:
         """The model function that is being sampled, without its inpainting mask and caches, for any number of
         images; sigma [B].
 
-        ComfyUI has reserved memory for the run's own batch, so the model is asked for just so many images at
-        once, those of one prompt; if there are fewer, they are repeated. Every call is told the levels that are
-        measured.
+        ComfyUI has reserved memory for the run's own batch, so the model is asked for just so many images
+        at once, those of one prompt; if there are fewer, they are repeated. Every call is told the levels
+        that are measured.
 
-        What is learned from many runs begins each of them with the hooks at their first keyframes, which never
-        go back by themselves.
+        What is learned from many runs begins each of them with the hooks at their first keyframes, which
+        never go back by themselves.
         """
         if hooks := self._hooks():
             if (now := float(sigma.max())) > self.pace.sigma:
@@ -94,34 +94,34 @@ class Run:
         for prompt in range(self.prompts):
             left = list(range(len(x)))[prompt::self.prompts]
             while left:
-                answer = self._answer(x, sigma, left, prompt)
-                images += left[:len(answer)]
+                few, answer = self._answer(x, sigma, left, prompt)
+                images += few
                 answers.append(answer)
-                left = left[len(answer):]
+                left = left[len(few):]
                 if self.block:
-                    self.block.keep(len(answer))
+                    self.block.keep(len(few))
         found = torch.cat(answers)
         return found if self.prompts == 1 else found[torch.tensor(images).argsort()]
 
-    def _answer(self, x: Tensor, sigma: Tensor, images: list[int], prompt: int) -> Tensor:
-        """What the model says to the first of these images, as many as one call takes."""
+    def _answer(self, x: Tensor, sigma: Tensor, images: list[int], prompt: int) -> tuple[list[int], Tensor]:
+        """The first of these images, as many as one call takes, and what the model says to them."""
         batch = self.pace.batch or len(self.x)
         few = images[:batch]
         rows = (few * batch)[:batch]
         try:
-            return self._ask(x[rows], sigma[rows], prompt)[:len(few)]
+            return few, self._ask(x[rows], sigma[rows], prompt)[:len(few)]
         except Exception as fault:
             if not out_of_memory(fault):
                 raise
             if self.pace.batch or batch == 1:
                 raise comfy.model_management.OOM_EXCEPTION(
-                    f"out of memory while measuring the model, {batch} image{'s' * (batch > 1)} at once: measure "
-                    "at a smaller size, which serves larger ones too (a run of a smaller latent, or the node that "
-                    "measures), with a batch of 1, or make room on the device. The fault was: "
+                    f"out of memory while measuring the model, {batch} image{'s' * (batch > 1)} at once: "
+                    "measure at a smaller size, which serves larger ones too (a run of a smaller latent, or the "
+                    "node that measures), with a batch of 1, or make room on the device. The fault was: "
                     f"{fault}") from fault
         self.pace.batch = batch // 2  # not above, where the fault still holds what did not fit
-        say(f"warning: out of memory while measuring {batch} images at once: going on with {batch // 2}. Measure "
-            "with a smaller batch to avoid this", logging.WARNING)
+        say(f"warning: out of memory while measuring {batch} images at once: going on with {batch // 2}. "
+            "Measure with a smaller batch to avoid this", logging.WARNING)
         comfy.model_management.soft_empty_cache()
         return self._answer(x, sigma, images, prompt)
 
@@ -133,8 +133,8 @@ class Run:
 
     @contextmanager
     def apart(self) -> Iterator[None]:
-        """The guider as it is at the start of a run, and again afterwards: without caches, and with its hooks at
-        their first keyframes. ValueError for latents that cannot be measured.
+        """The guider as it is at the start of a run, and again afterwards: without caches, and with its hooks
+        at their first keyframes. ValueError for latents that cannot be measured.
         """
         if nested(self.guider):
             raise ValueError(f"{NESTED}. Choose a sampler that needs none, such as lambda_2m")
@@ -234,12 +234,12 @@ def calibration_for(kind: Kind, run: Run, given: Any, how: str) -> Any:
 
 
 def described(kind: Kind, run: Run) -> dict[str, Any]:
-    """The description of a run, with what the kind adds; ValueError for a guidance that none could hold for."""
+    """The description of a run, with what the kind adds; ValueError for a guidance that is no number."""
     about = identity.description(run.guider)
     if math.isnan(about["guidance"]):
         raise ValueError(f"the guidance of this {type(run.guider).__name__} is {run.guider.cfg!r}, and "
-                         f"{kind.noun} hold for one number: set one, give the sampler what {kind.makes} made at "
-                         "a number, or choose a sampler that needs none, such as lambda_2m")
+                         f"{kind.noun} hold for one number: set one, give the sampler what {kind.makes} made "
+                         "at a number, or choose a sampler that needs none, such as lambda_2m")
     return {**about, **kind.about(run)}
 
 
@@ -279,8 +279,8 @@ def resumable(what: str, partial: Path | None, run: Run) -> Iterator[None]:
         yield
     except UnsteadyModel as fault:
         named = ", ".join(identity.changed(run.patcher)) or "nothing that ComfyUI knows of"
-        raise ValueError(f"{fault}. Other nodes have put around this model: {named}. Bypass the node that did it "
-                         "while the model is measured; afterwards it may be switched on again") from fault
+        raise ValueError(f"{fault}. Other nodes have put around this model: {named}. Bypass the node that did "
+                         "it while the model is measured; afterwards it may be switched on again") from fault
     except comfy.model_management.InterruptProcessingException:
         kept = partial is not None and partial.exists()
         say(f"{what} was cancelled; the next run {'goes on from there' if kept else 'begins anew'}")
@@ -357,8 +357,9 @@ class SeveralPrompts(comfy.samplers.CFGGuider):
 
     def predict_noise(self, x, timestep, model_options={}, seed=None):
         positive = self.conds[_positive(model_options[PROMPT])]
-        return comfy.samplers.sampling_function(self.inner_model, x, timestep, self.conds["negative"], positive,
-                                                self.cfg, model_options=model_options, seed=seed)
+        return comfy.samplers.sampling_function(
+            self.inner_model, x, timestep, self.conds["negative"], positive, self.cfg,
+            model_options=model_options, seed=seed)
 
 
 def _positive(k: int) -> str:
@@ -367,8 +368,10 @@ def _positive(k: int) -> str:
 
 def measured(model: Any, positives: Sequence[Any], negative: Any, cfg: float, latent: dict, seed: int, sigmas: Tensor | None,
              measure: Callable[[Run], Any]) -> Any:
-    """What `measure` makes of a model under these conditions, in a run of ComfyUI's own; the latent's batch says how
-    many images are evaluated at once."""
+    """What `measure` makes of a model under these conditions, in a run of ComfyUI's own.
+
+    The latent's batch says how many images are evaluated at once.
+    """
     guider = SeveralPrompts(model)
     guider.set_prompts(positives, negative)
     guider.set_cfg(cfg)

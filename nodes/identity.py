@@ -37,9 +37,9 @@ def fingerprint(patcher: Any) -> str:
     """Twelve hex digits for the unpatched checkpoint: its class, its matrices' names and shapes, and signs of their values.
 
     Signs, because they survive every format: the float32, float16 and float8 file of a checkpoint have one
-    fingerprint, a fine-tune of it another; of packed formats (GGUF, nvfp4) the packed bytes. Matrices, because
-    vectors and the scales of quantised weights have other names in other versions of ComfyUI. Of weights that a
-    loader keeps elsewhere (on the meta device) the shapes alone count.
+    fingerprint, a fine-tune of it another; of packed formats (GGUF, nvfp4) the packed bytes. Matrices,
+    because vectors and the scales of quantised weights have other names in other versions of ComfyUI. Of
+    weights that a loader keeps elsewhere (on the meta device) the shapes alone count.
     """
     stored = _stored(patcher.model)
     weights = {name: value for name, value in stored.items() if name.startswith("diffusion_model.")}
@@ -52,14 +52,14 @@ def fingerprint(patcher: Any) -> str:
 
 
 def _stored(model: torch.nn.Module) -> dict[str, Tensor]:
-    """The parameters, and the buffers that are saved with them; a state_dict of GGUF has meta tensors instead."""
+    """The parameters, and the buffers that are saved; a state_dict of GGUF has meta tensors instead."""
     saved = model.state_dict().keys()
     buffers = {name: value for name, value in model.named_buffers() if name in saved}
     return {**dict(model.named_parameters()), **buffers}
 
 
 def _network(state: Mapping[str, Tensor], originals: Mapping[str, Tensor]) -> Iterator[bytes]:
-    """The matrices of a network, by their originals where they are patched: all shapes, the signs of some values."""
+    """The matrices of a network, their originals where they are patched: shapes, and signs of some values."""
     weights = {name: value for name, value in state.items()
                if len(value.shape) > 1 and not any(word in name for word in BESIDE)}
     for name in sorted(weights):
@@ -161,7 +161,7 @@ def _listed(cfg: Any) -> Any:
 
 
 def distilled(guider: Any) -> list[float | None]:
-    """The scales that the model itself is told (FluxGuidance), where conditions name any; None: told of none."""
+    """The scales that the model itself is told (FluxGuidance), where conditions name any; None: of none."""
     told = {cond["guidance"] for conds in _used(guider).values() for cond in conds if "guidance" in cond}
     return [None] * (None in told) + sorted(float(scale) for scale in told if scale is not None)
 

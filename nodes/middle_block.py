@@ -10,8 +10,8 @@ COND = 0  # in transformer_options["cond_or_uncond"]
 
 
 class MiddleBlock:
-    """Watches the middle block while it is entered. A forward hook sees the block; a wrapper of the model sees the
-    order of the batch: ComfyUI calls it with all conds at once, one after the other, or each on its own device."""
+    """Watches the middle block while it is entered. A forward hook sees the block; another the order of the
+    batch: ComfyUI calls the model with all conds at once, one after the other, or each on its own device."""
 
     def __init__(self, patcher: Any) -> None:
         copies = [patcher, *patcher.get_additional_models_with_key("multigpu")]

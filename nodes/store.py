@@ -105,8 +105,8 @@ def near(a: float, b: float, apart: float = 0.1) -> bool:
 
 
 NUMBERS = {"guidance": 0.1, "distilled": 0.1, "strengths": 0.0}
-"""What of a description need only be near, and how far apart beyond a tenth: 0.8 and 0.88 of a LoRA are near, 0.1
-and 0.2 are not."""
+"""What of a description need only be near, and how far apart beyond a tenth: 0.8 and 0.88 of a LoRA are near,
+0.1 and 0.2 are not."""
 
 
 def alike(key: str, about: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
@@ -124,9 +124,9 @@ def alike(key: str, about: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool
 def find(kind: type, wanted: Mapping[str, Any], exactly: bool, serves: Callable[[Any], int]) -> tuple[str, Any] | None:
     """The name and content of a saved calibration for a model as `identity.description` describes it.
 
-    The checkpoint and its patches are the same, their strengths and the guidance near; of several that serve, those
-    that serve best, then those of the same prompt, then those of the nearest guidance. `exactly` asks for the same
-    prompt. A damaged file is named in the log and skipped.
+    The checkpoint and its patches are the same, their strengths and the guidance near; of several that serve,
+    those that serve best, then those of the same prompt, then those of the nearest guidance. `exactly` asks
+    for the same prompt. A damaged file is named in the log and skipped.
     """
     found = []
     for name in listed():

@@ -48,8 +48,9 @@ def k_diffusion_function(sampler: Sampler, path: str, options: Mapping[str, Any]
                          follow: Follow | None = None) -> Callable[..., Tensor]:
     """`k_diffusion_sampler` for any entry of the catalogue.
 
-    noise_scale: the standard deviation of the model's noise. follow: told the levels that the solver goes over,
-    which need not be the schedule's; for an evaluation between two of them (a step's inner one) with that one too.
+    noise_scale: the standard deviation of the model's noise. follow: told the levels that the solver goes
+    over, which need not be the schedule's; for an evaluation between two of them (a step's inner one) with
+    that one too.
     """
     settings = sampler.settings(options)
     solver, first_step = sampler.solver(**options), sampler.first_step(settings)

@@ -20,8 +20,7 @@ def part(name: str) -> types.ModuleType:
 
 
 class Network(torch.nn.Module):
-    """Data near +-1, around what the conditions say; every call is remembered, and one of more images than `most` is
-    out of memory."""
+    """Data near +-1, around what the conditions say. Every call is remembered; more images than `most` are too many."""
 
     dtype = torch.float32
 

@@ -111,6 +111,20 @@ def test_a_fault_of_the_model_that_is_none_of_memory_is_passed_on() -> None:
     assert len(network.calls) == 1
 
 
+def test_answers_of_another_shape_are_told_and_not_waited_for() -> None:
+    network = Network()
+    patcher = model(network)
+    patcher.set_model_sampler_post_cfg_function(lambda args: args["denoised"][:0])
+    said = part("samplers.model").answer
+
+    def asked(run) -> None:
+        with pytest.raises(ValueError, match="the model returned shape .0, 4, 40, 40. at sigma = 1 for x of shape .5, 4, 40, 40."):
+            said(run.denoise, torch.ones(5, *IMAGE), 1.0, {})
+
+    in_a_run(guider(patcher, prompt(0.3), prompt(0.0)), asked, batch=2)
+    assert len(network.calls) == 3
+
+
 def levels_of(calls: list) -> list[float]:
     """The levels evaluated, in order."""
     return list(dict.fromkeys(call.sigma[0] for call in calls))
