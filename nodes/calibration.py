@@ -279,8 +279,9 @@ def resumable(what: str, partial: Path | None, run: Run) -> Iterator[None]:
         yield
     except UnsteadyModel as fault:
         named = ", ".join(identity.changed(run.patcher)) or "nothing that ComfyUI knows of"
-        raise ValueError(f"{fault}. Other nodes have put around this model: {named}. Bypass the node that did "
-                         "it while the model is measured; afterwards it may be switched on again") from fault
+        raise ValueError(f"{fault}. Other nodes have put around this model: {named}. Bypass the node that did it and "
+                         "measure; given the result (by the nodes Load and Apply behind the model), a sampler needs no "
+                         "measuring, and the node may be switched on again") from fault
     except comfy.model_management.InterruptProcessingException:
         kept = partial is not None and partial.exists()
         say(f"{what} was cancelled; the next run {'goes on from there' if kept else 'begins anew'}")

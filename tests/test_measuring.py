@@ -250,11 +250,34 @@ def test_a_model_that_does_not_answer_for_itself_is_refused_and_what_wraps_it_na
     patcher = model(Network())
     patcher.set_model_unet_function_wrapper(TeaCache())
     cached = guider(patcher, prompt(0.3), prompt(0.0))
-    told = "does not answer for itself.*Other nodes have put around this model: TeaCache of test_measuring. Bypass"
+    told = "does not answer for itself.*around this model: TeaCache of test_measuring. Bypass the node"
     with pytest.raises(ValueError, match=told):
         sampled(cached, listed(name), batch)
     assert not list(folder.glob("*.safetensors"))
     assert sampled(cached, listed("lambda_2m"), batch).isfinite().all()
+    sampled(made(Network()), listed(name), batch)  # measured without, and given
+    [file] = folder.glob("*.safetensors")
+    kind = next(kind for kind in part("nodes.kinds").KINDS if kind.option == ("trained" if "amed" in name else "statistics"))
+    patcher.set_attachments(kind.attachment, kind.type.load(file))
+    assert sampled(guider(patcher, prompt(0.3), prompt(0.0)), listed(name), batch).isfinite().all()
+
+
+def test_a_refit_refuses_it_too() -> None:
+    kind, identity = part("nodes.kinds").STATISTICS_KIND, part("nodes.identity")
+
+    def about(run) -> dict:
+        return {**identity.description(run.guider), "fitted": True, "prompts": 1}
+
+    found = in_a_run(made(Network()), lambda run: kind.measure(run, about(run), None))
+    patcher = model(Network())
+    patcher.set_model_unet_function_wrapper(TeaCache())
+    wanted = found.about  # measured before the cache was put there
+
+    def refit(run) -> None:
+        with pytest.raises(ValueError, match="Other nodes have put around this model: TeaCache of test_measuring"):
+            kind.refit(run, found, 4, {**about(run), "patches": wanted["patches"]}, None)
+
+    in_a_run(guider(patcher, prompt(0.3), prompt(0.0)), refit)
 
 
 def test_latents_of_several_kinds_are_refused_by_name_where_a_model_is_measured() -> None:
