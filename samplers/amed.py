@@ -102,9 +102,10 @@ class Amed:
             raise CalibrationError(f"table has shape {list(self.table.shape)}: it must have one row (r, c, a) for each of the "
                                    f"{len(self.lam) - 1} intervals")
         errors = dict.fromkeys(filter(None, ("training", self.others)), len(self.table))
-        if any({part: len(values) for part, values in each.items()} != errors for each in self.about.get("losses", {}).values()):
-            raise CalibrationError(f"about.losses must have {len(self.table)} errors of the same images in every part: train anew, or get the "
-                                  "file anew")
+        told = self.about.get("losses", {}).values()
+        if any({part: len(values) for part, values in each.items()} != errors for each in told):
+            raise CalibrationError(f"about.losses must have {len(self.table)} errors of the same images in every part: train "
+                                  "anew, or get the file anew")
         bad = ~np.isfinite(self.table) | (self.table <= 0) | (self.table >= (1, math.inf, math.inf))
         if bad.any():
             i = int(bad.any(1).argmax())
@@ -144,13 +145,15 @@ class Amed:
         return [Inner(*map(float, row)) for row in bounded(np.stack(values, axis=1))]
 
     def predict(self, s: Level, t: Level, inner: Inner, answered: bool, count: int) -> list[Inner]:
-        """(r, c, a) of one interval for every image, from the table's and what the model's middle block holds; nothing of that where
-        the model has not answered yet."""
+        """(r, c, a) of one interval for every image, from the table's and what the model's middle block holds; nothing of
+        that where the model has not answered yet."""
         if self.features is None:
-            raise ValueError("this AMED has a predictor, which looks at the model's middle block, and nothing shows it: give it features, "
-                             "dataclasses.replace(trained, features=...), or use its table alone, replace(trained, predictor=None)")
+            raise ValueError("this AMED has a predictor, which looks at the model's middle block, and nothing shows it: give "
+                             "it features, dataclasses.replace(trained, features=...), or use its table alone, "
+                             "replace(trained, predictor=None)")
+        seen = self.features() if answered else None
         with torch.no_grad():
-            moved = self.predictor(self.features() if answered else None, count, s.lam, t.lam, unbounded(np.array(inner)))
+            moved = self.predictor(seen, count, s.lam, t.lam, unbounded(np.array(inner)))
         return [Inner(*map(float, row)) for row in bounded(moved.double().cpu().numpy())]
 
     def arrays(self) -> dict[str, np.ndarray]:

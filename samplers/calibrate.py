@@ -68,20 +68,20 @@ def estimate_statistics(model: Callable[..., Tensor], x: Tensor, sigmas: Sequenc
     x, dtype = _trajectories(latents(x), samples, seed), x.dtype
     dims = {"all": tuple(range(x.ndim)), "channel": (0, *range(2, x.ndim)), "none": (0,)}[pool]
     total = PROBE + 2 * len(grid) + (start is not grid[0]) + fitted * (len(grid) - 2)
-    settings = {"grid": [level.lam for level in grid], "pool": pool, "seed": seed, "path": path, "about": dict(about or {}),
-                "fitted": fitted}
+    settings = {"grid": [level.lam for level in grid], "pool": pool, "seed": seed, "path": path, "fitted": fitted,
+                "about": dict(about or {})}
 
     def pooled(v: Tensor) -> Tensor:
         return v.mean() if pool == "all" else v.mean(dims, keepdim=True)[0]
 
-    course = Course(model, x, [start, *grid], gaussian, kind=PARTIAL, settings=settings, total=total, dtype=dtype, precision=precision,
-                    extra_args=extra_args, progress=progress and (lambda done, total, loss: progress(done, total)), partial=partial,
-                    seconds=partial_seconds)
+    course = Course(model, x, [start, *grid], gaussian, kind=PARTIAL, settings=settings, total=total, dtype=dtype,
+                    precision=precision, extra_args=extra_args, partial=partial, seconds=partial_seconds,
+                    progress=progress and (lambda done, total, loss: progress(done, total)))
     steps = Multistep(DataPrediction(), 2, midpoint, "off").steps(grid, gaussian)
     sample = Sampled(x, seed)
     with course:
         kept = dict(course.kept) if course.done else {"x": x}
-        if not course.done and start is not grid[0]:  # sigma = 1 of a flow: one step of infinite length leads to the first node
+        if not course.done and start is not grid[0]:  # sigma = 1 of a flow: a step of infinite length to the first node
             kept["x"] = combine(x, ddim(DataPrediction(), start, grid[0]).updates[0], {0: course.denoise(x, start.sigma)})
         for i, level in enumerate(grid[course.done:], course.done):
             denoised = course.denoise(kept["x"], level.sigma)
@@ -111,7 +111,8 @@ def estimate_statistics(model: Callable[..., Tensor], x: Tensor, sigmas: Sequenc
         curves["root"] = _roots([kept[f"pair.{i}"] for i in range(len(grid))])
     return Statistics(np.array([level.lam for level in grid]), **curves, about={
         **(about or {}), "path": path, "pool": pool, "samples": len(x), "shape": list(x.shape[1:]), "seed": seed,
-        "evaluations": total, "precision": str(course.precision), "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
+        "evaluations": total, "precision": str(course.precision),
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
 
 
 def nodes(sigmas: Sequence[float], intervals: int, path: Path) -> list[Level]:
@@ -161,7 +162,8 @@ def _slope_weights(nodes_: Sequence[float], at: float) -> list[float]:
             (2 * at - a - b) / ((c - a) * (c - b))]
 
 
-def _late(kept: dict[str, Tensor], grid: Sequence[Level], i: int, denoised: Tensor, denoise: Callable[[Tensor, float], Tensor]) -> None:
+def _late(kept: dict[str, Tensor], grid: Sequence[Level], i: int, denoised: Tensor,
+          denoise: Callable[[Tensor, float], Tensor]) -> None:
     """One node of a second trajectory, which errs as a solver of few steps does: by answers one node old.
 
     With d its distance from the first one (in x / alpha) and d' that of its denoised images, damping = 1 - <d, d'> / <d, d>, the

@@ -12,8 +12,8 @@ of itself at the end, with the damping measured on errors like a solver's own. B
                n steps through the grid: steps whose lengths change little from one to the next
     weights    v3's own, each step's corrected as far as the correction holds on trajectories left out
 
-The last step goes to x0 = D_0 + c (D_-1 - D_0), whatever y is: where the model knows the answer, as in what inpainting keeps, so
-does the result. Without y it loses 1 to 3 % (emoji model), with D_0 alone 1 to 6 %.
+The last step goes to x0 = D_0 + c (D_-1 - D_0), whatever y is: where the model knows the answer, as in what inpainting
+keeps, so does the result. Without y it loses up to 3 % (rms, emoji model), with D_0 alone up to 6 %.
 
 All of it is host arithmetic. What was measured on the way, and what did not help, is in dev/NOTES.md.
 """
@@ -102,8 +102,8 @@ class Plan:
             evaluation = Evaluation(s, 0.0, 1.0)
             if i < last:  # its own f, from y and D
                 decay, terms = decay + (1.0 - l) * terms[0], (-terms[0], *terms[1:])
-        return Step((evaluation,), (Update(t, t.alpha * decay / s.alpha, tuple((-k, t.alpha * c) for k, c in enumerate(terms)),
-                                           t.alpha * bias),))
+        terms = tuple((-k, t.alpha * c) for k, c in enumerate(terms))
+        return Step((evaluation,), (Update(t, t.alpha * decay / s.alpha, terms, t.alpha * bias),))
 
 
 def fit_multistep(calibration: Statistics, evaluations: int, *, order: int = 2, start: float | None = None,
@@ -147,8 +147,9 @@ def fit_weights(calibration: Statistics, nodes: Sequence[float], end: float | No
             float(w + dw) for w, dw in zip([*terms, *[0.0] * (len(change) - len(terms))], change)), bias))
         total += shrunk[i] ** 2 * error
     if end is None:
-        [c], error = _correction(calibration.root, denoised[max(n - 2, 0)] - denoised[-1:], denoised[-1] - _last(calibration), order > 1)
-        weights.append(Weights(0.0, (1.0 - c, c)[:min(n, 2)], 0.0))
+        feature, residual = denoised[max(n - 2, 0)] - denoised[-1:], denoised[-1] - _last(calibration)
+        [c], error = _correction(calibration.root, feature, residual, wanted=order > 1)
+        weights.append(Weights(0.0, (float(1.0 - c), float(c))[:n], 0.0))
         total += error
     return Plan(tuple(map(float, lam[:n])), math.inf if end is None else float(end), tuple(map(float, l[:n])), tuple(weights),
                 math.sqrt(total))
@@ -284,8 +285,9 @@ def _v3(calibration: Statistics, lam: np.ndarray, order: int) -> list[Weights]:
     return result
 
 
-def _correction(root: np.ndarray, features: np.ndarray, residual: np.ndarray, wanted: bool = True) -> tuple[np.ndarray, float]:
-    """Coefficients of the features to add to a step, and the squared error then left on trajectories that they were not fitted to."""
+def _correction(root: np.ndarray, features: np.ndarray, residual: np.ndarray,
+                wanted: bool = True) -> tuple[np.ndarray, float]:
+    """Coefficients of the features to add to a step, and the squared error left on trajectories not fitted to."""
     design, target = root @ features.T, -(root @ residual)  # [K, M, features], [K, M]
     none = np.zeros(len(features)), float(np.square(target).sum(1).mean())
     if len(root) == 1 or none[1] == 0.0 or not wanted:
@@ -299,8 +301,8 @@ def _correction(root: np.ndarray, features: np.ndarray, residual: np.ndarray, wa
 
 def _left_out(design: np.ndarray, target: np.ndarray, rho: float) -> float:
     """The mean squared error on each trajectory of a fit to the others."""
-    return float(np.mean([np.square(design[k] @ _ridge(np.delete(design, k, 0), np.delete(target, k, 0), rho) - target[k]).sum()
-                          for k in range(len(design))]))
+    others = [_ridge(np.delete(design, k, 0), np.delete(target, k, 0), rho) for k in range(len(design))]
+    return float(np.mean([np.square(a @ c - b).sum() for a, b, c in zip(design, target, others)]))
 
 
 def _ridge(design: np.ndarray, target: np.ndarray, rho: float) -> np.ndarray:

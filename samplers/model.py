@@ -43,7 +43,7 @@ def not_finite(sigma: float, where: str = "") -> FloatingPointError:
 
 
 class UnsteadyModel(ValueError):
-    """A model whose answer depends on more than it is asked: something remembers earlier ones, and answers in its place."""
+    """A model whose answer depends on more than it is asked: something remembers, and answers in its place."""
 
 
 DELTA: Mapping[torch.dtype, Callable[[float], float]] = {
@@ -61,8 +61,8 @@ JUMPS = 30.0   # times as far as x no answer moves
 def check_precision(precision: torch.dtype) -> None:
     if precision not in DELTA:
         known = ", ".join(str(dtype).rpartition(".")[2] for dtype in DELTA)
-        raise ValueError(f"precision = {precision} is out of range: choose what the model computes in, one of {known}; weights in float8 "
-                         "are computed with in one of these")
+        raise ValueError(f"precision = {precision} is out of range: choose what the model computes in, one of {known}; "
+                         "weights in float8 are computed with in one of these")
 
 
 def signs(like: Tensor, seed: int) -> Tensor:
@@ -81,15 +81,17 @@ class Known(NamedTuple):
         return other.shape == self.answer.shape and bool((rms(other - self.answer) <= self.tolerance).all())
 
 
-def probe(denoise: Callable[[Tensor, float], Tensor], x: Tensor, sigma: float, delta: float, elsewhere: Callable[[], object],
-          precision: torch.dtype) -> Known:
+def probe(denoise: Callable[[Tensor, float], Tensor], x: Tensor, sigma: float, delta: float,
+          elsewhere: Callable[[], object], precision: torch.dtype) -> Known:
     """D(x), of a model that was asked for x, elsewhere, for x + d and again for x; d is delta with random signs.
 
-    A cache answers what it was asked before, or x and what the network added then, or computes a part, as long as sigma is
-    nearly the same. So the first answer is the network's own; so is the one after `elsewhere`, at another level; and the
-    last, so soon after it, is a cache's. UnsteadyModel if the answer moves exactly as x does, or not at all (but that of a flat
-    image, which knows no x), or much too far, or if the two answers to x are apart. sigma is in the middle of the range: a true
-    denoiser approaches D = x at low levels, a constant at high ones, and caches leave out the first and last steps.
+    A cache answers what it was asked before, or x and what the network added then, or computes a part, as long as
+    sigma is nearly the same. So the first answer is the network's own; so is the one after `elsewhere`, at another
+    level; and the last, so soon after it, is a cache's. sigma is in the middle of the range: a true denoiser
+    approaches D = x at low levels, a constant at high ones, and caches leave out the first and last steps.
+
+    UnsteadyModel if the answer moves exactly as x does, or not at all (but that of a flat image, which knows no x),
+    or much too far, or if the two answers to x are apart.
     """
     d = delta * signs(x, 0)
     first = denoise(x, sigma)
@@ -110,12 +112,13 @@ def probe(denoise: Callable[[Tensor, float], Tensor], x: Tensor, sigma: float, d
 
 
 def check_own(change: Tensor, d: Tensor, x: Tensor, sigma: float, precision: torch.dtype) -> None:
-    """UnsteadyModel if the answer to some image of x changed by exactly d, to rounding, as x did: x and something stored."""
+    """UnsteadyModel if the answer to some image of x changed by d, to rounding, as x did: x and something stored."""
     rounding = (torch.finfo(precision).eps * rms(x)).clamp(1e-3 * rms(d), 0.03 * rms(d))
     if (rms(change - d) <= rounding).any():
         raise unsteady(f"at sigma = {sigma:.4g} its answer moves exactly as x does")
 
 
 def unsteady(what: str) -> UnsteadyModel:
-    return UnsteadyModel(f"the model does not answer for itself: {what}. Something between keeps earlier answers (a cache such as TeaCache, "
-                         "or one that skips layers or steps), and what is measured through it would be wrong: switch it off while measuring")
+    return UnsteadyModel(f"the model does not answer for itself: {what}. Something between keeps earlier answers (a cache "
+                         "such as TeaCache, or one that skips layers or steps), and what is measured through it would be "
+                         "wrong: switch it off while measuring")

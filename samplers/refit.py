@@ -5,7 +5,8 @@ what counts. ORDER + 1 numbers of every step are free, from DPM-Solver-v3's weig
 
     lam + u_0 gap,   c_k + u_(k+1) C  (k = 1 .. ORDER - 1),   sum_k c_k = (1 + u_1) C,        C = c_0 + c_1
 
-(place, extrapolations and scale; of the last step the first extrapolation alone), and forward differences of the run in each of them make the residual at the end linear,
+(place, extrapolations and scale; of the last step place and first extrapolation alone), and forward differences of the
+run in each of them make the residual at the end linear,
 R + J u. A few rounds of damped Gauss-Newton lower its square over a few images. The teacher is the same solver in many steps.
 b of the statistics is left out: what is learned without it was better on its own prompt and on others.
 """
@@ -108,18 +109,18 @@ def refit_multistep(model: Callable[..., Tensor], x: Tensor, calibration: Statis
         raise ValueError(f"evaluations = {evaluations} is out of range: choose from {FEWEST + evaluations - n} to "
                          f"{LARGEST + evaluations - n}; fewer leave nothing to fit, and more need none")
     if held_out < 1 or len(x) - held_out < 2:
-        raise ValueError(f"x has {len(x)} images with held_out = {held_out}: give at least two to learn from and one to select by")
+        raise ValueError(f"x has {len(x)} images with held_out = {held_out}: give at least two to learn from and one to "
+                         "select by")
     gaussian = find_path(path)
     plain = calibration.for_another_prompt()
     settings = {"evaluations": evaluations, "path": path, "start": start, "held_out": held_out, "rounds": rounds,
                 "about": dict(about or {}), "of": digest(plain.arrays())}
-    lam = [float(v) for v in calibration.lam[[0, -1]]]
-    course = Course(model, x, [gaussian.at(lam[0]) if start is None else gaussian.level(start), *map(gaussian.at, lam)], gaussian,
-                    kind=PARTIAL, settings=settings, total=refit_cost(evaluations, rounds, start is not None), dtype=dtype,
-                    precision=precision, extra_args=extra_args, progress=progress, partial=partial)
-    if start is not None:
-        first = gaussian.at(float(calibration.lam[0]))
-        x = sample(course.denoise, x, [ddim(DataPrediction(), gaussian.level(start), first)])
+    highest, lowest = (gaussian.at(float(lam)) for lam in calibration.lam[[0, -1]])
+    opening = [] if start is None else [gaussian.level(start)]
+    course = Course(model, x, [*opening, highest, lowest], gaussian, kind=PARTIAL, settings=settings,
+                    total=refit_cost(evaluations, rounds, bool(opening)), dtype=dtype, precision=precision,
+                    extra_args=extra_args, partial=partial, progress=progress)
+    x = sample(course.denoise, x, [ddim(DataPrediction(), level, highest) for level in opening])
     training, held = slice(0, len(x) - held_out), slice(len(x) - held_out, len(x))
     shape = Shape.of(fit_multistep(plain, n).lam, float(calibration.lam[-1]))
     with course:
@@ -167,8 +168,8 @@ def refit_cost(evaluations: int, rounds: int = ROUNDS, opening: bool = False) ->
 
 
 def _free(n: int) -> list[tuple[int, int]]:
-    """The places of Shape.numbers that n steps leave free: not the first level, or weights of what is not yet there; and of the last
-    step, to x0, only what two images leave."""
+    """The places of Shape.numbers that n steps leave free: not the first level, or weights of what is not yet there; and
+    of the last step, to x0, only what two images leave."""
     return [(row, k) for row in range(1 + ORDER) for k in range(max(row - 1, row == 0), n - (row in (1, 3)))]
 
 

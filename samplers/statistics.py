@@ -83,8 +83,8 @@ class Statistics:
         for n, rows in self.plans.items():
             _, decay, *terms, bias = rows[-1].tolist()
             if decay or bias or any(terms[2:]) or abs(sum(terms) - 1.0) > 1e-9:
-                raise CalibrationError(f"plan.{n} does not end in the model's own images, as a weighted mean of the last two: it would alter "
-                                      "what inpainting keeps; refit again")
+                raise CalibrationError(f"plan.{n} does not end in the model's own images, as a weighted mean of the last two: "
+                                      "it would alter what inpainting keeps; refit again")
         falls = np.flatnonzero(np.diff(self.lam) <= 0)
         if len(falls):
             i = int(falls[0])

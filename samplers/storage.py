@@ -1,8 +1,8 @@
 """Files of what was measured: safetensors, checked when read, written whole or not at all.
 
-Files are shared, and what they say of themselves is shown: in logs, on nodes, in web pages that take it for HTML. So every file
-is checked when it is read, and what is written is made to pass: known names alone (others are left out), each of its kind;
-finite numbers; short printable text without <, > and &.
+Files are shared, and what they say of themselves is shown: in logs, on nodes, in web pages that take it for HTML. So
+every file is checked when it is read, and what is written is made to pass: known names alone (others are left out), each
+of its kind; finite numbers; short printable text without <, > and &.
 """
 from __future__ import annotations
 
@@ -45,39 +45,42 @@ NAME = re.compile("[a-z0-9._]{1,40}")
 UNSAFE = str.maketrans("<>&", "()+")
 SOME = [float]
 ABOUT: Mapping[str, Any] = {
-    **dict.fromkeys(("model", "fingerprint", "conditions", "path", "pool", "precision", "created", "form", "first_step", "b", "source",
-                     "key"), str),
+    **dict.fromkeys(("model", "fingerprint", "conditions", "path", "pool", "precision", "created", "form", "first_step",
+                     "b", "source", "key"), str),
     **dict.fromkeys(("guidance", "samples", "seed", "evaluations", "prompts", "teacher", "held_out", "next"), float),
-    "base": (str, None), "fitted": bool, "patches": [str], "learn": [str], "shape": SOME, "sigmas": SOME, "strengths": SOME,
-    "distilled": [(float, None)],
-    "refits": {"*": {"training": SOME, "selection": SOME, "kept": bool, **dict.fromkeys(("prompts", "evaluations", "images"), float)}},
-    "losses": dict.fromkeys(("untrained", "table", "trained"), dict.fromkeys(("training", "selection", "held out"), SOME)),
+    "base": (str, None), "fitted": bool, "patches": [str], "learn": [str], "distilled": [(float, None)],
+    **dict.fromkeys(("shape", "sigmas", "strengths"), SOME),
+    "refits": {"*": {"training": SOME, "selection": SOME, "kept": bool, "prompts": float, "evaluations": float,
+                     "images": float}},
+    "losses": dict.fromkeys(("untrained", "table", "trained"),
+                            dict.fromkeys(("training", "selection", "held out"), SOME)),
 }
 """What a file may say of itself. A list has items of one kind, a tuple names alternatives, and "*" stands for any name."""
-WORDS = {str: f"printable text of at most {LONGEST} characters, without angle brackets and ampersands", float: "a finite number", bool: "true or false",
-         list: f"a list of at most {MOST}", dict: "an object of names and values", None: "null"}
+WORDS = {str: f"printable text of at most {LONGEST} characters, without angle brackets and ampersands",
+         float: "a finite number", bool: "true or false", list: f"a list of at most {MOST}",
+         dict: "an object of names and values", None: "null"}
 
 
 def plain(text: str, longest: int = LONGEST) -> str:
-    """Text as it may be shown anywhere: <, > and & as other signs, what cannot be printed as spaces, and the rest cut off."""
+    """Text as it may be shown anywhere: <, > and & as other signs, what cannot be printed as spaces, the rest cut off."""
     return "".join(c if c.isprintable() else " " for c in text[:longest].translate(UNSAFE))
 
 
 def checked(value: Any, kind: Any = ABOUT, where: str = "about") -> Any:
-    """`value` if it is of its kind (ABOUT says how kinds are written), without names that are not known; CalibrationError if not."""
+    """`value`, without names that are not known; CalibrationError if it is not of its kind, as ABOUT writes them."""
     if isinstance(kind, tuple):
         kind = None if value is None else kind[0]
     of = type(kind) if isinstance(kind, (list, dict)) else kind
     if of is list and isinstance(value, list) and len(value) <= MOST:
         return [checked(part, kind[0], where) for part in value]
     if of is dict and isinstance(value, dict):
-        return {name: checked(part, kind.get(name, kind.get("*")), f"{where}.{name}") for name, part in value.items()
-                if name in kind or "*" in kind and NAME.fullmatch(name)}
+        return {name: checked(part, kind.get(name, kind.get("*")), f"{where}.{name}")
+                for name, part in value.items() if name in kind or "*" in kind and NAME.fullmatch(name)}
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not {str: isinstance(value, str) and value == plain(value), float: number and abs(value) <= 2**64,
             bool: isinstance(value, bool), None: value is None}.get(of, False):
-        raise CalibrationError(f"{where} is {plain(repr(value), 60)}: it must be {WORDS[of]}. No file is written so: measure again, or get "
-                               "it anew from where it came from")
+        raise CalibrationError(f"{where} is {plain(repr(value), 60)}: it must be {WORDS[of]}. No file is written so: "
+                               "measure again, or get it anew from where it came from")
     return value
 
 
@@ -90,15 +93,15 @@ def _plainly(value: Any) -> Any:
     return plain(value) if isinstance(value, str) else value
 
 
-def write_checked(path: Path, kind: str, tensors: Mapping[str, np.ndarray], about: Mapping[str, Any], overwrite: bool,
-                  largest: float = LARGEST) -> None:
-    """Write a file that `read_checked` reads, whole or not at all; FileExistsError if it exists, unless told to overwrite."""
+def write_checked(path: Path, kind: str, tensors: Mapping[str, np.ndarray], about: Mapping[str, Any],
+                  overwrite: bool, largest: float = LARGEST) -> None:
+    """Write a file for `read_checked`, whole or not at all; FileExistsError if it exists, unless told to overwrite."""
     described = json.dumps(checked(_plainly(about)), sort_keys=True, allow_nan=False)
     content = save({name: np.asarray(value, order="C") for name, value in tensors.items()},
                    metadata={"format": kind, "about": described})
     if len(content) > largest:
-        raise CalibrationError(f"{path.name} would have {len(content)} bytes: files have at most {largest:.0f}; measure with fewer samples or "
-                              "intervals")
+        raise CalibrationError(f"{path.name} would have {len(content)} bytes: files have at most {largest:.0f}; measure "
+                               "with fewer samples or intervals")
     write_whole(path, content, overwrite)
 
 
@@ -106,7 +109,7 @@ def write_whole(path: Path, content: bytes, overwrite: bool) -> None:
     """Put a file in place in one go: no reader, and no process killed half way, ever sees a part of it."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        with open(temporary, "xb") as file:  # with the permissions that new files have here, as those of mkstemp have not
+        with open(temporary, "xb") as file:  # unlike mkstemp's, with the permissions that new files have here
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -182,11 +185,12 @@ SHARE = 0.03
 class Partial:
     """The file in which a calibration that was cut short goes on; without a path, none is kept.
 
-    It belongs to x and to settings, all that decides what is found but the model. A file that cannot be written is a warning,
-    once: what is measured is not lost for it.
+    It belongs to x and to settings, all that decides what is found but the model. A file that cannot be written is a
+    warning, once: what is measured is not lost for it.
     """
 
-    def __init__(self, path: Path | str | None, kind: str, x: Tensor, settings: Mapping[str, Any], seconds: float) -> None:
+    def __init__(self, path: Path | str | None, kind: str, x: Tensor, settings: Mapping[str, Any],
+                 seconds: float) -> None:
         self.path, self.format = Path(path) if path else None, kind
         belongs = json.dumps([digest({"x": x.cpu().numpy()}), settings], sort_keys=True)
         self.key = hashlib.sha256(belongs.encode()).hexdigest()
@@ -200,7 +204,8 @@ class Partial:
             except CalibrationError:
                 return {}, 0  # damaged, or of another version: measured again, and overwritten
             if about.get("key") == self.key:
-                return {name: torch.from_numpy(value).to(self.device) for name, value in tensors.items()}, int(about.get("next", 0))
+                kept = {name: torch.from_numpy(value).to(self.device) for name, value in tensors.items()}
+                return kept, int(about.get("next", 0))
         return {}, 0
 
     def write(self, kept: Mapping[str, Tensor], following: int, at_once: bool = False) -> None:

@@ -108,13 +108,14 @@ def fit_amed(model: Callable[..., Tensor], x: Tensor, sigmas: Sequence[float] | 
     _check(base, form, first_step, teacher, learn, held_out, len(x), features)
     trainable = _trainable(schedule)
     together, total = _effort(schedule, form, first_step, teacher, learn, budget, rounds)
-    settings = {"lam": [level.lam for level in schedule], "path": path, "base": base, "first_step": first_step, "teacher": teacher,
-                "learn": list(learn), "held_out": held_out, "about": dict(about or {}), "together": together}
+    settings = {"lam": [level.lam for level in schedule], "path": path, "base": base, "first_step": first_step,
+                "teacher": teacher, "learn": list(learn), "held_out": held_out, "about": dict(about or {}),
+                "together": together}
     solver = Insertion(Amed.untrained(first_step=first_step), BASES[base])
     training = slice(0, len(x) - held_out)
     guess = unbounded(np.array([[GUESS.get(base, 0.5) if "r" in learn else 0.5, 1.0, 1.0]]))
-    course = Course(model, x, schedule, gaussian, kind=PARTIAL, settings=settings, total=total, dtype=dtype, precision=precision,
-                    extra_args=extra_args, progress=progress, partial=partial, seconds=partial_seconds)
+    course = Course(model, x, schedule, gaussian, kind=PARTIAL, settings=settings, total=total, dtype=dtype,
+                    precision=precision, extra_args=extra_args, partial=partial, seconds=partial_seconds, progress=progress)
     with course:
         targets = course.targets(lambda: _teacher(course.denoise, x, schedule, teacher, gaussian))
         student = Student(course.denoise, solver, schedule, gaussian, targets, learn)
