@@ -1,6 +1,7 @@
 """Nodes that measure, save, load and attach what solvers need to know of a model."""
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Callable
 
 import torch
@@ -35,7 +36,8 @@ def _model(what: str) -> list[io.Input]:
         io.Conditioning.Input("negative", tooltip="The negative prompt that will be used"),
         io.Float.Input("cfg", default=5.0, min=0.0, max=100.0, step=0.1, round=False,
                        tooltip="Guidance: what is measured serves guidance within about 10 % of it"),
-        io.Latent.Input("latent_image", tooltip="Only its shape is used"),
+        io.Latent.Input("latent_image", tooltip=(
+            "Its shape is measured, and as many images at once as it has: 1 takes the least memory")),
     ]
 
 
@@ -44,9 +46,9 @@ def _outputs(kind: Kind, word: str, uses: str) -> list[io.Output]:
             io.Image.Output(display_name="picture", tooltip=PICTURES[kind])]
 
 
-def _partial(run: Run, kind: Kind, about: dict[str, Any], *settings: object) -> Any:
+def _partial(kind: Kind, about: dict[str, Any], *settings: object) -> Any:
     """Where a measurement of these settings is kept until it is whole."""
-    return store.partial("-".join([about["model"], kind.name(about), *map(str, settings)]))
+    return store.partial("-".join([calibration.file_name(kind, about), *map(str, settings)]))
 
 
 def _shown(cls: type[io.ComfyNode], result: Any, draw: Callable[[Any], Tensor]) -> io.NodeOutput:
@@ -62,7 +64,7 @@ class EstimateStatistics(io.ComfyNode):
             node_id="LambdaEstimateStatistics",
             display_name="Estimate Solver Statistics",
             category=CATEGORY,
-            description="Measures what DPM-Solver-v3 needs to know of a model, at one prompt and guidance: about 50 "
+            description="Measures what DPM-Solver-v3 needs to know of a model, at one prompt and guidance: about 55 "
                         "evaluations of a small batch, no training, no data. Best for that prompt; good for any size.",
             inputs=[
                 *_model("for other prompts the part of the statistics that belongs to the prompt is left out"),
@@ -70,7 +72,7 @@ class EstimateStatistics(io.ComfyNode):
                 advanced(io.Int.Input("intervals", default=INTERVALS, min=4, max=500, tooltip=(
                     "Grid intervals in lambda; each costs two evaluations"))),
                 advanced(io.Int.Input("samples", default=0, min=0, max=256, tooltip=(
-                    "Trajectories, evaluated as one batch. 0: as many as the latent's size asks for, at most 16"))),
+                    "Trajectories to average over. 0: as many as the latent's size asks for, at most 16"))),
                 advanced(io.Combo.Input("pool", options=["all", "channel"], default="all", tooltip=(
                     "all: one number at each lambda; channel: one for every latent channel"))),
                 advanced(io.Boolean.Input("fitted", default=False, optional=True, tooltip=(
@@ -83,8 +85,9 @@ class EstimateStatistics(io.ComfyNode):
     def execute(cls, model, positive, negative, cfg, latent_image, seed, intervals, samples, pool, fitted=False) -> io.NodeOutput:
         def measure(run: Run) -> Any:
             about = {**calibration.described(STATISTICS_KIND, run), **({"fitted": True} if fitted else {})}
-            return STATISTICS_KIND.measure(run, about, _partial(run, STATISTICS_KIND, about, seed, intervals, samples, pool),
-                                           seed=seed, intervals=intervals, samples=samples, pool=pool)
+            partial = _partial(STATISTICS_KIND, about, seed, intervals, samples, pool)
+            return STATISTICS_KIND.measure(run, about, partial, seed=seed, intervals=intervals,
+                                           samples=samples, pool=pool)
 
         result = calibration.measured(model, [positive], negative, cfg, latent_image, seed, None, measure)
         return _shown(cls, result, picture.curves)
@@ -135,13 +138,13 @@ class RefitStatistics(io.ComfyNode):
                     "KSampler's steps that it is for: other numbers stay as they were")),
                 io.Int.Input("seed", default=0, min=0, max=2**32 - 1, tooltip="Of the noise it learns from"),
                 advanced(io.Int.Input("samples", default=0, min=0, max=64, tooltip=(
-                    "Images, evaluated as one batch; the last quarter only tests. 0: 4 to 8 by the latent's size, and at least one or "
-                    "two for each prompt"))),
+                    "Images; the last quarter selects among what the others teach. 0: 4 to 8 by the latent's size, "
+                    "and at least one or two for each prompt"))),
                 io.Clip.Input("clip", optional=True, tooltip="Reads the prompts below; what else the positive input has (guidance, sizes, "
                                                              "ControlNet) they get from it"),
                 io.String.Input("prompts", default="", multiline=True, optional=True, tooltip=(
                     "More prompts, one a line, a dozen or more. What is learned from several is used for every prompt, if it helps on those "
-                    "held out")),
+                    "that select")),
             ],
             outputs=_outputs(STATISTICS_KIND, "Statistics", f"the Fitted Multistep node, Save or Apply {STATISTICS_KIND.title}"),
         )
@@ -152,8 +155,8 @@ class RefitStatistics(io.ComfyNode):
 
         def measure(run: Run) -> Any:
             about = {**identity.description(run.guider), "prompts": len(positives)}
-            return STATISTICS_KIND.refit(run, statistics, steps, about, _partial(run, STATISTICS_KIND, about, "refit", steps, seed, samples),
-                                         seed=seed, samples=samples)
+            partial = _partial(STATISTICS_KIND, about, "refit", steps, seed, samples)
+            return STATISTICS_KIND.refit(run, statistics, steps, about, partial, seed=seed, samples=samples)
 
         result = calibration.measured(model, positives, negative, cfg, latent_image, seed, None, measure)
         return _shown(cls, result, picture.curves)
@@ -191,7 +194,7 @@ class TrainAmed(io.ComfyNode):
                     "The analytic first step: one evaluation less, worth it for models with a very high sigma_max")),
                 io.Int.Input("seed", default=0, min=0, max=2**32 - 1, tooltip="Of the noise it is trained on"),
                 advanced(io.Int.Input("samples", default=0, min=0, max=64, tooltip=(
-                    "Images to learn from, evaluated as one batch with a quarter more that test it. 0: 2 to 8 by the latent's "
+                    "Images to learn from, with a quarter more that test a table, or select a predictor. 0: 2 to 8 by the latent's "
                     "size"))),
                 advanced(io.Int.Input("teacher", default=TEACHER, min=2, max=64, tooltip=(
                     "Steps of the teacher in every interval: what AMED learns to land on"))),
@@ -202,10 +205,11 @@ class TrainAmed(io.ComfyNode):
     @classmethod
     def execute(cls, model, positive, negative, cfg, latent_image, sigmas, base, form, afs, seed, samples, teacher) -> io.NodeOutput:
         def measure(run: Run) -> Any:
-            run = Run(run.model, run.x, run.sigmas, run.extra_args, {"base": base, "first_step": "afs" if afs else "evaluate"})
+            run = replace(run, options={"base": base, "first_step": "afs" if afs else "evaluate"})
             about = calibration.described(AMED_KIND, run)
-            return AMED_KIND.measure(run, about, _partial(run, AMED_KIND, about, form, seed, samples, teacher), seed=seed,
-                                     samples=samples, form=form, teacher=teacher)
+            partial = _partial(AMED_KIND, about, form, seed, samples, teacher)
+            return AMED_KIND.measure(run, about, partial, seed=seed, samples=samples, form=form,
+                                     teacher=teacher)
 
         result = calibration.measured(model, [positive], negative, cfg, latent_image, seed, sigmas, measure)
         return _shown(cls, result, picture.training)

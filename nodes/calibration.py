@@ -22,12 +22,25 @@ from comfy_execution.utils import get_executing_context
 from server import PromptServer
 from torch import Tensor
 
+from ..samplers.model import UnsteadyModel
 from ..samplers.schedule import Level, find_path, levels
 from . import identity, runs, settings, store
-from .host import latent_for, path_of
+from .host import following, latent_for, nested, path_of
+from .middle_block import MiddleBlock
 from .settings import RULES
 
 VARIABLE = "LAMBDA_SOLVERS_CALIBRATION"
+PROMPT = "lambda_solvers.prompt"  # in model_options, of the images of a call
+NESTED = ("this model's latents are nested (several in one, such as video and sound): one calibration cannot "
+          "hold for all of them")
+
+
+@dataclass
+class Pace:
+    """What a run comes to while it measures."""
+
+    sigma: float = math.inf  # asked last
+    batch: int = 0           # images at once, after memory did not suffice for the run's own
 
 
 @dataclass(frozen=True)
@@ -39,7 +52,10 @@ class Run:
     sigmas: Tensor
     extra_args: dict
     options: Mapping[str, Any]
-    asked: list[float] = field(default_factory=lambda: [math.inf])  # the last sigma
+    grid: Sequence[float] = ()         # the levels that a measurement goes over, if they are not the run's
+    prompts: int = 1                   # image k of a measurement has prompt k modulo so many
+    block: MiddleBlock | None = None   # what is watched meanwhile
+    pace: Pace = field(default_factory=Pace)
 
     @property
     def guider(self) -> Any:
@@ -58,20 +74,70 @@ class Run:
         return levels(self.sigmas.tolist(), find_path(self.path))
 
     def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """The model function that is being sampled, without its inpainting mask and caches.
+        """The model function that is being sampled, without its inpainting mask and caches, for any number of
+        images; sigma [B].
 
-        What is learned from many runs begins each of them with the hooks at their first keyframes, which never go back by themselves.
+        ComfyUI has reserved memory for the run's own batch, so the model is asked for just so many images
+        at once, those of one prompt; if there are fewer, they are repeated. Every call is told the levels
+        that are measured.
+
+        What is learned from many runs begins each of them with the hooks at their first keyframes, which
+        never go back by themselves.
         """
         if hooks := self._hooks():
-            if (now := float(sigma.max())) > self.asked[-1]:
+            if (now := float(sigma.max())) > self.pace.sigma:
                 self._rewind(hooks)
-            self.asked[-1] = now
-        return self.guider(x, sigma, model_options=identity.without_caches(self.extra_args.get("model_options", {})),
-                           seed=self.extra_args.get("seed"))
+            self.pace.sigma = now
+        if self.block:
+            self.block.begin()
+        images, answers = [], []
+        for prompt in range(self.prompts):
+            left = list(range(len(x)))[prompt::self.prompts]
+            while left:
+                few, answer = self._answer(x, sigma, left, prompt)
+                images += few
+                answers.append(answer)
+                left = left[len(few):]
+                if self.block:
+                    self.block.keep(len(few))
+        found = torch.cat(answers)
+        return found if self.prompts == 1 else found[torch.tensor(images).argsort()]
+
+    def _answer(self, x: Tensor, sigma: Tensor, images: list[int], prompt: int) -> tuple[list[int], Tensor]:
+        """The first of these images, as many as one call takes, and what the model says to them."""
+        batch = self.pace.batch or len(self.x)
+        few = images[:batch]
+        rows = (few * batch)[:batch]
+        try:
+            return few, self._ask(x[rows], sigma[rows], prompt)[:len(few)]
+        except Exception as fault:
+            if not out_of_memory(fault):
+                raise
+            if self.pace.batch or batch == 1:
+                raise comfy.model_management.OOM_EXCEPTION(
+                    f"out of memory while measuring the model, {batch} image{'s' * (batch > 1)} at once: "
+                    "measure at a smaller size, which serves larger ones too (a run of a smaller latent, or the "
+                    "node that measures), with a batch of 1, or make room on the device. The fault was: "
+                    f"{fault}") from fault
+        self.pace.batch = batch // 2  # not above, where the fault still holds what did not fit
+        say(f"warning: out of memory while measuring {batch} images at once: going on with {batch // 2}. "
+            "Measure with a smaller batch to avoid this", logging.WARNING)
+        comfy.model_management.soft_empty_cache()
+        return self._answer(x, sigma, images, prompt)
+
+    def _ask(self, x: Tensor, sigma: Tensor, prompt: int) -> Tensor:
+        grid = self.grid or self.sigmas.tolist()
+        told = following(self.extra_args, [*grid, *sigma.tolist()])
+        options = {**identity.without_caches(told.get("model_options", {})), PROMPT: prompt}
+        return self.guider(x, sigma, model_options=options, seed=self.extra_args.get("seed"))
 
     @contextmanager
     def apart(self) -> Iterator[None]:
-        """The guider as it is at the start of a run, and again afterwards: without caches, and with its hooks at their first keyframes."""
+        """The guider as it is at the start of a run, and again afterwards: without caches, and with its hooks
+        at their first keyframes. ValueError for latents that cannot be measured.
+        """
+        if nested(self.guider):
+            raise ValueError(f"{NESTED}. Choose a sampler that needs none, such as lambda_2m")
         options = self.guider.model_options
         self.guider.model_options = identity.without_caches(options)
         try:
@@ -88,6 +154,12 @@ class Run:
             self.patcher.clean_hooks()  # weights of the last keyframe
         for hook in hooks:
             hook.initialize_timesteps(self.guider.inner_model)
+
+
+def out_of_memory(fault: Exception) -> bool:
+    """Whether a fault says so; newer ComfyUI knows more kinds of it."""
+    known = getattr(comfy.model_management, "is_oom", None)
+    return known(fault) if known else isinstance(fault, comfy.model_management.OOM_EXCEPTION)
 
 
 class Kind(Protocol):
@@ -162,15 +234,24 @@ def calibration_for(kind: Kind, run: Run, given: Any, how: str) -> Any:
 
 
 def described(kind: Kind, run: Run) -> dict[str, Any]:
-    """The description of a run, with what the kind adds."""
-    return {**identity.description(run.guider), **kind.about(run)}
+    """The description of a run, with what the kind adds; ValueError for a guidance that is no number."""
+    about = identity.description(run.guider)
+    if math.isnan(about["guidance"]):
+        raise ValueError(f"the guidance of this {type(run.guider).__name__} is {run.guider.cfg!r}, and "
+                         f"{kind.noun} hold for one number: set one, give the sampler what {kind.makes} made "
+                         "at a number, or choose a sampler that needs none, such as lambda_2m")
+    return {**about, **kind.about(run)}
 
 
 def file_name(kind: Kind, about: Mapping[str, Any]) -> str:
     """The name of a file unless another is given: one for each model, patches, guidance, prompt, and what the kind adds."""
-    patched = hashlib.sha256("".join(about["patches"]).encode()).hexdigest()[:6] if about.get("patches") else ""
+    strengths = [f" {strength:.3g}" for strength in _numbers(about, "strengths")]
+    patches = "".join([*about.get("patches", []), *strengths])
+    patched = hashlib.sha256(patches.encode()).hexdigest()[:6] if patches else ""
+    distilled = "".join(f"-guidance{scale:g}" for scale in _numbers(about, "distilled"))
     return "-".join(filter(None, [about.get("model", "model"), patched, kind.name(about),
-                                  f"cfg{about.get('guidance', 1.0):g}", about.get("conditions", "")]))
+                                  f"cfg{about.get('guidance', 1.0):g}{distilled}",
+                                  about.get("conditions", "")]))
 
 
 class Progress:
@@ -189,10 +270,18 @@ class Progress:
 
 
 @contextmanager
-def resumable(what: str, partial: Path | None) -> Iterator[None]:
-    """Says after Cancel whether the next run goes on from there."""
+def resumable(what: str, partial: Path | None, run: Run) -> Iterator[None]:
+    """Says after Cancel whether the next run goes on from there.
+
+    ValueError for a model that does not answer for itself, naming what other nodes have put around it.
+    """
     try:
         yield
+    except UnsteadyModel as fault:
+        named = ", ".join(identity.changed(run.patcher)) or "nothing that ComfyUI knows of"
+        raise ValueError(f"{fault}. Other nodes have put around this model: {named}. Bypass the node that did it and "
+                         "measure; given the result (by the nodes Load and Apply behind the model), a sampler needs no "
+                         "measuring, and the node may be switched on again") from fault
     except comfy.model_management.InterruptProcessingException:
         kept = partial is not None and partial.exists()
         say(f"{what} was cancelled; the next run {'goes on from there' if kept else 'begins anew'}")
@@ -217,9 +306,26 @@ def faults(about: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     elif about.get("patches", []) != wanted["patches"]:
         found.append(f"measured with the patches {about.get('patches') or 'none'}, and this model has "
                      f"{wanted['patches'] or 'none'}")
-    if not store.near(float(about.get("guidance", math.nan)), wanted["guidance"]):
-        found.append(f"measured for guidance {about.get('guidance', 'unknown')}, and this is {wanted['guidance']:g}")
+    elif not store.alike("strengths", about, wanted):
+        found.append(f"measured with patches at strength {_listed(about, 'strengths')}, and here it is "
+                     f"{_listed(wanted, 'strengths')}")
+    if not store.alike("guidance", about, wanted):
+        here = "changes from step to step" if math.isnan(wanted["guidance"]) else f"is {wanted['guidance']:g}"
+        found.append(f"measured for guidance {about.get('guidance', 'unknown')}, and this {here}")
+    if not store.alike("distilled", about, wanted):
+        found.append(f"measured for distilled guidance {_listed(about, 'distilled')}, and this is "
+                     f"{_listed(wanted, 'distilled')}")
     return found
+
+
+def _listed(about: Mapping[str, Any], key: str) -> str:
+    return ", ".join(dict.fromkeys(f"{value:g}" for value in _numbers(about, key))) or "none"
+
+
+def _numbers(about: Mapping[str, Any], key: str) -> list[float]:
+    """Those in a list of a description, which may come from anyone's file."""
+    found = about.get(key)
+    return [value for value in found if isinstance(value, (int, float))] if isinstance(found, list) else []
 
 
 def warn(kind: Kind, found: Any, run: Run) -> None:
@@ -236,36 +342,43 @@ class Measuring(comfy.samplers.Sampler):
 
     def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
         wrapped = type("Guided", (), {"inner_model": model_wrap})()
-        run = Run(wrapped, noise, self.sigmas, extra_args, {})
+        run = Run(wrapped, noise, self.sigmas, extra_args, {}, prompts=model_wrap.prompts)
         with run.apart():
             self.measure(run)
         return noise
 
 
 class SeveralPrompts(comfy.samplers.CFGGuider):
-    """A guider that knows a prompt for every image of a batch: the k-th has the prompt k modulo their number."""
+    """A guider with several prompts, of which a call names the one that it is for."""
 
     def set_prompts(self, positives: Sequence[Any], negative: Any) -> None:
-        self.names = ["positive", *(f"positive.{k}" for k in range(1, len(positives)))]
-        self.inner_set_conds({"negative": negative, **dict(zip(self.names, positives))})
+        self.prompts = len(positives)
+        named = {_positive(k): cond for k, cond in enumerate(positives)}
+        self.inner_set_conds({"negative": negative, **named})
 
     def predict_noise(self, x, timestep, model_options={}, seed=None):
-        result = torch.empty_like(x)
-        for k, name in enumerate(self.names[:len(x)]):
-            own = slice(k, None, len(self.names))
-            result[own] = comfy.samplers.sampling_function(
-                self.inner_model, x[own], timestep[own], self.conds["negative"], self.conds[name], self.cfg,
-                model_options=model_options, seed=seed)
-        return result
+        positive = self.conds[_positive(model_options[PROMPT])]
+        return comfy.samplers.sampling_function(
+            self.inner_model, x, timestep, self.conds["negative"], positive, self.cfg,
+            model_options=model_options, seed=seed)
+
+
+def _positive(k: int) -> str:
+    return f"positive.{k}" if k else "positive"
 
 
 def measured(model: Any, positives: Sequence[Any], negative: Any, cfg: float, latent: dict, seed: int, sigmas: Tensor | None,
              measure: Callable[[Run], Any]) -> Any:
-    """What `measure` makes of a model under these conditions, in a run of ComfyUI's own."""
+    """What `measure` makes of a model under these conditions, in a run of ComfyUI's own.
+
+    The latent's batch says how many images are evaluated at once.
+    """
     guider = SeveralPrompts(model)
     guider.set_prompts(positives, negative)
     guider.set_cfg(cfg)
-    samples = latent_for(model, latent)[:1]
+    if latent["samples"].is_nested:
+        raise ValueError(NESTED)
+    samples = latent_for(model, latent)
     sampling = model.get_model_object("model_sampling")
     ends = torch.tensor([float(sampling.sigma_max), float(sampling.sigma_min)])
     result: list[Any] = []

@@ -2,10 +2,11 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, Callable
+from typing import Any, Callable, Mapping, Sequence
 
 import comfy.model_sampling
 import comfy.sample
+import torch
 from torch import Tensor
 
 from ..samplers.families import Sampler
@@ -53,6 +54,24 @@ def latent_for(model: Any, latent: dict) -> Tensor:
     return fix(model, latent["samples"], **{name: latent[name] for name in inspect.signature(fix).parameters if name in latent})
 
 
+def following(extra_args: Mapping[str, Any] | None, sigmas: Sequence[float]) -> dict[str, Any]:
+    """extra_args that tell nodes which look their step up that a run goes over these levels, in new dicts."""
+    options = (extra_args or {}).get("model_options", {})
+    transformer = options.get("transformer_options", {})
+    if "sample_sigmas" not in transformer:
+        return dict(extra_args or {})
+    own = transformer["sample_sigmas"]
+    told = torch.tensor(sigmas, dtype=own.dtype).unique().flip(0).to(own.device, non_blocking=True)
+    transformer = {**transformer, "sample_sigmas": told}
+    return {**extra_args, "model_options": {**options, "transformer_options": transformer}}
+
+
+def nested(guider: Any) -> bool:
+    """Whether a guider that is sampling has latents of several kinds, which ComfyUI has packed into one."""
+    told = [cond.get("model_conds", {}) for conds in guider.conds.values() for cond in conds]
+    return any("latent_shapes" in named and len(named["latent_shapes"].cond) > 1 for named in told)
+
+
 def sampler_function(sampler: Sampler) -> Callable[..., Tensor]:
     """The function ComfyUI's KSAMPLER calls; its extra_options are the sampler's options."""
 
@@ -61,7 +80,7 @@ def sampler_function(sampler: Sampler) -> Callable[..., Tensor]:
         model_sampling = model.inner_model.model_patcher.get_model_object("model_sampling")
         mean = first_steps.answer_of(model, x, sigmas, extra_args or {}) if options.get("first_step") == "mean" else None
         fn = k_diffusion_function(
-            sampler, path_of(model_sampling), options, noise_scale=noise_scale(model_sampling), mean=mean,
+            sampler, path_of(model_sampling), options, noise_scale=noise_scale(model_sampling), mean=mean, follow=following,
             sigma_max=float(model_sampling.sigma_max), sigma_min=float(model_sampling.sigma_min))
         return fn(model, x.float(), sigmas, extra_args=extra_args, callback=callback, disable=disable).to(x.dtype)
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 from typing import Any, Callable, Iterator, Mapping
 
 import comfy.clip_vision
@@ -12,6 +13,8 @@ import torch
 from comfy.controlnet import ControlBase
 from comfy.hooks import HookGroup
 from torch import Tensor
+
+from ..samplers.storage import plain
 
 TENSORS, VALUES = 16, 64  # what is sampled: the signs of so many values of so many tensors
 LEVELS = (0.05, 0.3, 0.9, 3.0, 10.0)  # at which a sampling class is looked at
@@ -26,58 +29,76 @@ def description(guider: Any) -> dict[str, Any]:
     patcher = guider.model_patcher
     digits = fingerprint(patcher)
     return {"model": f"{type(patcher.model.model_config).__name__}-{digits}", "fingerprint": digits,
-            "patches": [*patches(patcher), *guiding(guider)], "guidance": float(guider.cfg), "conditions": conditions(guider)}
+            "patches": [*map(plain, [*patches(patcher), *guiding(guider)])], "strengths": strengths(patcher),
+            "guidance": guidance(guider), "distilled": distilled(guider), "conditions": conditions(guider)}
 
 
 def fingerprint(patcher: Any) -> str:
     """Twelve hex digits for the unpatched checkpoint: its class, its matrices' names and shapes, and signs of their values.
 
-    Signs, because they survive every format: the float32, float16 and float8 file of a checkpoint have one fingerprint, a
-    fine-tune of it another; of packed formats (int8, nvfp4) those of the packed bytes. Matrices, because vectors and
-    the scales of quantised weights have other names in other versions of ComfyUI. Of weights that a loader keeps elsewhere (on
-    the meta device) the shapes alone count.
+    Signs, because they survive every format: the float32, float16 and float8 file of a checkpoint have one
+    fingerprint, a fine-tune of it another; of packed formats (GGUF, nvfp4) the packed bytes. Matrices,
+    because vectors and the scales of quantised weights have other names in other versions of ComfyUI. Of
+    weights that a loader keeps elsewhere (on the meta device) the shapes alone count.
     """
-    weights = {name: value for name, value in patcher.model.state_dict().items() if name.startswith("diffusion_model.")}
+    stored = _stored(patcher.model)
+    weights = {name: value for name, value in stored.items() if name.startswith("diffusion_model.")}
+    originals = {**{name: kept[0] for name, kept in patcher.hook_backup.items()},
+                 **{name: kept.weight for name, kept in patcher.backup.items()}}
     digest = hashlib.sha256(type(patcher.model.model_config).__name__.encode())
-    for part in _network(weights, patcher.backup):
+    for part in _network(weights, originals):
         digest.update(part)
     return digest.hexdigest()[:12]
 
 
-def _network(state: Mapping[str, Tensor], backup: Mapping[str, Any]) -> Iterator[bytes]:
-    """The matrices of a network, `backup` those of it that are patched at the moment: all shapes, and the signs of some values."""
-    weights = {name: value for name, value in state.items() if value.ndim > 1 and not any(word in name for word in BESIDE)}
+def _stored(model: torch.nn.Module) -> dict[str, Tensor]:
+    """The parameters, and the buffers that are saved; a state_dict of GGUF has meta tensors instead."""
+    saved = model.state_dict().keys()
+    buffers = {name: value for name, value in model.named_buffers() if name in saved}
+    return {**dict(model.named_parameters()), **buffers}
+
+
+def _network(state: Mapping[str, Tensor], originals: Mapping[str, Tensor]) -> Iterator[bytes]:
+    """The matrices of a network, their originals where they are patched: shapes, and signs of some values."""
+    weights = {name: value for name, value in state.items()
+               if len(value.shape) > 1 and not any(word in name for word in BESIDE)}
     for name in sorted(weights):
         yield f"{name}{list(weights[name].shape)}".encode()
     large = sorted((name for name, value in weights.items() if not value.is_meta),
                    key=lambda name: (-weights[name].numel(), name))[:256]
     for name in large[::max(1, len(large) // TENSORS)][:TENSORS]:
-        yield _signs(backup[name].weight if name in backup else weights[name])
+        yield _signs(originals.get(name, weights[name]))
 
 
 def patches(patcher: Any) -> list[str]:
     """What makes the model another one than its checkpoint, a line each; the same in every session."""
-    return [*_weights(patcher), *_functions(patcher), *_sampling(patcher)]
+    return [*_weights(patcher), *changed(patcher), *_sampling(patcher)]
 
 
 def _weights(patcher: Any) -> Iterator[str]:
-    """Every set of weight patches (LoRAs): how many weights, at what strength, and a hash of their values."""
-    sets: dict[float, list[str]] = {}
-    for name in sorted(patcher.patches):
-        for strength, *_ in patcher.patches[name]:
-            sets.setdefault(float(strength), []).append(name)
-    for strength, names in sorted(sets.items()):
+    """A line for the weight patches (LoRAs), at any strengths: how many weights, and a hash of the values."""
+    if patcher.patches:
         digest = hashlib.sha256()
-        for name in names[::max(1, len(names) // TENSORS)]:
+        for name in _patched(patcher):
             digest.update(name.encode())
-            for value, content, *_ in patcher.patches[name]:
-                if float(value) == strength:
-                    for tensor in _tensors(content):
-                        digest.update(_signs(tensor))
-        yield f"{len(set(names))} weights at strength {strength:g} ({digest.hexdigest()[:8]})"
+            for _, content, *_ in patcher.patches[name]:
+                for tensor in _tensors(content):
+                    digest.update(_signs(tensor))
+        yield f"{len(patcher.patches)} weights ({digest.hexdigest()[:8]})"
 
 
-def _functions(patcher: Any) -> list[str]:
+def strengths(patcher: Any) -> list[float]:
+    """The strength of every patch on the weights that `_weights` looks at, in their order."""
+    return [float(strength) for name in _patched(patcher) for strength, *_ in patcher.patches[name]]
+
+
+def _patched(patcher: Any) -> list[str]:
+    """Some of the weights that are patched, always the same ones."""
+    names = sorted(patcher.patches)
+    return names[::max(1, len(names) // TENSORS)]
+
+
+def changed(patcher: Any) -> list[str]:
     """The functions that other nodes put into the model (FreeU, RescaleCFG, ...), by their names alone: not what they were set to."""
     names = {f"{name} replaced" for name in patcher.object_patches if name != "model_sampling"}
     wrappers = [functions for keyed in patcher.wrappers.values() for key, functions in keyed.items() if key not in SAME]
@@ -108,13 +129,49 @@ def _asked(sampling: Any) -> bytes:
 
 def guiding(guider: Any) -> list[str]:
     """A line for a guider with a rule of its own (two scales, perpendicular negatives, ...): its class and its numbers."""
-    kind = type(guider)
-    if kind.predict_noise is comfy.samplers.CFGGuider.predict_noise or kind.__module__.startswith(PACK):
+    if _plain(guider):
         return []
     numbers = [f"{name} {value:g}" for name, value in _numbers(guider, switches=True).items()]
+    if math.isnan(guidance(guider)):
+        numbers.append(f"cfg {hashlib.sha256(repr(_listed(guider.cfg)).encode()).hexdigest()[:8]}")
     models = [fingerprint(value) for _, value in sorted(vars(guider).items())
               if isinstance(value, comfy.model_patcher.ModelPatcher) and value is not guider.model_patcher]
-    return [f"guided by {kind.__name__}: {', '.join([*numbers, *models])}"]
+    return [f"guided by {type(guider).__name__}: {', '.join([*numbers, *models])}"]
+
+
+def _plain(guider: Any) -> bool:
+    """Whether a guider goes by ComfyUI's own rule, cond + (scale - 1) (cond - uncond)."""
+    kind = type(guider)
+    return kind.predict_noise is comfy.samplers.CFGGuider.predict_noise or kind.__module__.startswith(PACK)
+
+
+def guidance(guider: Any) -> float:
+    """The scale of a guider; NaN for one that changes from step to step: several numbers, a function."""
+    try:
+        return float(guider.cfg)
+    except (TypeError, ValueError, RuntimeError):  # the last two: a tensor of several
+        return math.nan
+
+
+def _listed(cfg: Any) -> Any:
+    """A scale of several numbers as they are, a function by its name."""
+    if callable(cfg) and not isinstance(cfg, Tensor):
+        return getattr(cfg, "__qualname__", type(cfg).__qualname__)
+    return cfg.tolist() if hasattr(cfg, "tolist") else cfg
+
+
+def distilled(guider: Any) -> list[float | None]:
+    """The scales that the model itself is told (FluxGuidance), where conditions name any; None: of none."""
+    told = {cond["guidance"] for conds in _used(guider).values() for cond in conds if "guidance" in cond}
+    return [None] * (None in told) + sorted(float(scale) for scale in told if scale is not None)
+
+
+def _used(guider: Any) -> dict[str, list[dict]]:
+    """The conditions that are evaluated: at guidance 1 ComfyUI leaves the negative ones out."""
+    leaves_out = not guider.model_options.get("disable_cfg1_optimization", False)
+    if _plain(guider) and leaves_out and math.isclose(guidance(guider), 1.0):
+        return {name: conds for name, conds in guider.original_conds.items() if name != "negative"}
+    return guider.original_conds
 
 
 def without_caches(model_options: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,12 +183,12 @@ def without_caches(model_options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def conditions(guider: Any) -> str:
-    """Eight hex digits for the prompts and whatever else conditions a guider."""
+    """Eight hex digits for the prompts and whatever else conditions a guider, but for `distilled` scales."""
     digest = hashlib.sha256()
-    for name in sorted(guider.original_conds):
-        for cond in guider.original_conds[name]:
+    for name, conds in sorted(_used(guider).items()):
+        for cond in conds:
             digest.update(name.encode())
-            for part in _told(cond):
+            for part in _told({key: value for key, value in cond.items() if key != "guidance"}):
                 digest.update(part)
     return digest.hexdigest()[:8]
 
@@ -160,7 +217,7 @@ def _told(content: Any) -> Iterator[bytes]:
                           content.previous_controlnet])
         for network in (getattr(content, name, None) for name in ("control_model", "t2i_model", "control_weights")):
             if network is not None:
-                yield from _network(network if isinstance(network, Mapping) else network.state_dict(), {})
+                yield from _network(network if isinstance(network, Mapping) else _stored(network), {})
     elif isinstance(content, comfy.clip_vision.Output):
         yield from _told(vars(content))
     else:
@@ -189,14 +246,16 @@ def _callables(content: Any) -> Iterator[Callable]:
 
 
 def _signs(tensor: Tensor) -> bytes:
-    return torch.signbit(_some(tensor, VALUES)).numpy().tobytes()
+    """The signs of some values; of packed bytes (uint8) all that they say."""
+    values = _some(tensor, VALUES)
+    packed = getattr(tensor, "_qdata", tensor).dtype == torch.uint8
+    return (values if packed else torch.signbit(values)).numpy().tobytes()
 
 
 def _some(tensor: Tensor, values: int) -> Tensor:
     """So many of a tensor's values, evenly spread; on the CPU, in float32."""
-    flat = getattr(tensor, "_qdata", tensor).detach().reshape(-1)  # what ComfyUI's quantised tensors hold, as their state_dict has it
-    if flat.dtype == torch.uint8:
-        flat = flat.view(torch.int8)
+    held = getattr(tensor, "_qdata", tensor)  # what ComfyUI's quantised tensors hold
+    flat = held.as_subclass(Tensor).detach().reshape(-1)  # GGUF's have rules of their own for tensors
     places = torch.linspace(0, flat.numel() - 1, min(values, flat.numel()), dtype=torch.float64).long()
     return flat[places.to(flat.device)].float().cpu()
 

@@ -11,10 +11,11 @@ from typing import Any, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from ..samplers import Amed, Statistics, estimate_statistics, fit_amed, refit_multistep
-from ..samplers.calibrate import INTERVALS
+from ..samplers import Amed, Statistics, estimate_statistics, fit_amed, fitted_sigmas, refit_multistep
+from ..samplers.calibrate import INTERVALS, nodes
 from ..samplers.first_step import FULL
 from ..samplers.fitted import Fitted
+from ..samplers.model import PROBE
 from ..samplers.refit import FEWEST, LARGEST
 from ..samplers.schedule import Level, find_path
 from ..samplers.solver import finite
@@ -51,13 +52,15 @@ class StatisticsKind:
         return 1 if Fitted(found, options["order"], options["nodes"]).refitted(schedule) is None else 2
 
     def cost(self, options: Mapping[str, Any], path: str, schedule: list[Level]) -> int:
-        return 2 * (INTERVALS + 1) + (INTERVALS - 1 if _fits(options) else 0)
+        return PROBE + 2 * (INTERVALS + 1) + (INTERVALS - 1 if _fits(options) else 0)
 
     def measure(self, run: Run, about: dict[str, Any], partial: Any, *, seed: int = 0, intervals: int = INTERVALS,
                 samples: int = 0, pool: str = "all") -> Statistics:
         sigmas = table(run)
+        grid = [level.sigma for level in nodes(sigmas, intervals, find_path(run.path))]
+        run = replace(run, grid=(*grid, 0.0))
         noise = pure_noise(run, samples or trajectories(run.x.shape, 2 if about.get("fitted") else 1), seed, sigmas[0])
-        with resumable("the measurement", partial):
+        with resumable("the measurement", partial, run):
             result = estimate_statistics(
                 run.denoise, noise, sigmas, intervals=intervals, pool=pool, path=run.path, seed=seed,
                 about=about, precision=precision_of(run.patcher), progress=Progress("measuring the model's statistics"),
@@ -89,15 +92,18 @@ class StatisticsKind:
             say(f"warning: {about['prompts']} prompts are few: what they teach can harm others. Give {PROMPTS} or more, or one alone for "
                 "itself", logging.WARNING)
         count = samples or refit_images(run.x.shape, about["prompts"])
-        with resumable("the refit", partial):
+        begins = fitted_sigmas(found.for_another_prompt(), steps, highest.sigma, run.path)
+        run = replace(run, grid=begins)
+        with resumable("the refit", partial, run):
             result = refit_multistep(run.denoise, pure_noise(run, count, seed), found, steps, path=run.path,
                                      start=highest.sigma if opening else None, held_out=max(1, count // 4),
-                                     progress=Progress("refitting the solver"), about=about, partial=partial)
+                                     progress=Progress("refitting the solver"), precision=precision_of(run.patcher), about=about,
+                                     partial=partial)
         told = result.about["refits"][str(steps - opening)]
-        before, after = told["held out"]
+        before, after = told["selection"]
         say(f"refitted for {steps} steps in {told['evaluations']} evaluations: error {before:.3g} before, {after:.3g} after, on "
-            f"images held out" if told["kept"] else f"the refit for {steps} steps found nothing better than the error {before:.3g} on images "
-            "held out: none is kept")
+            f"the images it was selected by" if told["kept"] else f"the refit for {steps} steps found nothing better than the error "
+            f"{before:.3g} on the images that select: none is kept")
         return result
 
     def suited(self, found: Statistics, conditions: str) -> Statistics:
@@ -144,11 +150,12 @@ class AmedKind:
             if form == "predictor" and not block.exists:
                 raise ValueError(f"a predictor looks at the middle block of a U-Net, and {about['model']} has none: set form to "
                                  "table")
-            with resumable("the training", partial):
+            run = replace(run, block=block if block.exists else None)
+            with resumable("the training", partial, run):
                 result = fit_amed(
                     run.denoise, noise, run.sigmas, base=about["base"], first_step=about["first_step"], form=form,
                     held_out=held_out, path=run.path, features=block.features if block.exists else None, seed=seed,
-                    about=about, progress=Progress("training AMED"), partial=partial, **how)
+                    about=about, progress=Progress("training AMED"), precision=precision_of(run.patcher), partial=partial, **how)
         say(summary(result), logging.WARNING if carry_over(result) > WARN_ABOVE else logging.INFO)
         return result
 
@@ -185,20 +192,21 @@ WARN_ABOVE = 1.15
 
 
 def carry_over(trained: Amed) -> float:
-    """What is left of the untrained error at the last level: on images held out, as a ratio to that on the training images."""
+    """What is left of the untrained error at the last level: on images that did not teach, as a ratio to that on those that did."""
     losses = trained.about["losses"]
-    held_out, training = (losses["trained"][part][-1] / losses["untrained"][part][-1] for part in ("held out", "training"))
-    return held_out / training
+    others, training = (losses["trained"][part][-1] / losses["untrained"][part][-1] for part in (trained.others, "training"))
+    return others / training
 
 
 def summary(trained: Amed) -> str:
     losses = trained.about["losses"]
-    before, after = losses["untrained"]["held out"][-1], losses["trained"]["held out"][-1]
+    before, after = losses["untrained"][trained.others][-1], losses["trained"][trained.others][-1]
     ratio = carry_over(trained)
     warning = "" if ratio <= WARN_ABOVE else (f". Warning: against the untrained error that is {100 * (ratio - 1):.0f} % more "
                                               "than on the training images: use more samples, or fewer steps")
+    which = "images held out" if trained.others == "held out" else "the images it was selected by"
     return (f"AMED trained in {trained.about['evaluations']} evaluations: error at the last step {before:.3g} untrained, "
-            f"{after:.3g} trained, on images held out{warning}")
+            f"{after:.3g} trained, on {which}{warning}")
 
 
 def pure_noise(run: Run, count: int, seed: int, sigma: float | None = None) -> Tensor:
@@ -225,7 +233,7 @@ def trajectories(shape: torch.Size, fewest: int = 1) -> int:
 
 
 def refit_images(shape: torch.Size, prompts: int) -> int:
-    """How many images a refit looks at, those held out among them: a quarter of what one prompt gets for each of several."""
+    """How many images a refit looks at, those that select among them: a quarter of what one prompt gets for each of several."""
     enough = _enough(shape, 16, 4, 8)
     return max(enough, prompts * (enough // 4))
 

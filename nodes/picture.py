@@ -50,7 +50,8 @@ def curves(statistics: Statistics, width: int = 480, height: int = 300) -> Tenso
         draw.text((left + 70 * i, 10), name, COLOURS[name], font)
     if expected and min(expected.values()) > 0:
         told = statistics.about.get("refits", {})
-        refitted = {n: told[str(n)]["held out"][1] for n in statistics.plans if str(n) in told}
+        refitted = {n: told[str(n)]["selection"][1] for n in statistics.plans
+                    if str(n) in told and told[str(n)]["selection"][1] > 0}
         _expected(draw, font, expected, refitted, (left, height + 30, right, height + 186))
     return tensor(image)
 
@@ -79,7 +80,7 @@ def _expected(draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, errors: d
         draw.rectangle((x - 4, y - 4, x + 4, y + 4), COLOURS["b"])
     draw.text((left, top - 22), "error to expect of lambda_fitted (rms)", COLOURS["l"], font)
     if refitted:
-        draw.text((left, bottom - 4), "refitted: on images held out", COLOURS["b"], font, anchor="lb")
+        draw.text((left, bottom - 4), "refitted: on the images it was selected by", COLOURS["b"], font, anchor="lb")
     draw.text((right, top - 22), "evaluations", (90, 90, 90), font, anchor="ra")
 
 
@@ -112,7 +113,7 @@ def training(trained: Amed, width: int = 480, height: int = 320) -> Tensor:
     steps = len(trained.table)
     learned = np.isfinite(trained.lam[:-1]) & np.isfinite(trained.lam[1:])
     losses = trained.about.get("losses", {})
-    which = "held out" if "held out" in losses.get("trained", {}) else "training"
+    which = trained.others or "training"
     left, right = 60, width - 20
 
     def panel(title: str, top: int, bottom: int, lines: dict[str, np.ndarray], colours: Sequence[tuple], log: bool) -> None:

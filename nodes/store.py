@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 import os
 from pathlib import Path
 from typing import Any, Callable, Mapping
@@ -100,17 +99,34 @@ def partial(name: str) -> Path | None:
         return None
 
 
-def near(a: float, b: float) -> bool:
-    """Guidance scales close enough to share statistics."""
-    return abs(a - b) <= 0.1 + 0.1 * max(abs(a), abs(b))
+def near(a: float, b: float, apart: float = 0.1) -> bool:
+    """Numbers close enough to share statistics: within a tenth, and `apart` more, for small ones."""
+    return abs(a - b) <= apart + 0.1 * max(abs(a), abs(b))
+
+
+NUMBERS = {"guidance": 0.1, "distilled": 0.1, "strengths": 0.0}
+"""What of a description need only be near, and how far apart beyond a tenth: 0.8 and 0.88 of a LoRA are near,
+0.1 and 0.2 are not."""
+
+
+def alike(key: str, about: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether two descriptions agree in one of NUMBERS: one number, or as many; None stands for none."""
+    def close(x: Any, y: Any) -> bool:
+        if isinstance(x, (int, float)) and isinstance(y, (int, float)):
+            return near(x, y, NUMBERS[key])
+        return x is None and y is None
+
+    a, b = (told.get(key, []) for told in (about, wanted))
+    a, b = (value if isinstance(value, list) else [value] for value in (a, b))
+    return len(a) == len(b) and all(map(close, a, b))
 
 
 def find(kind: type, wanted: Mapping[str, Any], exactly: bool, serves: Callable[[Any], int]) -> tuple[str, Any] | None:
     """The name and content of a saved calibration for a model as `identity.description` describes it.
 
-    The checkpoint and its patches are the same and the guidance is near; of several that serve, those that serve best, then
-    those of the same prompt, then those of the nearest guidance. `exactly` asks for the same prompt. A damaged file is named in
-    the log and skipped.
+    The checkpoint and its patches are the same, their strengths and the guidance near; of several that serve,
+    those that serve best, then those of the same prompt, then those of the nearest guidance. `exactly` asks
+    for the same prompt. A damaged file is named in the log and skipped.
     """
     found = []
     for name in listed():
@@ -123,7 +139,8 @@ def find(kind: type, wanted: Mapping[str, Any], exactly: bool, serves: Callable[
             continue
         about = loaded.about
         same = all(about.get(key) == wanted[key] for key in ("fingerprint", "patches"))
+        close = all(alike(key, about, wanted) for key in NUMBERS)
         other_prompt = about.get("conditions") != wanted["conditions"]
-        if same and near(about.get("guidance", math.nan), wanted["guidance"]) and not (exactly and other_prompt) and (well := serves(loaded)):
+        if same and close and not (exactly and other_prompt) and (well := serves(loaded)):
             found.append((-well, other_prompt, abs(about["guidance"] - wanted["guidance"]), name, loaded))
     return min(found, key=lambda entry: entry[:4])[3:] if found else None

@@ -6,8 +6,8 @@
 Read in this order: schedule (noise levels and paths), phi (quadrature), integrand (what is interpolated), statistics
 (DPM-Solver-v3's own), solver (which evaluations a step uses), sample (the loop), families (the catalogue), k_diffusion and
 model (the host's convention). Beside them stand amed and predictor (a learned inner evaluation), fitted (nodes and weights from
-measured trajectories), first_step (the first evaluation, left out), noise; calibrate, train and refit (measuring a model),
-storage (files).
+measured trajectories), first_step (the first evaluation, left out), noise; course (probed, counted, resumable) and on it
+calibrate, train and refit (measuring a model), storage (files).
 
 Symbols, the same everywhere:
 
@@ -25,11 +25,12 @@ from .calibrate import estimate_statistics
 from .families import FAMILIES, SAMPLERS, nfe
 from .fitted import Plan, fit_multistep, fitted_sigmas
 from .k_diffusion import k_diffusion_sampler
+from .model import UnsteadyModel
 from .refit import refit_multistep
 from .schedule import PATHS
 from .statistics import Statistics
 from .storage import CalibrationError
 from .train import fit_amed
 
-__all__ = ["Amed", "FAMILIES", "PATHS", "Plan", "SAMPLERS", "Statistics", "CalibrationError", "estimate_statistics", "fit_amed",
-           "fit_multistep", "fitted_sigmas", "k_diffusion_sampler", "nfe", "refit_multistep"]
+__all__ = ["Amed", "FAMILIES", "PATHS", "Plan", "SAMPLERS", "Statistics", "CalibrationError", "UnsteadyModel",
+           "estimate_statistics", "fit_amed", "fit_multistep", "fitted_sigmas", "k_diffusion_sampler", "nfe", "refit_multistep"]

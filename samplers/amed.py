@@ -13,17 +13,16 @@ its own rule; c scales the last direction. With (r, c, a) = (1/2, 1, 1) AMED is 
 """
 from __future__ import annotations
 
-import json
 import math
 import os
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise, zip_longest
 from pathlib import Path as File
 from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
 import numpy as np
 import torch
-from safetensors.numpy import save
 from torch import Tensor
 
 from .integrand import DataPrediction, NoisePrediction, Stage
@@ -31,7 +30,7 @@ from .phi import adams, midpoint
 from .predictor import Predictor, bounded, unbounded
 from .schedule import Level, Path
 from .solver import Multistep, Singlestep, Step, Tableau, ddim, finite, joined
-from .storage import CalibrationError, read_checked, write_whole
+from .storage import CalibrationError, read_checked, write_checked
 
 FORMAT = "lambda-solvers amed 1"
 SLACK = 0.01  # in lam, between a schedule and the one that was trained
@@ -102,10 +101,20 @@ class Amed:
         if self.table.shape != (len(self.lam) - 1, 3):
             raise CalibrationError(f"table has shape {list(self.table.shape)}: it must have one row (r, c, a) for each of the "
                                    f"{len(self.lam) - 1} intervals")
+        errors = dict.fromkeys(filter(None, ("training", self.others)), len(self.table))
+        told = self.about.get("losses", {}).values()
+        if any({part: len(values) for part, values in each.items()} != errors for each in told):
+            raise CalibrationError(f"about.losses must have {len(self.table)} errors of the same images in every part: train "
+                                  "anew, or get the file anew")
         bad = ~np.isfinite(self.table) | (self.table <= 0) | (self.table >= (1, math.inf, math.inf))
         if bad.any():
             i = int(bad.any(1).argmax())
             raise CalibrationError(f"table[{i}] = {self.table[i].tolist()}: r must be between 0 and 1, c and a above 0")
+
+    @property
+    def others(self) -> str | None:
+        """What the losses call the images that did not teach, if there are any: "held out", or a "selection"."""
+        return next((part for part in self.about.get("losses", {}).get("trained", {}) if part != "training"), None)
 
     @classmethod
     def untrained(cls, schedule: Sequence[Level] | None = None, base: str | None = None, first_step: str = "evaluate") -> Amed:
@@ -135,19 +144,26 @@ class Amed:
         values = [np.interp(at, middles[known], row[known]) for row in rows.T]
         return [Inner(*map(float, row)) for row in bounded(np.stack(values, axis=1))]
 
-    def predict(self, s: Level, t: Level, inner: Inner, first: bool, count: int) -> list[Inner]:
-        """(r, c, a) of one interval for every image, from the table's and what the model's middle block holds."""
-        features = None if first and self.first_step != "evaluate" else self.features()
+    def predict(self, s: Level, t: Level, inner: Inner, answered: bool, count: int) -> list[Inner]:
+        """(r, c, a) of one interval for every image, from the table's and what the model's middle block holds; nothing of
+        that where the model has not answered yet."""
+        if self.features is None:
+            raise ValueError("this AMED has a predictor, which looks at the model's middle block, and nothing shows it: give "
+                             "it features, dataclasses.replace(trained, features=...), or use its table alone, "
+                             "replace(trained, predictor=None)")
+        seen = self.features() if answered else None
         with torch.no_grad():
-            moved = self.predictor(features, count, s.lam, t.lam, unbounded(np.array(inner)))
+            moved = self.predictor(seen, count, s.lam, t.lam, unbounded(np.array(inner)))
         return [Inner(*map(float, row)) for row in bounded(moved.double().cpu().numpy())]
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All that a file of it holds."""
+        return {"lam": self.lam, "table": self.table, **(self.predictor.arrays() if self.predictor else {})}
 
     def save(self, path: str | os.PathLike, overwrite: bool = False) -> None:
         """Write the file whole or not at all; FileExistsError if it exists, unless told to overwrite."""
-        tensors = {"lam": self.lam, "table": self.table, **(self.predictor.arrays() if self.predictor else {})}
         about = {**self.about, "base": self.base, "first_step": self.first_step}
-        write_whole(File(path), save({name: np.ascontiguousarray(value) for name, value in tensors.items()}, metadata={
-            "format": FORMAT, "about": json.dumps(about, sort_keys=True, allow_nan=False)}), overwrite)
+        write_checked(File(path), FORMAT, self.arrays(), about, overwrite)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Amed:
@@ -175,27 +191,32 @@ def _shown(lam: np.ndarray) -> str:
 
 @dataclass(frozen=True)
 class Insertion:
-    """A base with one learned node more in every interval of finite length. Those of infinite length are DDIM."""
+    """A base with one learned node more in every interval of finite length. Those of infinite length are DDIM.
+
+    answered() says whether the model has answered in this run, and not something else for it (first_step).
+    """
 
     trained: Amed
     base: Pair | Multistep
+    answered: Callable[[], bool] = lambda: True
 
     def steps(self, levels: Sequence[Level], path: Path) -> list[Step]:
         inner = self.trained.inner(levels)
         nodes = self._nodes(levels, path, inner)
         result = [self._step(levels, path, i, inner[i], nodes) for i in range(len(levels) - 1)]
-        if self.trained.predictor is None or self.trained.features is None:
+        learned = [i for i, step in enumerate(result) if len(step.evaluations) > 1]
+        if self.trained.predictor is None:
             return result
-        predicted: list[list[Inner]] = []  # of the intervals so far, for every image
 
-        def plan(i: int, x: Tensor) -> Step:
-            predicted.append(self.trained.predict(*levels[i:i + 2], inner[i], i == 0, len(x)))
-            return self.step_of_each(levels, path, i, predicted, x.ndim)
+        def plan(i: int, x: Tensor, before: Step | None) -> Step:
+            known = before.told if i > learned[0] else tuple([row] for row in inner[:i])
+            answered = self.answered() and (i > 0 or self.trained.first_step == "evaluate")
+            predicted = (*known, self.trained.predict(*levels[i:i + 2], inner[i], answered, len(x)))
+            return self.step_of_each(levels, path, i, predicted, x.ndim)._replace(told=predicted)
 
-        first = next((i for i, step in enumerate(result) if len(step.evaluations) > 1), 0)
-        predicted += [[inner[0]]] * first
-        return [step._replace(plan=lambda x, i=i: plan(i, x)) if len(step.evaluations) > 1 else step
-                for i, step in enumerate(result)]
+        for i in learned:
+            result[i] = result[i]._replace(plan=partial(plan, i))
+        return result
 
     def step(self, levels: Sequence[Level], path: Path, i: int, inner: Sequence[Inner]) -> Step:
         """Interval i, of which inner[:i + 1] must be known."""

@@ -17,31 +17,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .course import Course, Sampled
 from .integrand import DataPrediction
-from .model import finite_answer, latents
+from .model import PROBE, check_own, latents, signs
 from .phi import midpoint
 from .sample import combine
 from .schedule import Level, Path, find_path, levels
-from .solver import Multistep, finite
+from .solver import Multistep, ddim, finite
 from .statistics import Statistics
-from .storage import Partial
 from .tensors import lincomb, rms
 
 INTERVALS = 24
 """Of the grid. On the emoji model 16, 24 and 40 gave solvers of the same error; on exact digits (guidance 4, 10 steps uniform
 in time) the median error was 0.0033, 0.0022, 0.0019 with 16, 24, 40, and 0.016 for DPM-Solver++(2M)."""
-PARTIAL = "lambda-solvers partial statistics 1"
-DELTA: Mapping[torch.dtype, Callable[[float], float]] = {
-    # y moves by delta: far enough that D changes by more than the model's own rounding
-    torch.float64: lambda ratio: 1e-5 * math.sqrt(1.0 + ratio**2),
-    torch.float32: lambda ratio: 1e-3 * math.sqrt(1.0 + ratio**2),
-    torch.float16: lambda ratio: 0.03 * ratio,
-    torch.bfloat16: lambda ratio: 0.1 * ratio,
-}
+PARTIAL = "lambda-solvers partial statistics 2"
 Pool = Literal["all", "channel", "none"]
-ELEMENTS = 16_384
-"""Of each trajectory, drawn at random and once, whose inner products the fitted solver gets: 3 MB of host memory in float32 with
-24 intervals, whatever the size of the latents."""
 
 
 @torch.no_grad()
@@ -51,18 +41,19 @@ def estimate_statistics(model: Callable[..., Tensor], x: Tensor, sigmas: Sequenc
                         precision: torch.dtype | None = None, seed: int = 0, about: Mapping[str, Any] | None = None,
                         partial: File | str | None = None, partial_seconds: float = 2.0,
                         fitted: bool = False) -> Statistics:
-    """The statistics of `model` over the range of `sigmas`; 2 (intervals + 1) evaluations of the batch, or one more.
+    """The statistics of `model` over the range of `sigmas`; 4 + 2 (intervals + 1) evaluations of the batch, or one more.
 
     `fitted` measures what the fitted solver needs too: inner products of the trajectory's tensors, at no evaluations, and
-    `damping` by intervals - 1 more: 73 in all with the default. It needs pool "all".
+    `damping` by intervals - 1 more: 77 in all with the default. It needs pool "all".
 
     model(x, sigma[B], **extra_args) returns the denoised x; x [K, ...] is starting noise at sigmas[0], one trajectory
     each. samples: how many of them; more than x has are drawn like it. sigmas: the model's whole table of levels, of which
     the ones nearest to a grid uniform in lam are taken, or just its first and last (positive) level. pool: one number for
     all, for every channel, or for every element. precision: what the model computes in, if not x's dtype.
 
-    progress(done, total) is called after every evaluation and may raise to cancel. `partial` names a file that keeps what
-    was measured, every `partial_seconds`; a call with the same arguments goes on from it, and it is gone at the end.
+    UnsteadyModel for a model that does not answer for itself. progress(done, total) is called after every evaluation and may
+    raise to cancel. `partial` names a file that keeps what was measured, at most every `partial_seconds`; a call with the same x,
+    settings and model goes on from it, and it is gone at the end.
     """
     gaussian = find_path(path)
     if pool not in ("all", "channel", "none"):
@@ -74,50 +65,38 @@ def estimate_statistics(model: Callable[..., Tensor], x: Tensor, sigmas: Sequenc
     schedule = nodes(torch.as_tensor(sigmas).tolist(), intervals, gaussian)
     start = schedule[0]
     grid = [level for level in schedule if finite(level)]
-    precision = precision or x.dtype
-    x = _trajectories(latents(x), samples, seed)
+    x, dtype = _trajectories(latents(x), samples, seed), x.dtype
     dims = {"all": tuple(range(x.ndim)), "channel": (0, *range(2, x.ndim)), "none": (0,)}[pool]
-    total = 2 * len(grid) + (start is not grid[0]) + fitted * (len(grid) - 2)
-    done = 0
-
-    def denoise(x_now: Tensor, level: Level) -> Tensor:
-        nonlocal done
-        denoised = finite_answer(model, x_now, level.sigma, dict(extra_args or {}))
-        done += 1
-        if progress:
-            progress(done, total)
-        return denoised
+    total = PROBE + 2 * len(grid) + (start is not grid[0]) + fitted * (len(grid) - 2)
+    settings = {"grid": [level.lam for level in grid], "pool": pool, "seed": seed, "path": path, "fitted": fitted,
+                "about": dict(about or {})}
 
     def pooled(v: Tensor) -> Tensor:
         return v.mean() if pool == "all" else v.mean(dims, keepdim=True)[0]
 
-    key = {"grid": [level.lam for level in grid], "shape": list(x.shape), "pool": pool, "seed": seed, "path": path,
-           "precision": str(precision), "about": dict(about or {}), "fitted": fitted}
-    state = Partial(partial, PARTIAL, key, partial_seconds, x.device)
-    kept, first = state.read()
-    if first:
-        done = 2 * first + (start is not grid[0]) + fitted * max(0, first - 2)
-    elif start is not grid[0]:  # sigma = 1 of a flow: one step of infinite length leads to the first node
-        kept["x"] = combine(x, Multistep(DataPrediction(), 1).steps([start, grid[0]], gaussian)[0].updates[0],
-                            {0: denoise(x, start)})
-    else:
-        kept["x"] = x
+    course = Course(model, x, [start, *grid], gaussian, kind=PARTIAL, settings=settings, total=total, dtype=dtype,
+                    precision=precision, extra_args=extra_args, partial=partial, seconds=partial_seconds,
+                    progress=progress and (lambda done, total, loss: progress(done, total)))
     steps = Multistep(DataPrediction(), 2, midpoint, "off").steps(grid, gaussian)
-    signs = _Signs(x, seed)
     sample = Sampled(x, seed)
-    try:
-        for i, level in enumerate(grid[first:], first):
-            denoised = denoise(kept["x"], level)
-            v = signs.at(i)
-            delta = DELTA[precision](level.sigma / level.alpha)
-            slope = pooled(v * (denoise(kept["x"] + level.alpha * delta * v, level) - denoised) / delta)
+    with course:
+        kept = dict(course.kept) if course.done else {"x": x}
+        if not course.done and start is not grid[0]:  # sigma = 1 of a flow: a step of infinite length to the first node
+            kept["x"] = combine(x, ddim(DataPrediction(), start, grid[0]).updates[0], {0: course.denoise(x, start.sigma)})
+        for i, level in enumerate(grid[course.done:], course.done):
+            denoised = course.denoise(kept["x"], level.sigma)
+            d = level.alpha * course.delta(level) * signs(x, seed * 1_000_003 + i)
+            change = course.denoise(kept["x"] + d, level.sigma) - denoised
+            if level.lam <= course.middle.lam:
+                check_own(change, d, kept["x"], level.sigma, course.precision)
+            slope = pooled(level.alpha * change / d)
             y = kept["x"] / level.alpha
             kept[f"l.{i}"] = 1.0 - slope
             kept[f"f.{i}"] = slope.to(y) * y - denoised
             kept[f"gamma.{i}"] = (y - denoised).square().mean() * (level.alpha / level.sigma) ** 2
             if fitted:
                 kept[f"pair.{i}"] = sample.of(y, denoised)
-                _late(kept, grid, i, denoised, denoise)
+                _late(kept, grid, i, denoised, course.denoise)
             window = (i - 2, i - 1, i)
             for at in ((0, 1) if i == 2 else (i - 1,) if i > 2 else ()) + ((i,) if i == len(grid) - 1 else ()):
                 _regress(kept, grid, at, window, pooled)
@@ -125,19 +104,15 @@ def estimate_statistics(model: Callable[..., Tensor], x: Tensor, sigmas: Sequenc
                 values = {0: denoised, **({-1: kept["denoised"]} if i else {})}
                 kept |= {"x": combine(kept["x"], steps[i].updates[0], values), "denoised": denoised}
                 kept.pop(f"f.{i - 2}", None)
-                state.write(kept, i + 1)
-    except BaseException:  # cancelled: what was measured is kept
-        state.write(kept, state.following, at_once=True)
-        raise
+                course.keep(i + 1, kept)
     curves = {name: np.stack([kept[f"{name}.{i}"].cpu().double().numpy() for i in range(len(grid))])
               for name in ("l", "s", "b", "gamma", *["damping"] * fitted)}
     if fitted:
         curves["root"] = _roots([kept[f"pair.{i}"] for i in range(len(grid))])
-    result = Statistics(np.array([level.lam for level in grid]), **curves, about={
+    return Statistics(np.array([level.lam for level in grid]), **curves, about={
         **(about or {}), "path": path, "pool": pool, "samples": len(x), "shape": list(x.shape[1:]), "seed": seed,
-        "evaluations": total, "precision": str(precision), "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
-    state.remove()
-    return result
+        "evaluations": total, "precision": str(course.precision),
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
 
 
 def nodes(sigmas: Sequence[float], intervals: int, path: Path) -> list[Level]:
@@ -187,7 +162,8 @@ def _slope_weights(nodes_: Sequence[float], at: float) -> list[float]:
             (2 * at - a - b) / ((c - a) * (c - b))]
 
 
-def _late(kept: dict[str, Tensor], grid: Sequence[Level], i: int, denoised: Tensor, denoise: Callable[[Tensor, Level], Tensor]) -> None:
+def _late(kept: dict[str, Tensor], grid: Sequence[Level], i: int, denoised: Tensor,
+          denoise: Callable[[Tensor, float], Tensor]) -> None:
     """One node of a second trajectory, which errs as a solver of few steps does: by answers one node old.
 
     With d its distance from the first one (in x / alpha) and d' that of its denoised images, damping = 1 - <d, d'> / <d, d>, the
@@ -196,7 +172,7 @@ def _late(kept: dict[str, Tensor], grid: Sequence[Level], i: int, denoised: Tens
     """
     level, x, late = grid[i], kept.get("late.x", kept["x"]), denoised
     if i > 1:
-        late = denoise(x, level)
+        late = denoise(x, level.sigma)
         d, response = ((x - kept["x"]) / level.alpha).flatten(1), (late - denoised).flatten(1)
         kept[f"damping.{i}"] = 1.0 - ((d * response).sum(1) / d.square().sum(1).clamp(min=1e-30)).mean()
     if i == 2:
@@ -209,36 +185,9 @@ def _late(kept: dict[str, Tensor], grid: Sequence[Level], i: int, denoised: Tens
         kept["late.denoised"] = late
 
 
-class Sampled:
-    """The elements of a latent that are looked at on the host: all, or a random choice that is always the same."""
-
-    def __init__(self, x: Tensor, seed: int) -> None:
-        size = x[0].numel()
-        self.places = None
-        if size > ELEMENTS:
-            chance = torch.randperm(size, generator=torch.Generator().manual_seed(seed + 2))
-            self.places = chance[:ELEMENTS].to(x.device)
-
-    def of(self, *tensors: Tensor) -> Tensor:
-        """Their sampled elements in host memory, [len(tensors), K, elements]."""
-        flat = [v.flatten(1) for v in tensors]
-        return torch.stack(flat if self.places is None else [v[:, self.places] for v in flat]).cpu()
-
-
 def _roots(pairs: Sequence[Tensor]) -> np.ndarray:
     """Statistics.root, by a QR decomposition: twice the digits that a Gram matrix would keep."""
     y, denoised = torch.stack([pair.cpu() for pair in pairs]).double().unbind(1)  # each [N+1, K, elements]
     v = torch.cat([y, denoised, torch.ones_like(y[:1])]).permute(1, 2, 0)         # [K, elements, M]
     upper = torch.linalg.qr(v, mode="r").R / math.sqrt(v.shape[1])
     return torch.nn.functional.pad(upper, (0, 0, 0, v.shape[2] - upper.shape[1])).numpy()
-
-
-class _Signs:
-    """Random signs for every node, the same whether or not the ones before were asked for."""
-
-    def __init__(self, x: Tensor, seed: int) -> None:
-        self.like, self.seed = x, seed
-
-    def at(self, i: int) -> Tensor:
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + i) % 2**63)
-        return torch.randint(0, 2, self.like.shape, generator=generator, dtype=torch.int8).to(self.like) * 2 - 1

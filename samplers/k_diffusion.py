@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from dataclasses import replace
 from typing import Any, Callable, Mapping, Sequence
 
 import numpy as np
@@ -10,13 +11,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .amed import Insertion
 from .families import Sampler, find
 from .first_step import MeanAnswer, afs, answered, check_full_noise
 from .model import answer, latents, not_finite
 from .noise import BrownianNoise
 from .sample import no_noise, sample, sample_adaptive
 from .schedule import Level, find_path, levels
-from .solver import Adaptive, finite
+from .solver import Adaptive, Step, finite
 
 
 def k_diffusion_sampler(name: str, path: str = "ve", *, sigma_max: float | None = None,
@@ -45,10 +47,19 @@ def k_diffusion_sampler(name: str, path: str = "ve", *, sigma_max: float | None 
                                 mean=mean)
 
 
+Follow = Callable[[Mapping[str, Any], Sequence[float]], Mapping[str, Any]]
+"""follow(extra_args, sigmas) -> extra_args for the model, in which the host tells it the levels of a run."""
+
+
 def k_diffusion_function(sampler: Sampler, path: str, options: Mapping[str, Any], *, noise_scale: float = 1.0,
                          sigma_max: float | None = None, sigma_min: float | None = None,
-                         mean: MeanAnswer | None = None) -> Callable[..., Tensor]:
-    """`k_diffusion_sampler` for any entry of the catalogue; noise_scale is the standard deviation of the model's noise."""
+                         mean: MeanAnswer | None = None, follow: Follow | None = None) -> Callable[..., Tensor]:
+    """`k_diffusion_sampler` for any entry of the catalogue.
+
+    noise_scale: the standard deviation of the model's noise. follow: told the levels that the solver goes
+    over, which need not be the schedule's; for an evaluation between two of them (a step's inner one) with
+    that one too.
+    """
     settings = sampler.settings(options)
     solver, first_step = sampler.solver(**options), sampler.first_step(settings)
     gaussian = find_path(path)
@@ -78,6 +89,7 @@ def k_diffusion_function(sampler: Sampler, path: str, options: Mapping[str, Any]
                     callback({"x": x_now, "i": i, "sigma": level, "sigma_hat": level, "denoised": denoised})
 
             if isinstance(solver, Adaptive):
+                denoise.follow([level.sigma for level in schedule], follow)
                 try:
                     result = sample_adaptive(answering, start, schedule, solver, gaussian, lowest=lowest,
                                              observe=observe)
@@ -85,11 +97,13 @@ def k_diffusion_function(sampler: Sampler, path: str, options: Mapping[str, Any]
                     denoise.check()  # the sooner cause, if there is one
                     raise
             else:
-                steps = solver.steps(schedule, gaussian)
+                run = replace(solver, answered=lambda: bool(denoise.seen)) if isinstance(solver, Insertion) else solver
+                steps = run.steps(schedule, gaussian)
                 noise = no_noise
                 if any(step.noisy for step in steps):
                     device = x.device if settings["noise_device"] == "gpu" else "cpu"
                     noise = BrownianNoise(start, _seed(extra), device, noise_scale)
+                denoise.follow(_followed(steps), follow)
                 result = sample(answering, start, steps, noise=noise, observe=observe)
             denoise.check()
             bar.update(bar.total - bar.n)
@@ -112,6 +126,12 @@ def _first_answered(denoise: Callable[[Tensor, float], Tensor], answer: Callable
     return learning
 
 
+def _followed(steps: Sequence[Step]) -> list[float]:
+    """The levels at which planned steps begin or pass one of the schedule's, and the last one's end."""
+    begun = [evaluation.at.sigma for step in steps for evaluation in step.evaluations[:step.intervals]]
+    return [*begun, *(step.t.sigma for step in steps[-1:])]
+
+
 class _Denoiser:
     """A k-diffusion model as denoise(x, sigma): its dtype outside, at least float32 inside, and what it said checked."""
 
@@ -119,9 +139,16 @@ class _Denoiser:
         self.model, self.like, self.extra_args = model, x, extra_args
         self.falling = [-level.sigma for level in schedule]
         self.seen: list[tuple[float, Tensor]] = []
+        self.told: Callable[[set[float]], Mapping[str, Any]] = lambda sigmas: extra_args
+
+    def follow(self, sigmas: Sequence[float], follow: Follow | None) -> None:
+        """The run goes over these levels."""
+        if follow:
+            told, known = follow(self.extra_args, sigmas), {*sigmas}
+            self.told = lambda more: told if more <= known else follow(self.extra_args, [*sigmas, *more])
 
     def __call__(self, x: Tensor, sigma: float | np.ndarray) -> Tensor:
-        denoised = answer(self.model, x.to(self.like.dtype), sigma, self.extra_args)
+        denoised = answer(self.model, x.to(self.like.dtype), sigma, self.told({*np.ravel(sigma).tolist()}))
         self.seen.append((float(np.max(sigma)), denoised.sum()))  # NaN and infinity survive a sum
         return denoised
 

@@ -5,13 +5,13 @@ what counts. ORDER + 1 numbers of every step are free, from DPM-Solver-v3's weig
 
     lam + u_0 gap,   c_k + u_(k+1) C  (k = 1 .. ORDER - 1),   sum_k c_k = (1 + u_1) C,        C = c_0 + c_1
 
-(place, extrapolations and scale), and forward differences of the run in each of them make the residual at the end linear,
+(place, extrapolations and scale; of the last step place and first extrapolation alone), and forward differences of the
+run in each of them make the residual at the end linear,
 R + J u. A few rounds of damped Gauss-Newton lower its square over a few images. The teacher is the same solver in many steps.
 b of the statistics is left out: what is learned without it was better on its own prompt and on others.
 """
 from __future__ import annotations
 
-import hashlib
 from dataclasses import replace
 from pathlib import Path as File
 from typing import Any, Callable, Mapping, NamedTuple, Sequence
@@ -20,18 +20,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .calibrate import Sampled
+from .course import Course, Sampled
 from .fitted import Plan, check, fit_multistep, planned
 from .integrand import DataPrediction
-from .model import latents
+from .model import PROBE, latents
 from .sample import Denoiser, combine, evaluate, sample
 from .schedule import Path, find_path
 from .solver import Step, ddim
 from .statistics import Statistics
-from .storage import Partial
-from .train import FLOOR, Course, typical
+from .storage import digest
+from .train import FLOOR, typical
 
-PARTIAL = "lambda-solvers partial refit 2"
+PARTIAL = "lambda-solvers partial refit 3"
 TEACHER = 40  # its evaluations
 ROUNDS, AGAIN = 2, 3  # how often slopes are taken, and how often they serve again
 FEWEST, LARGEST = 3, 15
@@ -86,36 +86,41 @@ class Place(NamedTuple):
 def refit_multistep(model: Callable[..., Tensor], x: Tensor, calibration: Statistics, evaluations: int, *, path: str = "ve",
                     start: float | None = None, held_out: int = 1, rounds: int = ROUNDS,
                     extra_args: Mapping[str, Any] | None = None, progress: Callable[[int, int, float], None] | None = None,
-                    about: Mapping[str, Any] | None = None, partial: File | str | None = None) -> Statistics:
+                    precision: torch.dtype | None = None, about: Mapping[str, Any] | None = None,
+                    partial: File | str | None = None) -> Statistics:
     """The calibration with a plan for so many evaluations from full noise to x0, fitted to runs of `model`.
 
     model(x, sigma[B], **extra_args) returns the denoised x; x [K, ...] is noise at the calibration's first level, or at
     sigma = start above it (1 of a flow), from which the first of the evaluations leads there. The last `held_out` images only
-    test: of the plans on the way, each better than the one before on the others, the best on those is kept, or none if none
-    is better than v3's weights on the chosen levels; by the mean of log(error^2 + floor). `about` of the result has the errors.
+    select: of the plans on the way, each better than the one before on the others, the best on those is kept, or none if none
+    is better than v3's weights on the chosen levels; by the mean of log(error^2 + floor). `about` of the result has the errors
+    of both parts, of "training" and of "selection": on others a plan will err a little more.
     Forward evaluations alone: at most `refit_cost` of them, each announced by progress(done, total, error), which may raise to
-    cancel. `partial` names a file that keeps the teacher and every round that is done, for a call with the same arguments to go
-    on from. about: what is refitted, of which "prompts", how many the images have, says whether the plan is for all prompts
-    (Statistics.for_another_prompt). ValueError for a number that leaves nothing to fit, for fewer than three images, and for a
-    calibration that was not measured for fitting.
+    cancel. precision: what the model computes in, if not x's dtype. `partial` names a file that keeps the teacher and every
+    round that is done, for a call with the same x, settings and model to go on from. about: what is refitted, of which
+    "prompts", how many the images have, says whether the plan is for all prompts (Statistics.for_another_prompt). ValueError for
+    a number that leaves nothing to fit, for fewer than three images, and for a calibration that was not measured for fitting;
+    UnsteadyModel for a model that does not answer for itself.
     """
     check(calibration)
-    x = latents(x)
+    x, dtype = latents(x), x.dtype
     n = evaluations - (start is not None)
     if not FEWEST <= n <= LARGEST:
         raise ValueError(f"evaluations = {evaluations} is out of range: choose from {FEWEST + evaluations - n} to "
                          f"{LARGEST + evaluations - n}; fewer leave nothing to fit, and more need none")
     if held_out < 1 or len(x) - held_out < 2:
-        raise ValueError(f"x has {len(x)} images with held_out = {held_out}: give at least two to learn from and one to test")
+        raise ValueError(f"x has {len(x)} images with held_out = {held_out}: give at least two to learn from and one to "
+                         "select by")
     gaussian = find_path(path)
     plain = calibration.for_another_prompt()
-    key = {"evaluations": evaluations, "path": path, "start": start, "held_out": held_out, "rounds": rounds, "about": dict(about or {}),
-           "of": _digest(x.cpu().numpy(), plain.lam, plain.l, plain.s, plain.damping, plain.root)}
-    course = Course(model, extra_args, Partial(partial, PARTIAL, key, 0.0, x.device), progress,
-                    refit_cost(evaluations, rounds, start is not None))
-    if start is not None:
-        first = gaussian.at(float(calibration.lam[0]))
-        x = sample(course.denoise, x, [ddim(DataPrediction(), gaussian.level(start), first)])
+    settings = {"evaluations": evaluations, "path": path, "start": start, "held_out": held_out, "rounds": rounds,
+                "about": dict(about or {}), "of": digest(plain.arrays())}
+    highest, lowest = (gaussian.at(float(lam)) for lam in calibration.lam[[0, -1]])
+    opening = [] if start is None else [gaussian.level(start)]
+    course = Course(model, x, [*opening, highest, lowest], gaussian, kind=PARTIAL, settings=settings,
+                    total=refit_cost(evaluations, rounds, bool(opening)), dtype=dtype, precision=precision,
+                    extra_args=extra_args, partial=partial, progress=progress)
+    x = sample(course.denoise, x, [ddim(DataPrediction(), level, highest) for level in opening])
     training, held = slice(0, len(x) - held_out), slice(len(x) - held_out, len(x))
     shape = Shape.of(fit_multistep(plain, n).lam, float(calibration.lam[-1]))
     with course:
@@ -145,14 +150,13 @@ def refit_multistep(model: Callable[..., Tensor], x: Tensor, calibration: Statis
                 break
             course.learned(done + 1, [now.shape.numbers, best.shape.numbers], course.loss)
     losses = {name: [float(np.sqrt(state.squares[part].mean())) for state in (before, best)]
-              for name, part in (("training", training), ("held out", held))}
+              for name, part in (("training", training), ("selection", held))}
     better = left(best, held) < left(before, held)
     refits = {**calibration.about.get("refits", {}), str(n): {
         **losses, "prompts": dict(about or {}).get("prompts", 1), "kept": better, "evaluations": course.spent, "images": len(x)}}
     plans = {key: rows for key, rows in calibration.plans.items() if key != n}
     if better:
         plans[n] = best.shape.plan(plain).rows()
-    course.file.remove()
     return replace(calibration, plans=plans, about={**calibration.about, "refits": refits})
 
 
@@ -160,12 +164,13 @@ def refit_cost(evaluations: int, rounds: int = ROUNDS, opening: bool = False) ->
     """The most evaluations that refit_multistep makes."""
     n = evaluations - opening
     slopes = sum(n - k - (row > 0) for row, k in _free(n))
-    return opening + TEACHER + n + rounds * (slopes + (3 + AGAIN) * n)
+    return PROBE + opening + TEACHER + n + rounds * (slopes + (3 + AGAIN) * n)
 
 
 def _free(n: int) -> list[tuple[int, int]]:
-    """The places of Shape.numbers that n steps leave free: not the first level, x0's scale, or weights of what is not yet there."""
-    return [(row, k) for row in range(1 + ORDER) for k in range(max(row - 1, row == 0), n - (row == 1))]
+    """The places of Shape.numbers that n steps leave free: not the first level, or weights of what is not yet there; and
+    of the last step, to x0, only what two images leave."""
+    return [(row, k) for row in range(1 + ORDER) for k in range(max(row - 1, row == 0), n - (row in (1, 3)))]
 
 
 class State(NamedTuple):
@@ -233,7 +238,3 @@ def _step(jacobian: np.ndarray, residual: np.ndarray, scale: np.ndarray) -> np.n
     slope = np.einsum("pme,me,m->p", jacobian, residual, weight)
     damping = DAMPING * float(np.einsum("me,me,m->", residual, residual, weight))
     return np.clip(-np.linalg.lstsq(normal + damping * np.eye(len(slope)), slope, rcond=None)[0], -MOST, MOST)
-
-
-def _digest(*arrays: np.ndarray) -> str:
-    return hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)).hexdigest()[:16]

@@ -42,7 +42,7 @@ def sample(denoise: Denoiser, x: Tensor, steps: Sequence[Step], *, noise: Noise 
         if before and before.correction:
             x = _corrected(x, before, (here, *past))
         if step.plan:
-            step = on_device(step.plan(x), x)
+            step = on_device(step.plan(x, before), x)
         values = {0: here, **{-k: m for k, m in enumerate(past, 1)}}
         del here, past
         latest = range(len(step.evaluations) - 1, -1 - memory, -1)[:memory]

@@ -26,14 +26,16 @@ class Step(NamedTuple):
 
     A correction goes from the x that arrived at t, noise and all, to that of the same step with the evaluation
     at t among its nodes: the next step's first, numbered after the step's own. A step with a plan is replaced
-    by what plan(x) returns after its first evaluation, when that depends on what the model said.
+    by what plan(x, before) returns after its first evaluation, when that depends on what the model said;
+    `before` is the step taken before it, and `told` what the plan of that one has to tell it.
     """
 
     evaluations: tuple[Evaluation, ...]
     updates: tuple[Update, ...]
     intervals: int = 1  # how many of the schedule's intervals it covers; its inner levels are then the schedule's own
     correction: Update | None = None
-    plan: Callable[[Tensor], Step] | None = None
+    plan: Callable[[Tensor, Step | None], Step] | None = None
+    told: tuple = ()
 
     @property
     def s(self) -> Level:

@@ -14,7 +14,6 @@ f, and so l, s, b, are the same on every path: they belong to a model and its gu
 """
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import dataclass, field, replace
@@ -22,11 +21,10 @@ from pathlib import Path
 from typing import Any, Mapping
 
 import numpy as np
-from safetensors.numpy import save
 
 from .integrand import Evaluation, Stage, Update
 from .schedule import Level
-from .storage import CalibrationError, read_checked, write_whole
+from .storage import CalibrationError, read_checked, write_checked
 
 FORMAT = "lambda-solvers statistics 1"
 CURVES = ("l", "s", "b")
@@ -76,9 +74,17 @@ class Statistics:
                 raise CalibrationError(f"plan.{n} has shape {list(rows.shape)}: it must be [{n}, 4 to {3 + n}]")
             if (np.diff(rows[:, 0]) <= 0).any() or rows[0, 0] < self.lam[0] - SLACK or rows[-1, 0] > self.lam[-1] + SLACK:
                 raise CalibrationError(f"plan.{n} has levels that do not rise within lam")
-        for name, curve in {"lam": self.lam, **self.curves(), **self.more()}.items():
+        for name, curve in self.arrays().items():
             if not np.isfinite(curve).all():
                 raise CalibrationError(f"{name} has {int((~np.isfinite(curve)).sum())} values that are not finite")
+        for n, told in self.about.get("refits", {}).items():
+            if len(told.get("selection", ())) != 2:
+                raise CalibrationError(f"about.refits.{n} does not say the two errors of its selection: refit again")
+        for n, rows in self.plans.items():
+            _, decay, *terms, bias = rows[-1].tolist()
+            if decay or bias or any(terms[2:]) or abs(sum(terms) - 1.0) > 1e-9:
+                raise CalibrationError(f"plan.{n} does not end in the model's own images, as a weighted mean of the last two: "
+                                      "it would alter what inpainting keeps; refit again")
         falls = np.flatnonzero(np.diff(self.lam) <= 0)
         if len(falls):
             i = int(falls[0])
@@ -137,12 +143,13 @@ class Statistics:
                 f"{outside[0].lam:.3f} (sigma = {outside[0].sigma:.4g}): estimate them again over the whole schedule, "
                 "or use a schedule within their range")
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All that a file of them holds."""
+        return {"lam": self.lam, **self.curves(), **self.more()}
+
     def save(self, path: str | os.PathLike, overwrite: bool = False) -> None:
         """Write the file whole or not at all; FileExistsError if it exists, unless told to overwrite."""
-        tensors = {"lam": self.lam, **self.curves(), **self.more()}
-        content = save({name: np.ascontiguousarray(value) for name, value in tensors.items()},
-                       metadata={"format": FORMAT, "about": json.dumps(dict(self.about), sort_keys=True, allow_nan=False)})
-        write_whole(Path(path), content, overwrite)
+        write_checked(Path(path), FORMAT, self.arrays(), self.about, overwrite)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Statistics:

@@ -1,11 +1,19 @@
-"""Files of what was measured: safetensors, checked when read, written whole or not at all."""
+"""Files of what was measured: safetensors, checked when read, written whole or not at all.
+
+Files are shared, and what they say of themselves is shown: in logs, on nodes, in web pages that take it for HTML. So
+every file is checked when it is read, and what is written is made to pass: known names alone (others are left out), each
+of its kind; finite numbers; short printable text without <, > and &.
+"""
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
+import math
 import os
-import tempfile
+import re
+import secrets
 import time
 from pathlib import Path
 from typing import Any, Mapping
@@ -29,11 +37,79 @@ class OtherKind(CalibrationError):
     """A whole file of ours, of another kind than the one asked for."""
 
 
+LARGEST = 256 * 2**20  # bytes of a file: a hundred times what the nodes' defaults make
+MOST = 4096            # tensors in one, and items of a list
+LONGEST = 200          # characters of a text
+NAME = re.compile("[a-z0-9._]{1,40}")
+"""Of a tensor, or of an entry where any is allowed."""
+UNSAFE = str.maketrans("<>&", "()+")
+SOME = [float]
+ABOUT: Mapping[str, Any] = {
+    **dict.fromkeys(("model", "fingerprint", "conditions", "path", "pool", "precision", "created", "form", "first_step",
+                     "b", "source", "key"), str),
+    **dict.fromkeys(("guidance", "samples", "seed", "evaluations", "prompts", "teacher", "held_out", "next"), float),
+    "base": (str, None), "fitted": bool, "patches": [str], "learn": [str], "distilled": [(float, None)],
+    **dict.fromkeys(("shape", "sigmas", "strengths"), SOME),
+    "refits": {"*": {"training": SOME, "selection": SOME, "kept": bool, "prompts": float, "evaluations": float,
+                     "images": float}},
+    "losses": dict.fromkeys(("untrained", "table", "trained"),
+                            dict.fromkeys(("training", "selection", "held out"), SOME)),
+}
+"""What a file may say of itself. A list has items of one kind, a tuple names alternatives, and "*" stands for any name."""
+WORDS = {str: f"printable text of at most {LONGEST} characters, without angle brackets and ampersands",
+         float: "a finite number", bool: "true or false", list: f"a list of at most {MOST}",
+         dict: "an object of names and values", None: "null"}
+
+
+def plain(text: str, longest: int = LONGEST) -> str:
+    """Text as it may be shown anywhere: <, > and & as other signs, what cannot be printed as spaces, the rest cut off."""
+    return "".join(c if c.isprintable() else " " for c in text[:longest].translate(UNSAFE))
+
+
+def checked(value: Any, kind: Any = ABOUT, where: str = "about") -> Any:
+    """`value`, without names that are not known; CalibrationError if it is not of its kind, as ABOUT writes them."""
+    if isinstance(kind, tuple):
+        kind = None if value is None else kind[0]
+    of = type(kind) if isinstance(kind, (list, dict)) else kind
+    if of is list and isinstance(value, list) and len(value) <= MOST:
+        return [checked(part, kind[0], where) for part in value]
+    if of is dict and isinstance(value, dict):
+        return {name: checked(part, kind.get(name, kind.get("*")), f"{where}.{name}")
+                for name, part in value.items() if name in kind or "*" in kind and NAME.fullmatch(name)}
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not {str: isinstance(value, str) and value == plain(value), float: number and abs(value) <= 2**64,
+            bool: isinstance(value, bool), None: value is None}.get(of, False):
+        raise CalibrationError(f"{where} is {plain(repr(value), 60)}: it must be {WORDS[of]}. No file is written so: "
+                               "measure again, or get it anew from where it came from")
+    return value
+
+
+def _plainly(value: Any) -> Any:
+    """What is said of a file, with every text as it may be shown: names of patches come from other packs."""
+    if isinstance(value, Mapping):
+        return {name: _plainly(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plainly(part) for part in value]
+    return plain(value) if isinstance(value, str) else value
+
+
+def write_checked(path: Path, kind: str, tensors: Mapping[str, np.ndarray], about: Mapping[str, Any],
+                  overwrite: bool, largest: float = LARGEST) -> None:
+    """Write a file for `read_checked`, whole or not at all; FileExistsError if it exists, unless told to overwrite."""
+    described = json.dumps(checked(_plainly(about)), sort_keys=True, allow_nan=False)
+    content = save({name: np.asarray(value, order="C") for name, value in tensors.items()},
+                   metadata={"format": kind, "about": described})
+    if len(content) > largest:
+        raise CalibrationError(f"{path.name} would have {len(content)} bytes: files have at most {largest:.0f}; measure "
+                               "with fewer samples or intervals")
+    write_whole(path, content, overwrite)
+
+
 def write_whole(path: Path, content: bytes, overwrite: bool) -> None:
     """Put a file in place in one go: no reader, and no process killed half way, ever sees a part of it."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:  # unlike mkstemp's, with the permissions that new files have here
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -42,10 +118,10 @@ def write_whole(path: Path, content: bytes, overwrite: bool) -> None:
         else:
             _link_new(temporary, path)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
-def _link_new(temporary: str, path: Path) -> None:
+def _link_new(temporary: Path, path: Path) -> None:
     """Give the finished file its name, unless the name is taken: of two writers one wins, whole."""
     try:
         os.link(temporary, path)
@@ -57,77 +133,92 @@ def _link_new(temporary: str, path: Path) -> None:
         os.replace(temporary, path)
 
 
-def read_checked(path: Path, expected: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def read_checked(path: Path, expected: str, largest: float = LARGEST) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The tensors and the description of one of our files; CalibrationError if it is none, or of another version."""
+    shown = plain(str(path), 1000)
     try:
+        if path.stat().st_size > largest:
+            raise CalibrationError(f"{shown} has {path.stat().st_size} bytes: files of {expected} have at most {largest:.0f}")
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-            found = metadata.get("format", "")
+            found = plain(metadata.get("format", ""))
             kind = expected.rpartition(" ")[0]
             if not found.startswith(kind):
                 ours = found.startswith(kind.split()[0])
                 raise (OtherKind if ours else CalibrationError)(
-                    f"{path} is not a file of {kind}" + (f", but of {found}" if found else ""))
+                    f"{shown} is not a file of {kind}" + (f", but of {found}" if found else ""))
             if found != expected:
-                raise CalibrationError(f"{path} has the format {found!r}, and this version reads {expected!r}: update the pack, "
+                raise CalibrationError(f"{shown} has the format {found!r}, and this version reads {expected!r}: update the pack, "
                                       "or estimate again")
+            names = list(file.keys())
+            if len(names) > MOST or not all(map(NAME.fullmatch, names)):
+                raise CalibrationError(f"{shown} has tensors that no file of {kind} has: measure again, or get it anew")
             about = json.loads(metadata.get("about", "{}"), parse_constant=_no_number)
-            if not isinstance(about, dict):
-                raise CalibrationError(f"{path} is described by {about!r}: it must be an object of names and values")
-            if not isinstance(about.get("guidance", 0.0), (int, float)):
-                raise CalibrationError(f"{path} was measured at guidance {about['guidance']!r}: it must be a number")
-            return {name: file.get_tensor(name) for name in file.keys()}, about
+            return {name: file.get_tensor(name) for name in names}, checked(about, where=f"{shown}: about")
     except FileNotFoundError:
-        raise CalibrationError(f"{path} does not exist") from None
+        raise CalibrationError(f"{shown} does not exist") from None
     except OSError as fault:
-        raise CalibrationError(f"{path} cannot be read: {fault}") from None
+        raise CalibrationError(f"{shown} cannot be read: {plain(str(fault), 1000)}") from None
     except CalibrationError:
         raise
     except (SafetensorError, ValueError, TypeError, RecursionError) as fault:  # TypeError: a dtype that numpy lacks
-        raise Damaged(f"{path} is damaged or was cut short: {fault}") from None
+        raise Damaged(f"{shown} is damaged or was cut short: {plain(str(fault))}") from None
 
 
 def _no_number(name: str) -> float:
     raise ValueError(f"{name} is no number")
 
 
+def digest(arrays: Mapping[str, np.ndarray]) -> str:
+    """Twelve hex digits for the names, shapes and values (as float64) of arrays: the same in memory and in any file of them."""
+    content = hashlib.sha256()
+    for name in sorted(arrays):
+        content.update(f"{name}{list(arrays[name].shape)}".encode())
+        content.update(np.ascontiguousarray(arrays[name], dtype="<f8").tobytes())
+    return content.hexdigest()[:12]
+
+
+SHARE = 0.03
+"""Of the time, which goes into writing what is kept: large latents are written less often."""
+
+
 class Partial:
     """The file in which a calibration that was cut short goes on; without a path, none is kept.
 
-    A file that cannot be written is a warning, once: what is measured is not lost for it.
+    It belongs to x and to settings, all that decides what is found but the model. A file that cannot be written is a
+    warning, once: what is measured is not lost for it.
     """
 
-    def __init__(self, path: Path | str | None, kind: str, key: Mapping[str, Any], seconds: float,
-                 device: torch.device) -> None:
+    def __init__(self, path: Path | str | None, kind: str, x: Tensor, settings: Mapping[str, Any],
+                 seconds: float) -> None:
         self.path, self.format = Path(path) if path else None, kind
-        self.key = json.dumps(key, sort_keys=True)
-        self.seconds, self.device, self.written = seconds, device, time.monotonic()
-        self.following = 0
+        belongs = json.dumps([digest({"x": x.cpu().numpy()}), settings], sort_keys=True)
+        self.key = hashlib.sha256(belongs.encode()).hexdigest()
+        self.seconds, self.device, self.written, self.took = seconds, x.device, time.monotonic(), 0.0
 
     def read(self) -> tuple[dict[str, Tensor], int]:
         """What was kept, and the first part that is not; nothing if there is no file of the same calibration."""
         if self.path and self.path.exists():
             try:
-                tensors, about = read_checked(self.path, self.format)
+                tensors, about = read_checked(self.path, self.format, math.inf)
             except CalibrationError:
                 return {}, 0  # damaged, or of another version: measured again, and overwritten
             if about.get("key") == self.key:
-                self.following = about["next"]
-                return {name: torch.from_numpy(value).to(self.device) for name, value in tensors.items()}, self.following
+                kept = {name: torch.from_numpy(value).to(self.device) for name, value in tensors.items()}
+                return kept, int(about.get("next", 0))
         return {}, 0
 
     def write(self, kept: Mapping[str, Tensor], following: int, at_once: bool = False) -> None:
-        self.following = following
-        if self.path and (at_once or time.monotonic() - self.written >= self.seconds):
-            about = json.dumps({"key": self.key, "next": following})
-            content = save({name: np.asarray(value.cpu().numpy(), order="C") for name, value in kept.items()},
-                           metadata={"format": self.format, "about": about})
+        start = time.monotonic()
+        if self.path and (at_once or start - self.written >= max(self.seconds, self.took / SHARE)):
+            tensors = {name: value.cpu().numpy() for name, value in kept.items()}
             try:
-                write_whole(self.path, content, overwrite=True)
+                write_checked(self.path, self.format, tensors, {"key": self.key, "next": following}, True, math.inf)
             except OSError as fault:
                 logging.warning("%s cannot be written (%s): the measuring goes on, but starts anew if it is cut short", self.path, fault)
                 self.path = None
             self.written = time.monotonic()
+            self.took = self.written - start
 
     def remove(self) -> None:
         if self.path:

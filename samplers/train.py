@@ -25,17 +25,17 @@ import torch
 from torch import Tensor
 
 from .amed import BASES, Amed, Inner, Insertion
+from .course import Course
 from .first_step import afs, answered
 from .integrand import DataPrediction
-from .model import finite_answer, latents
+from .model import PROBE, latents
 from .phi import midpoint
 from .predictor import Predictor, bounded, unbounded
 from .sample import Denoiser, advance, evaluate, on_device, sample
 from .schedule import Level, Path, find_path, levels
 from .solver import Multistep, finite
-from .storage import Partial
 
-PARTIAL = "lambda-solvers partial amed 2"
+PARTIAL = "lambda-solvers partial amed 3"
 LEARNED = ("r", "c", "a")
 TEACHER = 5        # its steps in every interval
 BUDGET = 15        # evaluations of the table's training in those of one run: learning together takes what the rest leaves
@@ -85,7 +85,7 @@ def fit_amed(model: Callable[..., Tensor], x: Tensor, sigmas: Sequence[float] | 
              form: str = "table", first_step: str = "evaluate", teacher: int = TEACHER, learn: Sequence[str] = LEARNED,
              held_out: int = 0, path: str = "ve", extra_args: Mapping[str, Any] | None = None,
              features: Callable[[], Tensor | None] | None = None, budget: float = BUDGET, rounds: int = ROUNDS,
-             progress: Callable[[int, int, float], None] | None = None, seed: int = 0,
+             progress: Callable[[int, int, float], None] | None = None, precision: torch.dtype | None = None, seed: int = 0,
              about: Mapping[str, Any] | None = None, partial: File | str | None = None, partial_seconds: float = 2.0) -> Amed:
     """(r, c, a) for every step of one schedule, learned from the noises x; forward evaluations of `model` alone.
 
@@ -94,42 +94,45 @@ def fit_amed(model: Callable[..., Tensor], x: Tensor, sigmas: Sequence[float] | 
     one (r, c, a) a step; "predictor", a small network on top that looks at features() -> [K, C, H, W], the model's middle
     block in its last call. first_step: "afs" leaves out the first evaluation. teacher: its steps in every interval.
     learn: which of r, c, a; the others stay 1/2, 1, 1. budget: evaluations of a table's training, in those of one run.
+    precision: what the model computes in, if not x's dtype.
 
     The result ends no further from the teacher than the untrained solver on its training images (in the mean of `typical`).
-    progress(done, total, loss) is called after every evaluation and may raise to cancel; `partial` names a file that keeps
-    the steps that are done. `about` of the result has the rms error at every level, untrained and trained, of the images
-    that taught and of those held out.
+    UnsteadyModel for a model that does not answer for itself. progress(done, total, loss) is called after every evaluation
+    and may raise to cancel; `partial` names a file that keeps the steps that are done, for a call with the same x, settings
+    and model to go on from. `about` of the result has the rms error at every level, untrained and trained, of the images that
+    taught and of the others: "held out" from a table's training, a "selection" of predictors.
     """
     gaussian = find_path(path)
     schedule = levels(torch.as_tensor(sigmas).tolist(), gaussian)
-    x = latents(x)
+    x, dtype = latents(x), x.dtype
     _check(base, form, first_step, teacher, learn, held_out, len(x), features)
     trainable = _trainable(schedule)
     together, total = _effort(schedule, form, first_step, teacher, learn, budget, rounds)
-    key = {"lam": [level.lam for level in schedule], "shape": list(x.shape), "path": path, "base": base, "seed": seed,
-           "first_step": first_step, "teacher": teacher, "learn": list(learn), "held_out": held_out, "about": dict(about or {}),
-           "together": together}
-    course = Course(model, extra_args, Partial(partial, PARTIAL, key, partial_seconds, x.device), progress, total)
-    targets = course.targets(lambda: _teacher(course.denoise, x, schedule, teacher, gaussian))
+    settings = {"lam": [level.lam for level in schedule], "path": path, "base": base, "first_step": first_step,
+                "teacher": teacher, "learn": list(learn), "held_out": held_out, "about": dict(about or {}),
+                "together": together}
     solver = Insertion(Amed.untrained(first_step=first_step), BASES[base])
-    student = Student(course.denoise, solver, schedule, gaussian, targets, learn)
     training = slice(0, len(x) - held_out)
     guess = unbounded(np.array([[GUESS.get(base, 0.5) if "r" in learn else 0.5, 1.0, 1.0]]))
+    course = Course(model, x, schedule, gaussian, kind=PARTIAL, settings=settings, total=total, dtype=dtype,
+                    precision=precision, extra_args=extra_args, partial=partial, seconds=partial_seconds, progress=progress)
     with course:
+        targets = course.targets(lambda: _teacher(course.denoise, x, schedule, teacher, gaussian))
+        student = Student(course.denoise, solver, schedule, gaussian, targets, learn)
         us, losses = _fit_table(student, x, [guess if i in trainable else 0 * guess for i in range(len(schedule) - 1)],
                                 together, training, course)
-    network = None
-    if form == "predictor":
-        losses["table"] = losses["trained"]
-        network, losses["trained"] = _fit_predictor(student, x, np.concatenate(us), features, training, rounds, seed)
+        network = None
+        if form == "predictor":
+            losses["table"] = losses["trained"]
+            network, losses["trained"] = _fit_predictor(student, x, np.concatenate(us), features, training, rounds, seed)
+    others = "selection" if form == "predictor" else "held out"
     shown = {name: {part: [math.sqrt(row[where].mean()) for row in rows]
-                    for part, where in (("training", training), ("held out", slice(training.stop, len(x))))
+                    for part, where in (("training", training), (others, slice(training.stop, len(x))))
                     if part == "training" or held_out} for name, rows in losses.items()}
-    result = Amed(np.array(key["lam"]), bounded(np.concatenate(us)), base, first_step, network, about={
+    result = Amed(np.array(settings["lam"]), bounded(np.concatenate(us)), base, first_step, network, about={
         **(about or {}), "path": path, "form": form, "learn": list(learn), "teacher": teacher, "samples": len(x) - held_out,
         "held_out": held_out, "shape": list(x.shape[1:]), "seed": seed, "evaluations": course.spent, "losses": shown,
         "sigmas": [level.sigma for level in schedule], "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
-    course.file.remove()
     return result
 
 
@@ -154,7 +157,7 @@ def _effort(schedule: Sequence[Level], form: str, first_step: str, teacher: int,
     def linearised(first: int) -> int:
         return sum(len(learn) * sum(cost[i + 1:]) + slopes for i in trainable if i >= first)
 
-    together, total = [], teacher * steps + run + sum(cost[1:]) + 1 + len(trainable) * ALONE * (slopes + 1)
+    together, total = [], PROBE + teacher * steps + run + sum(cost[1:]) + 1 + len(trainable) * ALONE * (slopes + 1)
     for _ in range(MOST_TOGETHER):
         each = {i: linearised(i) + sum(cost[i:]) - 1 for i in trainable[:max(1, len(trainable) - 1)]}
         fitting = [i for i in each if total + each[i] <= budget * run]
@@ -172,54 +175,6 @@ def _trainable(schedule: Sequence[Level]) -> list[int]:
         raise ValueError(f"sigmas = {[level.sigma for level in schedule]} has no interval between two positive levels inside "
                          "the path, and AMED learns nothing of others: use more steps")
     return found
-
-
-class Course:
-    """What a training or a refit has spent and found; a file keeps it, so that one that was cut short goes on.
-
-    Its parts are the teacher and whatever is learned after it, one after the other; `done` is how many are behind it. Every
-    evaluation is counted and told to progress(done, total, the last loss), which may raise to cancel.
-    """
-
-    def __init__(self, model: Callable[..., Tensor], extra_args: Mapping[str, Any] | None, file: Partial,
-                 progress: Callable[[int, int, float], None] | None, total: int) -> None:
-        self.model, self.extra_args = model, dict(extra_args or {})
-        self.file, self.progress, self.total = file, progress, total
-        self.kept, self.done = file.read()
-        self.spent, self.loss = int(self.kept.get("spent", 0)), math.nan
-
-    def denoise(self, x: Tensor, sigma: float | np.ndarray) -> Tensor:
-        denoised = finite_answer(self.model, x, sigma, self.extra_args)
-        self.spent += 1
-        if self.progress:
-            self.progress(min(self.spent, self.total), self.total, self.loss)
-        return denoised
-
-    def targets(self, teach: Callable[[], Mapping[int, Tensor]]) -> dict[int, Tensor]:
-        """The teacher's states, kept or made."""
-        if not self.done:
-            self.keep(1, at_once=True, **{f"target.{j}": value for j, value in teach().items()})
-        return {int(name[7:]): value for name, value in self.kept.items() if name.startswith("target.")}
-
-    def us(self, guess: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """What was learned so far: u [1, 3] of every interval, or a refit's shapes."""
-        return list(self.kept["u"].cpu().numpy()) if "u" in self.kept else list(guess)
-
-    def learned(self, done: int, us: Sequence[np.ndarray], loss: float) -> None:
-        self.loss = loss
-        self.keep(done, u=torch.from_numpy(np.stack(us)))
-
-    def keep(self, done: int, at_once: bool = False, **found: Tensor) -> None:
-        self.done = done
-        self.kept |= {**found, "spent": torch.tensor(self.spent)}
-        self.file.write(self.kept, done, at_once)
-
-    def __enter__(self) -> Course:
-        return self
-
-    def __exit__(self, *fault: Any) -> None:
-        if fault[0]:  # cancelled: the parts that are done are kept
-            self.file.write(self.kept, self.done, at_once=True)
 
 
 def _fit_table(student: Student, x: Tensor, guess: Sequence[np.ndarray], together: Sequence[int], training: slice,

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from comfy_host import comfy_sampling, pack
+from comfy_models import IMAGE, Network, guider, model, prompt, sampled
 
 
 def identity() -> types.ModuleType:
@@ -21,13 +22,33 @@ def weights(seed: int = 0, **more: torch.Tensor) -> dict[str, torch.Tensor]:
     return {**made, "diffusion_model.norm.query_norm.scale": torch.ones(16), "diffusion_model.0.bias": torch.ones(24), **more}
 
 
-def patcher(state: dict[str, torch.Tensor], backup: dict | None = None) -> types.SimpleNamespace:
-    model = types.SimpleNamespace(model_config=object(), state_dict=lambda: state)
-    return types.SimpleNamespace(model=model, backup=backup or {})
+class Held(torch.nn.Module):
+    """A model that holds these tensors, and whose state_dict may be another."""
+
+    model_config = object()
+
+    def __init__(self, state: dict[str, torch.Tensor], buffers: bool = False) -> None:
+        super().__init__()
+        for name, value in state.items():
+            *path, last = name.split(".")
+            place = self
+            for word in path:
+                if word not in place._modules:
+                    place.add_module(word, torch.nn.Module())
+                place = place._modules[word]
+            if buffers:
+                place.register_buffer(last, value)
+            else:
+                place.register_parameter(last, parameter(value))
 
 
-def fingerprint(state: dict[str, torch.Tensor], **how) -> str:
-    return identity().fingerprint(patcher(state, **how))
+def parameter(value: torch.Tensor) -> torch.nn.Parameter:
+    return torch.nn.Parameter(value, requires_grad=False)
+
+
+def fingerprint(state: dict[str, torch.Tensor], backup: dict | None = None, buffers: bool = False) -> str:
+    made = types.SimpleNamespace(model=Held(state, buffers), backup=backup or {}, hook_backup={})
+    return identity().fingerprint(made)
 
 
 def test_a_checkpoint_keeps_its_fingerprint_in_other_formats_and_in_other_versions_of_comfyui() -> None:
@@ -36,10 +57,71 @@ def test_a_checkpoint_keeps_its_fingerprint_in_other_formats_and_in_other_versio
         assert fingerprint({name: value.to(dtype) for name, value in weights().items()}) == known
     newer = {name.replace("query_norm.scale", "query_norm.weight"): value for name, value in weights().items()}
     newer |= {"diffusion_model.0.weight_scale": torch.ones(24, 1), "diffusion_model.0.comfy_quant": torch.zeros(3, 3, dtype=torch.uint8)}
-    assert fingerprint(newer) == known
+    assert fingerprint(newer) == fingerprint(weights(), buffers=True) == known
     backup = {"diffusion_model.0.weight": types.SimpleNamespace(weight=weights()["diffusion_model.0.weight"])}
     patched = {**weights(), "diffusion_model.0.weight": torch.zeros(24, 16)}
     assert fingerprint(patched, backup=backup) == known != fingerprint(patched)
+
+
+def quantised(value: torch.Tensor) -> torch.Tensor:
+    """A weight as ComfyUI's own float8 checkpoints hold it: scaled, in its QuantizedTensor."""
+    comfy_sampling()
+    from comfy.quant_ops import QuantizedTensor
+    scale = value.abs().max() / 448
+    return QuantizedTensor((value / scale).to(torch.float8_e4m3fn), "TensorCoreFP8Layout",
+                           {"scale": scale, "orig_dtype": torch.float32})
+
+
+def test_a_checkpoint_in_comfyui_s_quantised_tensors_keeps_its_fingerprint() -> None:
+    packed, other = ({name: quantised(value) if value.ndim > 1 else value for name, value in weights(seed).items()}
+                     for seed in (0, 1))
+    assert fingerprint(packed) == fingerprint(weights()) != fingerprint(other)
+
+
+class GGMLTensor(torch.Tensor):
+    """As ComfyUI-GGUF has it: packed bytes, under the shape of what they stand for, that cannot be detached."""
+
+    @staticmethod
+    def __new__(cls, packed: torch.Tensor, tensor_shape: torch.Size):
+        return packed.as_subclass(cls)
+
+    def __init__(self, packed: torch.Tensor, tensor_shape: torch.Size) -> None:
+        self.tensor_shape = tensor_shape
+
+    def detach(self):
+        return self
+
+    @property
+    def shape(self):
+        return getattr(self, "tensor_shape", self.size())
+
+
+class OfGGUF(Held):
+    """A model of ComfyUI-GGUF: its state_dict is made up, for what it will take in memory."""
+
+    def state_dict(self, *args, **kwargs):
+        made = {name: torch.zeros_like(torch.Tensor(value), device="meta")
+                for name, value in super().state_dict(*args, **kwargs).items()}
+        return {**made, "diffusion_model.0.temp.weight": torch.empty(24, 16, device="meta")}
+
+
+def gguf(seed: int, small: float = 0.0) -> str:
+    """Q8_0: for every 32 weights a float16 scale and 32 bytes."""
+    def packed(value: torch.Tensor) -> torch.Tensor:
+        rows = value.reshape(-1, 32)
+        scale = rows.abs().amax(1, keepdim=True) / 127
+        quants = (rows / scale).round().to(torch.int8)
+        scales = scale.half().view(torch.uint8).view(-1, 2)
+        return GGMLTensor(torch.cat([scales, quants.view(torch.uint8)], 1), value.shape)
+
+    state = {name: packed(value + small * value.roll(1, 0)) if value.ndim > 1 else value
+             for name, value in weights(seed).items()}
+    return identity().fingerprint(types.SimpleNamespace(model=OfGGUF(state), backup={}, hook_backup={}))
+
+
+def test_two_checkpoints_of_gguf_have_fingerprints_of_their_own() -> None:
+    assert gguf(0) == gguf(0) != gguf(1)
+    assert gguf(0) != gguf(0, small=0.05)  # a fine-tune
 
 
 def test_other_weights_have_another_fingerprint_packed_ones_too() -> None:
@@ -56,8 +138,8 @@ def test_weights_that_cannot_be_read_are_left_out() -> None:
 
 
 def conditions(**cond) -> str:
-    guider = types.SimpleNamespace(original_conds={"positive": [{"cross_attn": torch.linspace(-1, 1, 64).view(1, 8, 8), **cond}]})
-    return identity().conditions(guider)
+    told = [[torch.linspace(-1, 1, 64).view(1, 8, 8), cond]]
+    return identity().conditions(guider(model(Network()), told, []))
 
 
 def hooks(strength: float, *frames: tuple[float, float]):
@@ -133,7 +215,7 @@ def test_what_wraps_the_model_is_named_unless_it_leaves_the_model_what_it_is() -
         return executor(*args)
 
     def lines(**wrappers) -> list[str]:
-        return identity()._functions(types.SimpleNamespace(object_patches={}, model_options={}, wrappers={
+        return identity().changed(types.SimpleNamespace(object_patches={}, model_options={}, wrappers={
             "apply_model": {key.replace("_", ".") or None: [function] for key, function in wrappers.items()}}))
 
     assert lines() == lines(easycache=painted) == lines(torch_compile=painted) == []
@@ -158,6 +240,158 @@ def test_a_guider_s_switches_make_it_another() -> None:
     assert identity().guiding(Dual(True)) != identity().guiding(Dual(False))
 
 
+def described(positive: list, negative: list | None, cfg: float, kind: str = "CFGGuider") -> dict:
+    """What a guider of ComfyUI's samples, or the manual nodes' own."""
+    patcher = model(Network())
+    if kind == "measured":
+        calibration = importlib.import_module(f"{pack().__name__}.nodes.calibration")
+        latent = {"samples": torch.zeros(1, *IMAGE)}
+        return calibration.measured(patcher, [positive], negative, cfg, latent, 0, None,
+                                    lambda run: identity().description(run.guider))
+    if kind == "BasicGuider":
+        from comfy_extras.nodes_custom_sampler import BasicGuider
+        return identity().description(BasicGuider.execute(patcher, positive).args[0])
+    return identity().description(guider(patcher, positive, negative, cfg))
+
+
+def test_at_guidance_1_the_negative_prompt_does_not_matter_and_every_guider_agrees() -> None:
+    known = described(prompt(0.3), prompt(0.0), 1.0)
+    assert known == described(prompt(0.3), prompt(9.0), 1.0)
+    assert known == described(prompt(0.3), None, 1.0, "BasicGuider")
+    assert known == described(prompt(0.3), prompt(0.0), 1.0, "measured")
+    assert known["conditions"] != described(prompt(9.0), prompt(0.0), 1.0)["conditions"]
+    three = described(prompt(0.3), prompt(0.0), 3.0)
+    assert three == described(prompt(0.3), prompt(0.0), 3.0, "measured")
+    assert three["conditions"] != known["conditions"]
+    assert three["conditions"] != described(prompt(0.3), prompt(9.0), 3.0)["conditions"]
+    whole = guider(model(Network()), prompt(0.3), prompt(0.0), 1.0)
+    whole.model_options["disable_cfg1_optimization"] = True  # ComfyUI evaluates it all the same
+    assert identity().description(whole)["conditions"] == three["conditions"]
+
+
+def store() -> types.ModuleType:
+    return importlib.import_module(f"{pack().__name__}.nodes.store")
+
+
+def faults(made: dict, wanted: dict) -> list[str]:
+    return importlib.import_module(f"{pack().__name__}.nodes.calibration").faults(made, wanted)
+
+
+def found(made: dict, wanted: dict, folder) -> bool:
+    """Whether a calibration of one description is taken for the other."""
+    import json
+    import folder_paths
+    import numpy as np
+    samplers = importlib.import_module(f"{pack().__name__}.samplers")
+    kept = folder_paths.folder_names_and_paths["solver_calibrations"]
+    folder_paths.folder_names_and_paths["solver_calibrations"] = ([str(folder)], {".safetensors"})
+    try:
+        flat = np.zeros(5)
+        statistics = samplers.Statistics(np.arange(5.0), flat + 1, flat, flat, about=json.loads(json.dumps(made)))
+        statistics.save(folder / "a.safetensors", overwrite=True)
+        folder_paths.filename_list_cache.pop("solver_calibrations", None)
+        return store().find(samplers.Statistics, wanted, False, lambda found: 1) is not None
+    finally:
+        folder_paths.folder_names_and_paths["solver_calibrations"] = kept
+
+
+def flux(scale: float | None = 3.5, **more) -> dict:
+    return described(prompt(0.3, guidance=scale, **more), prompt(0.0), 1.0)
+
+
+@pytest.mark.parametrize("one, other, same", [
+    (flux, flux, True), (flux, lambda: flux(3.6), True), (flux, lambda: flux(10.0), False),
+    (flux, lambda: flux(None), False), (lambda: flux(None), lambda: flux(None), True),
+    (flux, lambda: described(prompt(0.3), prompt(0.0), 1.0), False)],
+    ids=["same", "near", "far", "disabled", "both disabled", "none told"])
+def test_the_scale_that_a_distilled_model_is_told_goes_with_the_guidance(tmp_path, one, other, same) -> None:
+    one, other = one(), other()
+    assert found(one, other, tmp_path) is same and (not faults(one, other)) is same
+    assert one["conditions"] == other["conditions"]  # the prompt is the same
+    if not same:
+        [fault] = faults(one, other)
+        assert "measured for distilled guidance" in fault
+
+
+def test_two_files_of_two_distilled_scales_have_names_that_say_them() -> None:
+    calibration = importlib.import_module(f"{pack().__name__}.nodes.calibration")
+    kind = importlib.import_module(f"{pack().__name__}.nodes.kinds").STATISTICS_KIND
+    assert "-cfg1-guidance3.5-" in calibration.file_name(kind, flux())
+    assert "guidance" not in calibration.file_name(kind, flux(None))
+
+
+def patched(*loras: tuple[int, float, range]) -> dict:
+    """A model with LoRAs: (which, strength, the weights it changes)."""
+    comfy_sampling()
+    import comfy.weight_adapter
+    network = Network()
+    for k in range(24):
+        weight = torch.randn(24, 16, generator=torch.Generator().manual_seed(k))
+        network.register_parameter(f"more{k}", parameter(weight))
+    patcher = model(network)
+    for which, strength, places in loras:
+        generator = torch.Generator().manual_seed(which)
+        content = {}
+        for k in places:
+            up, down = torch.randn(24, 2, generator=generator), torch.randn(2, 16, generator=generator)
+            adapter = comfy.weight_adapter.LoRAAdapter(set(), (up, down, 1.0, None, None, None))
+            content[f"diffusion_model.more{k}"] = adapter
+        assert len(patcher.add_patches(content, strength)) == len(content)
+    return identity().description(guider(patcher, prompt(0.3), prompt(0.0)))
+
+
+@pytest.mark.parametrize("lora, left", [(0.0, -1.0), (0.4, -1.8)])
+def test_the_fingerprint_is_the_checkpoint_s_while_loras_and_hooks_have_patched_its_weights(lora, left) -> None:
+    network, seen = Network(), []
+    patcher = model(network)
+    group = hooks(1.0)
+    group.hooks[0].weights = {"diffusion_model.weight": ("diff", (-2 * network.weight.clone(),))}
+    group.hooks[0].need_weight_init = False
+    if lora:
+        patcher.add_patches({"diffusion_model.weight": ("diff", (-2 * network.weight.clone(),))}, lora)
+    plain = identity().fingerprint(patcher)
+
+    def function(run_model, x, *args, **more):
+        run_model(x, x.new_ones(len(x)), **more["extra_args"])
+        seen.append((identity().fingerprint(patcher), float(network.weight[0, 0])))
+        return x
+
+    weight = float(network.weight[0, 0])
+    sampled(guider(patcher, prompt(0.3, hooks=group), prompt(0.0), 1.0), function)
+    assert seen[0][0] == plain and seen[0][1] == pytest.approx(left * weight, rel=1e-4)
+
+
+ALL, FEW, MORE = range(24), range(6), range(6, 24)
+
+
+@pytest.mark.parametrize("one, other, same", [
+    ([(1, 0.8, ALL)], [(1, 0.8, ALL)], True), ([(1, 0.8, ALL)], [(1, 0.81, ALL)], True),
+    ([(1, 0.8, ALL)], [(1, 0.5, ALL)], False), ([(1, 0.8, ALL)], [(2, 0.8, ALL)], False),
+    ([(1, 0.8, ALL)], [], False), ([(1, 0.8, ALL)], [(1, -0.8, ALL)], False),
+    ([(1, 0.8, ALL), (2, 0.8, ALL)], [(1, 0.8, ALL), (2, 0.82, ALL)], True),
+    ([(1, 0.8, FEW), (2, 0.8, MORE)], [(1, 0.8, FEW), (2, 0.82, MORE)], True),
+    ([(1, 0.8, FEW), (2, 0.8, MORE)], [(1, 0.8, FEW), (2, 0.3, MORE)], False),
+    ([(1, 1.0, ALL), (2, 0.2, ALL)], [(1, 0.2, ALL), (2, 1.0, ALL)], False)],
+    ids=["same", "near", "far", "another", "none", "against", "one of two", "on other weights", "one of two far",
+         "exchanged"])
+def test_loras_of_near_strengths_share_a_calibration(tmp_path, one: list, other: list, same: bool) -> None:
+    one, other = patched(*one), patched(*other)
+    assert found(one, other, tmp_path) is same and (not faults(one, other)) is same
+    assert one["fingerprint"] == other["fingerprint"]
+
+
+def test_a_strength_that_does_not_fit_is_told_with_both() -> None:
+    [fault] = faults(patched((1, 0.8, ALL)), patched((1, 0.5, ALL)))
+    assert fault == "measured with patches at strength 0.8, and here it is 0.5"
+
+
+@pytest.mark.parametrize("odd", ["3", None, [3.0, "x"], {"a": 1}])
+def test_a_file_whose_numbers_are_none_is_not_taken(odd) -> None:
+    wanted = {"strengths": [0.8, 0.8], "guidance": 3.0, "distilled": [3.5]}
+    assert all(store().alike(key, wanted, wanted) for key in wanted)
+    assert not any(store().alike(key, {key: odd}, wanted) for key in wanted)
+
+
 def test_a_run_from_a_higher_level_begins_with_the_hooks_at_their_first_keyframes() -> None:
     calibration = importlib.import_module(f"{pack().__name__}.nodes.calibration")
     group, told = hooks(1.0, (0.0, 0.0), (0.5, 0.5), (1.0, 1.0)), []
@@ -172,7 +406,8 @@ def test_a_run_from_a_higher_level_begins_with_the_hooks_at_their_first_keyframe
             told.append(float(sigma[0]))
             return x
 
-    run = calibration.Run(types.SimpleNamespace(inner_model=Guider()), None, None, {}, {})
+    wrapped, schedule = types.SimpleNamespace(inner_model=Guider()), torch.tensor([14.0, 0.0])
+    run = calibration.Run(wrapped, torch.zeros(2, 3), schedule, {}, {})
     for sigma in (14.0, 14.0, 5.0, 1.0, 14.0, 5.0, 7.0):
         run.denoise(torch.zeros(2, 3), torch.full((2,), sigma))
     assert told == [14.0, 14.0, 5.0, 1.0, "clean", "first", 14.0, 5.0, "clean", "first", 7.0]

@@ -149,7 +149,7 @@ def test_nor_does_it_hide_why_the_measuring_was_cut_short(tmp_path, caplog) -> N
 def test_a_partial_file_that_cannot_be_removed_is_left(tmp_path) -> None:
     (tmp_path / "x.part").mkdir()
     (tmp_path / "x.part" / "y").write_text("")
-    Partial(tmp_path / "x.part", "k 1", {}, 0.0, torch.device("cpu")).remove()
+    Partial(tmp_path / "x.part", "k 1", torch.zeros(1), {}, 0.0).remove()
 
 
 def test_the_mean_learns_no_answer_that_is_not_finite() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -211,6 +212,11 @@ def test_install_makes_the_folder_for_calibrations_and_nothing_else(tmp_path) ->
     assert made == ["models", "models/solver_calibrations"]
 
 
+def patcher_of(network: torch.nn.Module):
+    model = types.SimpleNamespace(diffusion_model=network)
+    return types.SimpleNamespace(model=model, get_additional_models_with_key=lambda key: [])
+
+
 @pytest.mark.parametrize("calls", [[[1, 0]], [[0, 1]], [[1], [0]], [[0], [1]], [[0]], [[0, 0, 1]]])
 def test_the_middle_block_is_seen_for_the_conditional_half_however_conds_are_evaluated(calls: list[list[int]]) -> None:
     """All in one call, in either order, one after the other, without guidance, and two areas of one prompt."""
@@ -228,7 +234,7 @@ def test_the_middle_block_is_seen_for_the_conditional_half_however_conds_are_eva
             return x
 
     network, x = Network(), torch.randn(3, 4, 2, 2)
-    patcher = type("Patcher", (), {"model": type("Model", (), {"diffusion_model": network})})
+    patcher = patcher_of(network)
     marks = {0: x, 1: x + 100}
     with MiddleBlock(patcher) as block:
         for order in calls:
@@ -241,7 +247,7 @@ def test_the_middle_block_is_seen_for_the_conditional_half_however_conds_are_eva
 
 def test_a_transformer_has_no_middle_block() -> None:
     pack()
-    block = sys.modules["custom_nodes_x_lambda-solvers.nodes.middle_block"].MiddleBlock(
-        type("Patcher", (), {"model": type("Model", (), {"diffusion_model": torch.nn.Linear(2, 2)})}))
+    watching = sys.modules["custom_nodes_x_lambda-solvers.nodes.middle_block"].MiddleBlock
+    block = watching(patcher_of(torch.nn.Linear(2, 2)))
     with block:
         assert not block.exists and block.features() is None

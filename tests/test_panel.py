@@ -299,18 +299,18 @@ def saved(tmp_path, monkeypatch):
 
 
 def test_before_a_run_the_status_says_what_is_known_and_what_not(monkeypatch, saved) -> None:
-    unsure = "note: not run on this model yet: a saved calibration that fits is used, else about 50 evaluations measure one"
+    unsure = "note: not run on this model yet: a saved calibration that fits is used, else about 54 evaluations measure one"
     refused = "warn: warning: no calibration is connected and measuring is switched off, so the run will stop"
     listed = ksampler(sampler_name="dpm_solver_v3")
     assert unsure in lines(custom("v3", calibration="auto")) and unsure in lines(listed)
     assert refused in lines(custom("v3", calibration="never")) and refused in lines(listed, rule="never")
-    assert "note: each new prompt is measured once, in about 50 evaluations" in lines(listed, rule="every prompt")
+    assert "note: each new prompt is measured once, in about 54 evaluations" in lines(listed, rule="every prompt")
 
     run(ksampler(), "5", 12, monkeypatch, describe=lambda guider: ABOUT)
     assert "good: a saved calibration serves this run: one.safetensors" in lines(custom("v3", calibration="auto"))
     far = custom("v3", calibration="auto")
     far["7"]["inputs"]["cfg"] = 8.0
-    assert "note: no saved calibration serves this run: about 50 evaluations measure one first" in lines(far)
+    assert "note: no saved calibration serves this run: about 54 evaluations measure one first" in lines(far)
     far["5"]["inputs"]["calibration"] = "saved only"
     assert any(line.startswith("warn") and "no saved calibration serves this run, so it will stop" in line for line in lines(far))
 
@@ -320,7 +320,7 @@ def test_a_solver_that_chooses_its_levels_shows_them_once_the_model_is_measured(
     unknown = "note: of the scheduler only the range counts; the levels are chosen once the model is measured"
     assert lines(graph)[0] == "count: model evaluations: 5" and unknown in lines(graph) and not ask(graph)["curve"]["points"]
     run(ksampler(), "5", 12, monkeypatch, describe=lambda guider: {**ABOUT, "guidance": 5.0})
-    assert unknown in lines(graph) and any("about 73 evaluations measure one first" in line for line in lines(graph))
+    assert unknown in lines(graph) and any("about 77 evaluations measure one first" in line for line in lines(graph))
 
     drawn = two_trajectories()
     found = module("kinds").Statistics(drawn.lam, **drawn.curves(), root=drawn.root, about={**ABOUT, "guidance": 5.0})

@@ -14,6 +14,15 @@ from test_server import Graph, base, looks_like_an_image, server  # noqa: F401  
 from test_server_v3 import files, folder  # noqa: F401
 
 
+IMAGES = 10  # that the emoji model is trained and tested on, each of which takes a call in a run of one image
+
+
+def batched(graph: Graph) -> Graph:
+    """As many images at once as the training looks at: its evaluations take one call each."""
+    graph.latent = [graph.add("EmptyLatentImage", width=256, height=256, batch_size=IMAGES), 0]
+    return graph
+
+
 def flow(graph: Graph) -> Graph:
     """A tiny SD3-like transformer in place of the emoji."""
     node = graph.add("TestFlowModel")
@@ -44,13 +53,15 @@ def test_from_nothing_it_is_trained_once_saved_and_found_again(server, folder, n
     samples, run = graph.run(server)
     assert run.status == "success", run.error
     assert looks_like_an_image(samples)
-    spent = len(graph.evaluations(server)) - 5
-    assert 20 < spent <= 15 * 5
+    calls = len(graph.evaluations(server)) - 5
     assert any(re.search(r"training AMED: evaluation \d+ of \d+, error [0-9.]+, \d+ s left", text) for text in run.texts)
     [file] = files(folder)
     assert re.fullmatch(rf"TinyEmoji-[0-9a-f]{{12}}-{name}-3steps-[0-9a-f]{{6}}-cfg3-[0-9a-f]{{8}}\.safetensors", file)
     trained = Amed.load(folder / file)
-    assert trained.about["evaluations"] == spent and trained.about["guidance"] == 3.0
+    spent = trained.about["evaluations"]
+    assert 20 < spent <= 15 * 5 and trained.about["guidance"] == 3.0
+    assert trained.about["samples"] + trained.about["held_out"] == IMAGES
+    assert calls == IMAGES * spent  # one image at once, as in the run
     for words in ("panda", "strawberry"):
         graph = Graph(words).counted().ksampler(name, steps=3, scheduler="karras", seed=8)
         samples, run = graph.run(server)
@@ -60,9 +71,9 @@ def test_from_nothing_it_is_trained_once_saved_and_found_again(server, folder, n
 
 def test_another_schedule_guidance_or_base_is_trained_anew(server, folder) -> None:  # noqa: F811
     for count, how in enumerate(({}, {"scheduler": "simple"}, {"steps": 4}, {"cfg": 6.0}, {"cfg": 3.1}), 1):
-        _, run = Graph().ksampler("amed", **{"steps": 3, "scheduler": "karras", "cfg": 3.0, **how}).run(server)
+        _, run = batched(Graph()).ksampler("amed", **{"steps": 3, "scheduler": "karras", "cfg": 3.0, **how}).run(server)
         assert run.status == "success" and len(files(folder)) == min(count, 4)
-    Graph().ksampler("amed_dpmpp_2m", steps=3, scheduler="karras").samples(server)
+    batched(Graph()).ksampler("amed_dpmpp_2m", steps=3, scheduler="karras").samples(server)
     assert len(files(folder)) == 5
 
 
@@ -140,11 +151,11 @@ def test_cancel_while_training_leaves_a_partial_file_from_which_the_next_run_goe
     assert run.status == "interrupted"
     [partial] = files(folder)
     assert partial.endswith(".part")
-    first = len(graph.evaluations(server))
+    first = len(graph.evaluations(server)) / IMAGES
     graph = Graph().counted().ksampler("amed", seed=8, **how)
     samples, run = graph.run(server)
     assert run.status == "success" and samples.isfinite().all()
-    again = len(graph.evaluations(server)) - 7
+    again = (len(graph.evaluations(server)) - 7) / IMAGES
     [name] = files(folder)
     whole = Amed.load(folder / name).about["evaluations"]
     assert first >= 45 and again <= 91 - 20  # the teacher is kept, and every whole step
@@ -200,7 +211,7 @@ def test_other_sizes_single_conds_and_batches_work_with_one_training(server, fol
 @pytest.mark.parametrize("flag", ["--fp16-unet", "--bf16-unet"])
 def test_half_precision_is_trained_and_sampled(base, server, folder, flag: str) -> None:  # noqa: F811
     with Server(environment.ensure(), base, flag, log=base / f"server-amed{flag}.log") as low:
-        samples, run = Graph("panda").ksampler("amed", steps=3, scheduler="karras").run(low)
+        samples, run = batched(Graph("panda")).ksampler("amed", steps=3, scheduler="karras").run(low)
     assert run.status == "success", run.error
     assert looks_like_an_image(samples)
     losses = Amed.load(folder / files(folder)[0]).about["losses"]

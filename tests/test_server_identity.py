@@ -95,6 +95,18 @@ def test_a_guider_with_a_rule_of_its_own_is_measured_by_itself(server, folder) -
     assert len(files(folder)) == 5
 
 
+def test_without_guidance_every_guider_takes_what_the_nodes_have_measured(server, folder) -> None:  # noqa: F811
+    """KSampler at cfg 1, BasicGuider, and Estimate Solver Statistics."""
+    graph = Graph("panda")
+    graph.add("LambdaSaveStatistics", statistics=estimate(graph, cfg=1.0), name="ours", overwrite=False)
+    assert server.run(graph.nodes).status == "success"
+    for graph in (guided("BasicGuider", 4), patched(cfg=1.0, seed=4)):
+        samples, run = graph.run(server)
+        assert run.status == "success"
+        assert run.texts == ["statistics: ours.safetensors"]  # and of the same prompt
+        assert len(graph.evaluations(server)) == FEW
+
+
 CACHED = {"EasyCache": dict(reuse_threshold=0.2, start_percent=0.15, end_percent=0.95, verbose=False),
           "LazyCache": dict(reuse_threshold=0.2, start_percent=0.15, end_percent=0.95, verbose=False)}
 
