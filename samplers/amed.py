@@ -142,11 +142,14 @@ class Amed:
             moved = self.predictor(features, count, s.lam, t.lam, unbounded(np.array(inner)))
         return [Inner(*map(float, row)) for row in bounded(moved.double().cpu().numpy())]
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All that a file of it holds."""
+        return {"lam": self.lam, "table": self.table, **(self.predictor.arrays() if self.predictor else {})}
+
     def save(self, path: str | os.PathLike, overwrite: bool = False) -> None:
         """Write the file whole or not at all; FileExistsError if it exists, unless told to overwrite."""
-        tensors = {"lam": self.lam, "table": self.table, **(self.predictor.arrays() if self.predictor else {})}
         about = {**self.about, "base": self.base, "first_step": self.first_step}
-        write_whole(File(path), save({name: np.ascontiguousarray(value) for name, value in tensors.items()}, metadata={
+        write_whole(File(path), save({name: np.ascontiguousarray(value) for name, value in self.arrays().items()}, metadata={
             "format": FORMAT, "about": json.dumps(about, sort_keys=True, allow_nan=False)}), overwrite)
 
     @classmethod

@@ -137,10 +137,13 @@ class Statistics:
                 f"{outside[0].lam:.3f} (sigma = {outside[0].sigma:.4g}): estimate them again over the whole schedule, "
                 "or use a schedule within their range")
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All that a file of them holds."""
+        return {"lam": self.lam, **self.curves(), **self.more()}
+
     def save(self, path: str | os.PathLike, overwrite: bool = False) -> None:
         """Write the file whole or not at all; FileExistsError if it exists, unless told to overwrite."""
-        tensors = {"lam": self.lam, **self.curves(), **self.more()}
-        content = save({name: np.ascontiguousarray(value) for name, value in tensors.items()},
+        content = save({name: np.ascontiguousarray(value) for name, value in self.arrays().items()},
                        metadata={"format": FORMAT, "about": json.dumps(dict(self.about), sort_keys=True, allow_nan=False)})
         write_whole(Path(path), content, overwrite)
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -89,6 +90,15 @@ def read_checked(path: Path, expected: str) -> tuple[dict[str, np.ndarray], dict
 
 def _no_number(name: str) -> float:
     raise ValueError(f"{name} is no number")
+
+
+def digest(arrays: Mapping[str, np.ndarray]) -> str:
+    """Twelve hex digits for the names, shapes and values (as float64) of arrays: the same in memory and in any file of them."""
+    content = hashlib.sha256()
+    for name in sorted(arrays):
+        content.update(f"{name}{list(arrays[name].shape)}".encode())
+        content.update(np.ascontiguousarray(arrays[name], dtype="<f8").tobytes())
+    return content.hexdigest()[:12]
 
 
 class Partial:
