@@ -19,7 +19,7 @@ store.register()
 register()
 try:  # what shows, predicts and records: it knows more of ComfyUI than samplers and nodes do, which work without it
     from . import metadata, runs, web
-    events.listeners += [runs, metadata]
+    events.listeners[:] = [runs, metadata]
     web.register()
     metadata.register()
 except Exception as fault:

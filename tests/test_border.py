@@ -1,6 +1,8 @@
 """The border to ComfyUI: what may fail there without a run, an image or another's sampler noticing."""
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import logging
 import os
@@ -13,9 +15,6 @@ import torch
 
 from comfy_host import ROOT, Model, pack, sampling_of
 from test_panel import ABOUT, PROMPT, ask, custom, ksampler, lines, module, node, nothing_run, run, two_trajectories  # noqa: F401
-
-NAMES = ("lambda_2m", "amed")
-
 
 @pytest.fixture
 def noted():
@@ -116,6 +115,14 @@ def test_a_name_that_another_pack_lists_and_runs_in_a_way_of_its_own_is_left_alo
     unregistered.register()
     assert not hasattr(unregistered.sampling, "sample_amed") and "named amed already" in caplog.text
     assert unregistered.samplers.SAMPLER_NAMES.count("amed") == 1
+
+
+def test_the_pack_loaded_anew_is_there_once(caplog) -> None:
+    pack()
+    import comfy.samplers
+    importlib.reload(sys.modules[f"{pack().__name__}.nodes"])
+    assert [comfy.samplers.SAMPLER_NAMES.count(name) for name in module("names").NAMES] == [1] * len(module("names").NAMES)
+    assert len(module("events").listeners) == 2 and "already" not in caplog.text
 
 
 def test_what_replaces_a_sampler_of_ours_later_is_not_taken_for_ours(monkeypatch) -> None:
@@ -283,7 +290,7 @@ def test_a_calibration_is_known_by_where_it_came_from(monkeypatch, came: str, na
                                  name=lambda about: "", about=lambda run: {}, measure=lambda *run: found)
     model = Model(lambda x, sigma: x, sampling_of("EPS"))
     model.inner_model.model_patcher.get_attachment = lambda name: found if came == "attached" else None
-    monkeypatch.setattr(calibration.Run, "apart", lambda self: __import__("contextlib").nullcontext())
+    monkeypatch.setattr(calibration.Run, "apart", lambda self: contextlib.nullcontext())
     asked = calibration.Run(model, torch.zeros(1), torch.tensor([1.0, 0.0]), {}, {})
     assert calibration.calibration_for(kind, asked, found if came == "given" else None, "auto") == (name, found)
 
