@@ -1,8 +1,8 @@
 """What a sampler tells while it runs, to whoever listens.
 
-Here solving meets what only shows, predicts or records: samplers and nodes tell, and know nothing of the server or the interface.
-Those who do (runs, metadata, and panel, plan and web behind them) listen, if they could be imported. Whatever fails in a listener
-is a warning in the log: no image is lost for it.
+Here solving meets what only shows, predicts or records: samplers and nodes tell, and know nothing of the server or
+the interface. Those who do (runs, metadata, and panel, plan and web behind them) listen, if they could be imported.
+Whatever fails in a listener is a warning in the log: no image is lost for it.
 """
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..samplers.storage import digest
 
 
 class Used(NamedTuple):
-    """A calibration that a run used: where it came from, it as it was found, and as much of it as the solver was given."""
+    """A calibration that a run used: where it came from, the whole of it, and as much as the solver was given."""
 
     name: str  # a file's, or "given" (to the node), "attached" (to the model), "measured" (and not saved)
     found: Any
@@ -27,17 +27,21 @@ class Used(NamedTuple):
         return {"name": self.name, "digest": digest(self.found.arrays())}
 
 
+Describe = Callable[[Any], Mapping[str, Any]]
+"""Which model a guider samples."""
+
+
 @dataclass(frozen=True)
 class Ran:
     """A run that came to its end."""
 
     guider: Any
     sigmas: Tensor
-    options: dict[str, Any]              # as written
-    used: dict[str, Used]                # for these options of the solver
+    options: dict[str, Any]  # as written
+    used: dict[str, Used]  # for these options of the solver
     evaluations: int
-    said: tuple[tuple[str, bool], ...]   # lines said while it ran, and whether they are warnings
-    describe: Callable[[Any], Mapping[str, Any]] | None  # says which model a guider samples, where that matters
+    said: tuple[tuple[str, bool], ...]  # lines said while it ran, and whether they are warnings
+    describe: Describe | None  # where it matters which model it is
 
 
 class Listener(Protocol):
@@ -58,7 +62,7 @@ class _Notes:
 
 
 def say(text: str, level: int = logging.INFO) -> None:
-    """Show a line on the node that is running, and write it to the log (but for the count while measuring)."""
+    """Show a line on the running node, and write it to the log (but for the count while measuring)."""
     _tell("said", text)
     if ": evaluation " not in text:
         notes = _running.get()
@@ -74,7 +78,7 @@ def use(option: str, calibration: Used) -> None:
         notes.used[option] = calibration
 
 
-def observed(function: Callable[..., Tensor], describe: Callable[[Any], Mapping[str, Any]] | None) -> Callable[..., Tensor]:
+def observed(function: Callable[..., Tensor], describe: Describe | None) -> Callable[..., Tensor]:
     """A sampler function that tells of its runs."""
 
     def sample(model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
@@ -84,8 +88,9 @@ def observed(function: Callable[..., Tensor], describe: Callable[[Any], Mapping[
             result = function(counted, x, sigmas, extra_args, callback, disable, **options)
         finally:
             _running.reset(token)
-        written = {name: value for name, value in options.items() if isinstance(value, (bool, int, float, str))}
-        _tell("ran", Ran(model.inner_model, sigmas, written, notes.used, counted.evaluations, tuple(notes.said), describe))
+        written = {name: value for name, value in options.items() if isinstance(value, (int, float, str))}
+        _tell("ran", Ran(model.inner_model, sigmas, written, notes.used, counted.evaluations, tuple(notes.said),
+                         describe))
         return result
 
     return sample
@@ -106,6 +111,6 @@ def _tell(what: str, content: str | Ran) -> None:
     for listener in listeners:
         try:
             getattr(listener, what)(content)
-        except Exception:  # another's interface, which may change; Cancel cannot come from here, as no listener asks the model
-            logging.warning("Lambda Solvers: the interface could not be told what a sampler did; its images are not concerned",
-                            exc_info=True)
+        except Exception:  # another's interface, which may change. Cancel is none of it: no listener asks the model
+            logging.warning("Lambda Solvers: the interface could not be told what a sampler did; its images are not "
+                            "concerned", exc_info=True)

@@ -30,7 +30,7 @@ from .registry import listed
 Graph = Mapping[str, Mapping[str, Any]]
 NODE_IDS = {"LambdaSampler" + name.capitalize(): name for name in FAMILIES}
 WRAPPERS = {node.define_schema().node_id: node.sets for node in first_steps.NODES}
-SCHEDULERS = ("comfy_extras.nodes_custom_sampler", "comfy_extras.nodes_align_your_steps")  # where ComfyUI has its own
+SCHEDULERS = ("comfy_extras.nodes_custom_sampler", "comfy_extras.nodes_align_your_steps")  # modules of ComfyUI's own
 HOSTS = ("KSampler", "KSamplerAdvanced", "KSamplerSelect")  # ComfyUI's nodes that may name a sampler of ours
 MOST = 1000  # intervals of a schedule that is still planned: the answer comes while somebody is typing
 UNTOLD = ["?", 0]  # the link of an input whose other end the interface cannot tell
@@ -255,8 +255,8 @@ def _sigmas(graph: Graph, node_id: str, slot: int, sampling: object, depth: int 
     node = graph.get(node_id, {"class_type": ""})
     name = node["class_type"]
     found = NODE_CLASS_MAPPINGS.get(name)
-    ours = isinstance(found, type) and issubclass(found, io.ComfyNode) and getattr(found, "RELATIVE_PYTHON_MODULE", "") in SCHEDULERS
-    if not ours or depth > 20:
+    comfyui_s = getattr(found, "RELATIVE_PYTHON_MODULE", "") in SCHEDULERS and issubclass(found, io.ComfyNode)
+    if not comfyui_s or depth > 20:
         raise Linked("sigmas")
     schema = found.GET_SCHEMA()
     if slot >= len(schema.outputs) or any(output.get_io_type() != "SIGMAS" for output in schema.outputs):

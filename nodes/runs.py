@@ -47,19 +47,20 @@ _models: OrderedDict[str, Model] = OrderedDict()
 
 
 def running() -> tuple[Graph, str, str] | None:
-    """The prompt that is running, as ComfyUI's own nodes are given it; the running node; and the node of the prompt that it is or
-    that has made it. None where no prompt runs: ComfyUI is used as a library, or a thread of another's runs the sampler."""
+    """The running prompt, as ComfyUI's own nodes are given it; the running node; and the prompt's node that it is, or
+    that has made it. None where no prompt runs: ComfyUI is a library, or a thread of another's runs the sampler."""
     context, progress = get_executing_context(), get_progress_state()
     if context is None or context.prompt_id != progress.prompt_id:
         return None
-    return progress.dynprompt.get_original_prompt(), context.node_id, progress.dynprompt.get_real_node_id(context.node_id)
+    prompt = progress.dynprompt
+    return prompt.get_original_prompt(), context.node_id, prompt.get_real_node_id(context.node_id)
 
 
 def said(text: str) -> None:
     """Show a line on the running node, to the one who queued it."""
     context = get_executing_context()
-    if context is not None and PromptServer.instance.client_id is not None:
-        PromptServer.instance.send_progress_text(text.translate(HARMLESS), context.node_id, PromptServer.instance.client_id)
+    if context is not None and (client := PromptServer.instance.client_id) is not None:
+        PromptServer.instance.send_progress_text(text.translate(HARMLESS), context.node_id, client)
 
 
 def ran(run: events.Ran) -> None:
@@ -73,8 +74,8 @@ def ran(run: events.Ran) -> None:
     known = _models.get(chain)
     about = run.describe(run.guider) if run.describe else known.about if known else None
     given = {option: used.suited for option, used in run.used.items()}
-    _keep(_runs, node, Run(graph, sampling, run.sigmas.tolist(), run.options | given, [used.told() for used in run.used.values()],
-                           run.evaluations, run.said))
+    used = [used.told() for used in run.used.values()]
+    _keep(_runs, node, Run(graph, sampling, run.sigmas.tolist(), run.options | given, used, run.evaluations, run.said))
     if chain != UNKNOWN:
         _keep(_models, chain, Model(sampling, about))
     if PromptServer.instance.client_id is not None:

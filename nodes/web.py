@@ -46,8 +46,8 @@ async def show(request: web.Request) -> web.Response:
 
 def about() -> dict[str, Any]:
     return {"cnr_id": "lambda-solvers", "ver": version(), "module": f"custom_nodes.{ROOT.name}",
-            "nodes": list(plan.NODE_IDS), "hosts": plan.HOSTS, "names": [name for name in NAMES if listed(name)], "settings": settings.PAGE,
-            "plot": settings.PLOT}
+            "nodes": list(plan.NODE_IDS), "hosts": plan.HOSTS, "names": list(filter(listed, NAMES)),
+            "settings": settings.PAGE, "plot": settings.PLOT}
 
 
 def checked(body: Any) -> tuple[str, plan.Graph, str]:
@@ -64,9 +64,10 @@ def checked(body: Any) -> tuple[str, plan.Graph, str]:
         for key, value in content["inputs"].items():
             link = isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and type(value[1]) is int
             if not link and not isinstance(value, (str, int, float, bool)):
-                raise ValueError(f"input {key!r} of graph[{name!r}] must be a value or [node id, slot], not {reprlib.repr(value)}")
+                raise ValueError(f"input {key!r} of graph[{name!r}] must be a value or [node id, slot], not "
+                                 f"{reprlib.repr(value)}")
             if isinstance(value, (int, float)) and not abs(value) <= FARTHEST:  # nor NaN, which Python's JSON has
-                raise ValueError(f"input {key!r} of graph[{name!r}] must be a number from -{FARTHEST:g} to {FARTHEST:g}")
+                raise ValueError(f"input {key!r} of graph[{name!r}] must be from -{FARTHEST:g} to {FARTHEST:g}")
     if not isinstance(node, str) or node not in graph:
         raise ValueError(f"node = {node!r} must be one of the graph's ids")
     if graph[node]["class_type"] not in (*plan.NODE_IDS, *plan.HOSTS):
