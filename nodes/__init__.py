@@ -17,14 +17,14 @@ class LambdaSolvers(ComfyExtension):
 
 store.register()
 register()
-try:  # what shows, predicts and records knows more of ComfyUI than samplers and nodes do, which work without it
+try:  # what shows, predicts and records needs more of ComfyUI than samplers and nodes, which work without it
     from . import metadata, runs, web
     events.listeners[:] = [runs, metadata]
     web.register()
     metadata.register()
 except Exception as fault:
-    logging.warning("Lambda Solvers: this ComfyUI lacks something that the panel on nodes, progress texts and the "
-                    "images' metadata need (%r). Samplers and nodes work without them", fault, exc_info=True)
+    logging.warning("Lambda Solvers: this ComfyUI lacks something that the panel on nodes, progress texts and "
+                    "the images' metadata need (%r). Samplers and nodes work without them", fault, exc_info=True)
 
 
 def comfy_entrypoint() -> ComfyExtension:

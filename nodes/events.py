@@ -1,8 +1,8 @@
 """What a sampler tells while it runs, to whoever listens.
 
-Here solving meets what only shows, predicts or records: samplers and nodes tell, and know nothing of the server or
-the interface. Those who do (runs, metadata, and panel, plan and web behind them) listen, if they could be imported.
-Whatever fails in a listener is a warning in the log: no image is lost for it.
+Here solving meets what only shows, predicts or records: samplers and nodes tell, and know nothing of the server
+or the interface. Those who do (runs, metadata, and panel, plan and web behind them) listen, if they could be
+imported. Whatever fails in a listener is a warning in the log: no image is lost for it.
 """
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..samplers.storage import digest
 
 
 class Used(NamedTuple):
-    """A calibration that a run used: where it came from, the whole of it, and as much as the solver was given."""
+    """A calibration that a run used: where it came from, the whole of it, and what the solver was given."""
 
     name: str  # a file's, or "given" (to the node), "attached" (to the model), "measured" (and not saved)
     found: Any
@@ -89,8 +89,8 @@ def observed(function: Callable[..., Tensor], describe: Describe | None) -> Call
         finally:
             _running.reset(token)
         written = {name: value for name, value in options.items() if isinstance(value, (int, float, str))}
-        _tell("ran", Ran(model.inner_model, sigmas, written, notes.used, counted.evaluations, tuple(notes.said),
-                         describe))
+        said = tuple(notes.said)
+        _tell("ran", Ran(model.inner_model, sigmas, written, notes.used, counted.evaluations, said, describe))
         return result
 
     return sample
@@ -111,6 +111,6 @@ def _tell(what: str, content: str | Ran) -> None:
     for listener in listeners:
         try:
             getattr(listener, what)(content)
-        except Exception:  # another's interface, which may change. Cancel is none of it: no listener asks the model
-            logging.warning("Lambda Solvers: the interface could not be told what a sampler did; its images are not "
-                            "concerned", exc_info=True)
+        except Exception:  # another's interface, which may change; Cancel is none of it: none asks the model
+            logging.warning("Lambda Solvers: the interface could not be told what a sampler did; its images are "
+                            "not concerned", exc_info=True)

@@ -1,7 +1,7 @@
 """Which calibration made an image, in the image's metadata.
 
-ComfyUI's SaveImage writes the prompt that is running, as JSON, and what a node of it has under `_meta` is read by no
-validation and no cache. There goes, on the node that sampled:
+ComfyUI's SaveImage writes the prompt that is running, as JSON, and what a node of it has under `_meta` is read by
+no validation and no cache. There goes, on the node that sampled:
 
     "lambda_solvers": {"version": of this pack, "calibrations": [{"name": ..., "digest": ...}], "cached": true}
 
@@ -26,7 +26,7 @@ from .runs import running
 ROOT = Path(__file__).parent.parent  # not resolved: its name is the folder in custom_nodes
 KEY = "lambda_solvers"
 KEPT = 256
-_noted: OrderedDict[tuple[str, str], list[dict[str, str]]] = OrderedDict()  # node, and its branch -> calibrations
+_noted: OrderedDict[tuple[str, str], list[dict[str, str]]] = OrderedDict()  # node, branch -> calibrations
 
 
 def register() -> None:
@@ -44,7 +44,7 @@ def said(text: str) -> None:
 
 
 def ran(run: events.Ran) -> None:
-    """Note what the running node has used; each once, on one that samples several times as Compare Samplers does."""
+    """Note what the running node has used: each once, if it samples several times as Compare Samplers does."""
     place = running()
     if place is None or not run.used:
         return
@@ -60,7 +60,7 @@ def ran(run: events.Ran) -> None:
 
 
 def queued(request: Any) -> Any:
-    """A prompt before it runs: notes that came with it are another run's; a node that ran so may not run again."""
+    """A prompt before it runs: notes in it are another run's; a node that ran just so may not run again."""
     prompt = request.get("prompt", {})
     for node in prompt.values():
         node.get("_meta", {}).pop(KEY, None)

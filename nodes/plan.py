@@ -30,7 +30,7 @@ from .registry import listed
 Graph = Mapping[str, Mapping[str, Any]]
 NODE_IDS = {"LambdaSampler" + name.capitalize(): name for name in FAMILIES}
 WRAPPERS = {node.define_schema().node_id: node.sets for node in first_steps.NODES}
-SCHEDULERS = ("comfy_extras.nodes_custom_sampler", "comfy_extras.nodes_align_your_steps")  # modules of ComfyUI's own
+SCHEDULERS = ("comfy_extras.nodes_custom_sampler", "comfy_extras.nodes_align_your_steps")  # in ComfyUI
 HOSTS = ("KSampler", "KSamplerAdvanced", "KSamplerSelect")  # ComfyUI's nodes that may name a sampler of ours
 MOST = 1000  # intervals of a schedule that is still planned: the answer comes while somebody is typing
 UNTOLD = ["?", 0]  # the link of an input whose other end the interface cannot tell

@@ -22,14 +22,14 @@ CATEGORY = "Lambda Solvers"
 
 
 def register() -> None:
-    """Append our names to ComfyUI's sampler lists, in place, once. What is there and not ours is left alone."""
+    """Append our names to ComfyUI's sampler lists, in place, once. What others have there is left alone."""
     # One list under three names, unless another pack has replaced one of them by a copy.
     lists = (comfy.samplers.KSampler.SAMPLERS, comfy.samplers.SAMPLER_NAMES, comfy.samplers.KSAMPLER_NAMES)
     for name, entry in NAMES.items():
         there = hasattr(comfy_sampling, f"sample_{name}") or any(name in names for names in lists)
         if there and not listed(name):
-            logging.warning("Lambda Solvers: ComfyUI or another pack has a sampler named %s already. It is left alone, "
-                            "and ours is not in the lists: use its node", name)
+            logging.warning("Lambda Solvers: ComfyUI or another pack has a sampler named %s already. It is left "
+                            "alone, and ours is not in the lists: use its node", name)
             continue
         setattr(comfy_sampling, f"sample_{name}", calibrated(SAMPLERS[entry]))
         for names in lists:

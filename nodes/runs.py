@@ -47,8 +47,8 @@ _models: OrderedDict[str, Model] = OrderedDict()
 
 
 def running() -> tuple[Graph, str, str] | None:
-    """The running prompt, as ComfyUI's own nodes are given it; the running node; and the prompt's node that it is, or
-    that has made it. None where no prompt runs: ComfyUI is a library, or a thread of another's runs the sampler."""
+    """The running prompt, as ComfyUI's own nodes are given it; the running node; and the prompt's node that it is,
+    or that has made it. None where no prompt runs: ComfyUI is a library, or another's thread runs the sampler."""
     context, progress = get_executing_context(), get_progress_state()
     if context is None or context.prompt_id != progress.prompt_id:
         return None
@@ -75,7 +75,8 @@ def ran(run: events.Ran) -> None:
     about = run.describe(run.guider) if run.describe else known.about if known else None
     given = {option: used.suited for option, used in run.used.items()}
     used = [used.told() for used in run.used.values()]
-    _keep(_runs, node, Run(graph, sampling, run.sigmas.tolist(), run.options | given, used, run.evaluations, run.said))
+    sigmas, options = run.sigmas.tolist(), run.options | given
+    _keep(_runs, node, Run(graph, sampling, sigmas, options, used, run.evaluations, run.said))
     if chain != UNKNOWN:
         _keep(_models, chain, Model(sampling, about))
     if PromptServer.instance.client_id is not None:

@@ -67,7 +67,8 @@ def checked(body: Any) -> tuple[str, plan.Graph, str]:
                 raise ValueError(f"input {key!r} of graph[{name!r}] must be a value or [node id, slot], not "
                                  f"{reprlib.repr(value)}")
             if isinstance(value, (int, float)) and not abs(value) <= FARTHEST:  # nor NaN, which Python's JSON has
-                raise ValueError(f"input {key!r} of graph[{name!r}] must be from -{FARTHEST:g} to {FARTHEST:g}")
+                raise ValueError(f"input {key!r} of graph[{name!r}] must be from -{FARTHEST:g} to "
+                                 f"{FARTHEST:g}")
     if not isinstance(node, str) or node not in graph:
         raise ValueError(f"node = {node!r} must be one of the graph's ids")
     if graph[node]["class_type"] not in (*plan.NODE_IDS, *plan.HOSTS):

@@ -1,8 +1,11 @@
 """Which calibration made an image, read from the image that a real ComfyUI server has written."""
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 
+import aiohttp
 import pytest
 from PIL import Image
 
@@ -12,7 +15,7 @@ from test_server import Graph, base, server  # noqa: F401  (the fixtures)
 from test_server_compare import comparison
 from test_server_v3 import estimate, files, folder  # noqa: F401
 
-KEY = "lambda_solvers"
+KEY, EVENT = "lambda_solvers", "lambda_solvers.run"
 
 
 def written(server, nodes: dict) -> tuple[dict, dict]:  # noqa: F811
@@ -79,6 +82,21 @@ def test_with_a_custom_guider_inside_a_subgraph_and_with_what_is_given(server, f
     _, noted = written(server, nodes)
     assert list(noted) == ["4:1"] and [entry["name"] for entry in noted["4:1"]["calibrations"]] == ["given"]
     assert files(folder) == []
+
+
+def test_texts_and_runs_reach_the_client_that_queued_and_no_other(server, folder) -> None:  # noqa: F811
+    async def queue() -> tuple:
+        async with aiohttp.ClientSession() as session, session.ws_connect(f"{server.url}/ws?clientId=another") as other:
+            run = await server._run(saved(Graph("panda").ksampler("dpm_solver_v3", seed=11)), None, None)
+            heard = []
+            with contextlib.suppress(asyncio.TimeoutError):
+                while True:
+                    heard.append((await other.receive(timeout=1.0)).data)
+            return run, heard
+
+    run, heard = asyncio.run(queue())
+    assert run.status == "success" and any("measuring" in text for text in run.texts)
+    assert heard and not [data for data in heard if isinstance(data, bytes) or EVENT in data]
 
 
 def test_on_the_node_of_the_workflow_that_has_made_the_sampling_node(server, folder) -> None:  # noqa: F811
