@@ -149,8 +149,7 @@ class Amed:
     def save(self, path: str | os.PathLike, overwrite: bool = False) -> None:
         """Write the file whole or not at all; FileExistsError if it exists, unless told to overwrite."""
         about = {**self.about, "base": self.base, "first_step": self.first_step}
-        tensors = {name: np.ascontiguousarray(value) for name, value in self.arrays().items()}
-        write_whole(File(path), save(tensors, metadata={
+        write_whole(File(path), save({name: np.ascontiguousarray(value) for name, value in self.arrays().items()}, metadata={
             "format": FORMAT, "about": json.dumps(about, sort_keys=True, allow_nan=False)}), overwrite)
 
     @classmethod

@@ -93,7 +93,7 @@ def _no_number(name: str) -> float:
 
 
 def digest(arrays: Mapping[str, np.ndarray]) -> str:
-    """Twelve hex digits for the names, shapes and values (as float64) of arrays, in memory or in a file."""
+    """Twelve hex digits for the names, shapes and values (as float64) of arrays: the same in memory and in any file of them."""
     content = hashlib.sha256()
     for name in sorted(arrays):
         content.update(f"{name}{list(arrays[name].shape)}".encode())
