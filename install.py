@@ -16,7 +16,11 @@ def main() -> None:
             print(f"Lambda Solvers: {package} is not installed; ComfyUI's own requirements include it.")
     custom_nodes = Path(__file__).absolute().parent.parent
     if custom_nodes.name == "custom_nodes":
-        (custom_nodes.parent / "models" / FOLDER).mkdir(parents=True, exist_ok=True)
+        folder = custom_nodes.parent / "models" / FOLDER
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as fault:  # it is tried again when something is saved
+            print(f"Lambda Solvers: {folder} cannot be made: {fault}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Everything that knows ComfyUI: the names in its sampler lists, a SAMPLER node for every family, and the
 nodes that measure and keep what a solver needs to know of a model."""
+import logging
+
 from comfy_api.latest import ComfyExtension, io
 
-from server import PromptServer
-
-from . import first_steps, store, web
+from . import events, first_steps, store
 from .calibrating import NODES
 from .compare import CompareSamplers
 from .registry import register, sampler_nodes
@@ -17,8 +17,14 @@ class LambdaSolvers(ComfyExtension):
 
 store.register()
 register()
-if hasattr(PromptServer, "instance"):  # not where the pack is imported without a server, for its definitions only
+try:  # what shows, predicts and records needs more of ComfyUI than samplers and nodes, which work without it
+    from . import metadata, runs, web
+    events.listeners[:] = [runs, metadata]
     web.register()
+    metadata.register()
+except Exception as fault:
+    logging.warning("Lambda Solvers: this ComfyUI lacks something that the panel on nodes, progress texts and "
+                    "the images' metadata need (%r). Samplers and nodes work without them", fault, exc_info=True)
 
 
 def comfy_entrypoint() -> ComfyExtension:

@@ -18,13 +18,12 @@ import comfy.model_management
 import comfy.samplers
 import comfy.utils
 import torch
-from comfy_execution.utils import get_executing_context
-from server import PromptServer
 from torch import Tensor
 
 from ..samplers.model import UnsteadyModel
 from ..samplers.schedule import Level, find_path, levels
-from . import identity, runs, settings, store
+from . import identity, settings, store
+from .events import say
 from .host import following, latent_for, nested, path_of
 from .middle_block import MiddleBlock
 from .settings import RULES
@@ -193,17 +192,17 @@ def rule() -> str:
     return value
 
 
-def calibration_for(kind: Kind, run: Run, given: Any, how: str) -> Any:
-    """What to sample `run` with.
+def calibration_for(kind: Kind, run: Run, given: Any, how: str) -> tuple[str, Any]:
+    """What to sample `run` with, after its name: its file's, or where else it came from (events.Used).
 
     In this order: what was given to the node; what is attached to the MODEL; a saved file of the same checkpoint, patches and
     guidance (for "every prompt", of the same prompt too) that serves the run; and, if `how` is auto or every prompt, a new
     one, measured on this very model function and saved.
     """
-    found = given or run.patcher.get_attachment(kind.attachment)
-    if found is not None:
-        warn(kind, found, run)
-        return found
+    for where, found in (("given", given), ("attached", run.patcher.get_attachment(kind.attachment))):
+        if found is not None:
+            warn(kind, found, run)
+            return where, found
     if how == "never":
         raise ValueError(f"this sampler needs {kind.noun}, and measuring is switched off: add the node Load {kind.title} or "
                          f"{kind.makes} and connect it to the sampler node, or put Apply {kind.title} behind the model")
@@ -213,7 +212,7 @@ def calibration_for(kind: Kind, run: Run, given: Any, how: str) -> Any:
     if saved:
         name, found = saved
         say(f"{kind.noun}: {name}")
-        return found
+        return name.removesuffix(store.ENDING), found
     wanted = f"{about['model']} at guidance {about['guidance']:g}"
     if how == "saved only":
         raise ValueError(f"no saved {kind.noun} for {wanted} in {store.directory()} serves this run: run {kind.makes} and "
@@ -228,9 +227,9 @@ def calibration_for(kind: Kind, run: Run, given: Any, how: str) -> Any:
         result.save(path, overwrite=True)
     except OSError as fault:
         say(f"warning: {kind.noun} measured, but not saved ({fault}): the next run measures again", logging.WARNING)
-    else:
-        say(f"{kind.noun} measured and saved: {path.stem}")
-    return result
+        return "measured", result
+    say(f"{kind.noun} measured and saved: {path.stem}")
+    return path.stem, result
 
 
 def described(kind: Kind, run: Run) -> dict[str, Any]:
@@ -286,16 +285,6 @@ def resumable(what: str, partial: Path | None, run: Run) -> Iterator[None]:
         kept = partial is not None and partial.exists()
         say(f"{what} was cancelled; the next run {'goes on from there' if kept else 'begins anew'}")
         raise
-
-
-def say(text: str, level: int = logging.INFO) -> None:
-    """Show a line on the node that is running, and write it to the log (but for the count while measuring)."""
-    context = get_executing_context()
-    if context is not None:  # None where there is no server
-        PromptServer.instance.send_progress_text(text, context.node_id)
-    if ": evaluation " not in text:
-        runs.note(text, level)
-        logging.log(level, "Lambda Solvers: %s", text)
 
 
 def faults(about: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

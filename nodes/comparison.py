@@ -19,8 +19,7 @@ from torch import Tensor
 from ..samplers import PATHS, SAMPLERS
 from ..samplers.schedule import Path
 from .host import latent_for, path_of, sampler_function
-from .names import NAMES
-from .registry import calibrated
+from .registry import calibrated, listed
 
 OURS = "lambda/"
 
@@ -52,10 +51,9 @@ def _entry(line: str) -> Entry:
         if not (key and equals and value):
             raise ValueError(f"samplers: {part!r} in the line {line!r} is no option: write name, option=value")
         options[key] = _value(value)
-    listed = comfy.samplers.KSampler.SAMPLERS
-    catalogued = NAMES.get(name) or name.removeprefix(OURS)
-    if catalogued in SAMPLERS and (name in NAMES or name not in listed):
-        ours = SAMPLERS[catalogued]
+    names = comfy.samplers.KSampler.SAMPLERS
+    ours = listed(name) or (SAMPLERS.get(name.removeprefix(OURS)) if name not in names else None)
+    if ours:
         try:
             ours.settings({**ours.stand_ins, **options})
         except ValueError as error:
@@ -64,9 +62,9 @@ def _entry(line: str) -> Entry:
             raise ValueError(f"samplers: the line {line!r}: the mean is learned from other seeds, and here all runs have one noise, whose own "
                              "answer it would be: write evaluate or afs")
         return Entry(line, KSAMPLER(calibrated(ours), options), KSAMPLER(sampler_function(ours), {**ours.stand_ins, **options}),
-                     name if name in listed else "euler")
-    if name not in listed:
-        raise ValueError(f"samplers: unknown sampler {name!r}: write a name of KSampler's list ({', '.join(listed)}) or of "
+                     name if name in names else "euler")
+    if name not in names:
+        raise ValueError(f"samplers: unknown sampler {name!r}: write a name of KSampler's list ({', '.join(names)}) or of "
                          f"ours ({', '.join(OURS + known for known in SAMPLERS)})")
     sampler = comfy.samplers.sampler_object(name)
     known = [key for key, parameter in inspect.signature(sampler.sampler_function).parameters.items()

@@ -27,6 +27,7 @@ WORDS = {
     "nothing_to_learn": "warning: {steps} steps leave AMED nothing to learn, choose more",
     "mean_first_step": "in the first run of a prompt the model answers the first step too",
     "unusable": "warning: {fault}",
+    "used": "the last run used {name}, digest {digest}",
     "fits": "the calibration fits this model and guidance",
     "saved": "a saved calibration serves this run: {name}",
     "unsure": "not run on this model yet: a saved calibration that fits is used, else about {count} evaluations measure one",
@@ -134,6 +135,8 @@ def _said(add: Callable[[Line], None], line: Callable[..., None], run: runs.Run)
         add({"kind": "good", "text": told[-1]})
     elif not run.said:
         line("good", "fits")
+    for used in run.used:
+        line("note", "used", **used)
 
 
 def _loaded(graph: Graph, job: Job) -> dict[str, Any]:

@@ -14,10 +14,10 @@ import comfy.model_sampling
 import comfy.samplers
 import numpy as np
 from comfy_api.latest import io
-from comfy_extras import nodes_align_your_steps, nodes_custom_sampler
+from nodes import NODE_CLASS_MAPPINGS
 from torch import Tensor
 
-from ..samplers import FAMILIES, SAMPLERS
+from ..samplers import FAMILIES
 from ..samplers.families import Sampler
 from ..samplers.first_step import FULL
 from ..samplers.fitted import Unmeasured
@@ -25,11 +25,12 @@ from ..samplers.schedule import Level, find_path, levels
 from ..samplers.solver import Adaptive, Step
 from . import first_steps
 from .host import path_of
-from .names import NAMES
+from .registry import listed
 
 Graph = Mapping[str, Mapping[str, Any]]
 NODE_IDS = {"LambdaSampler" + name.capitalize(): name for name in FAMILIES}
 WRAPPERS = {node.define_schema().node_id: node.sets for node in first_steps.NODES}
+SCHEDULERS = ("comfy_extras.nodes_custom_sampler", "comfy_extras.nodes_align_your_steps")  # in ComfyUI
 HOSTS = ("KSampler", "KSamplerAdvanced", "KSamplerSelect")  # ComfyUI's nodes that may name a sampler of ours
 MOST = 1000  # intervals of a schedule that is still planned: the answer comes while somebody is typing
 UNTOLD = ["?", 0]  # the link of an input whose other end the interface cannot tell
@@ -94,10 +95,9 @@ def job(graph: Graph, node_id: str) -> Job | None:
         linked = [name for name, content in written.items() if isinstance(content, list)]
         options = {name: content for name, content in written.items() if name not in linked}
     else:
-        name = value(node, "sampler_name")
-        if name not in NAMES:
+        sampler = listed(value(node, "sampler_name", str))
+        if sampler is None:
             return None
-        sampler = SAMPLERS[NAMES[name]]
     runs, sets = (node_id, {}) if "model" in node["inputs"] else consumer(graph, node_id)
     options |= sets
     sampler.settings({**sampler.stand_ins, **options})
@@ -143,8 +143,7 @@ def schedule(graph: Graph, runs: str, sampling: object) -> list[float]:
     if "sigmas" in node["inputs"]:
         return _sigmas(graph, *_link(graph, node, "sigmas"), sampling).tolist()
     steps, scheduler = _steps(node), value(node, "scheduler", str)
-    if scheduler not in comfy.samplers.KSampler.SCHEDULERS:
-        raise ValueError(f"scheduler = {scheduler!r} is not in ComfyUI's list")
+    _check_scheduler(scheduler)
     denoise = value(node, "denoise", float) if "denoise" in node["inputs"] else 1.0
     if denoise * MOST < steps and denoise > 0:
         raise ValueError(f"{steps} steps at denoise {denoise:g} are too many to draw")
@@ -246,12 +245,18 @@ def _steps(node: Mapping[str, Any]) -> int:
     return steps
 
 
+def _check_scheduler(name: str) -> None:
+    if name not in comfy.samplers.KSampler.SCHEDULERS:
+        raise ValueError(f"scheduler = {name!r} is not in ComfyUI's list")
+
+
 def _sigmas(graph: Graph, node_id: str, slot: int, sampling: object, depth: int = 0) -> Tensor:
     """The sigmas of one of ComfyUI's own scheduler nodes: they are functions of what is written on them."""
     node = graph.get(node_id, {"class_type": ""})
     name = node["class_type"]
-    found = getattr(nodes_custom_sampler, name, None) or getattr(nodes_align_your_steps, name, None)
-    if not (isinstance(found, type) and issubclass(found, io.ComfyNode)) or depth > 20:
+    found = NODE_CLASS_MAPPINGS.get(name)
+    comfyui_s = getattr(found, "RELATIVE_PYTHON_MODULE", "") in SCHEDULERS and issubclass(found, io.ComfyNode)
+    if not comfyui_s or depth > 20:
         raise Linked("sigmas")
     schema = found.GET_SCHEMA()
     if slot >= len(schema.outputs) or any(output.get_io_type() != "SIGMAS" for output in schema.outputs):
@@ -270,6 +275,8 @@ def _sigmas(graph: Graph, node_id: str, slot: int, sampling: object, depth: int 
     low, high = inputs.get("sigma_min"), inputs.get("sigma_max")
     if low is not None and high is not None and low >= high:
         raise ValueError(f"sigma_min = {low:g} must be below sigma_max = {high:g}")
+    if "scheduler" in inputs:
+        _check_scheduler(inputs["scheduler"])
     if 0.0 < inputs.get("denoise", 1.0) * MOST < inputs.get("steps", 0):
         raise ValueError(f"{inputs['steps']} steps at denoise {inputs['denoise']:g} are too many to draw")
     try:

@@ -1,6 +1,7 @@
 """From the catalogue to ComfyUI: names in every sampler list, and a SAMPLER node for every family."""
 from __future__ import annotations
 
+import logging
 from typing import Callable
 
 import comfy.samplers
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ..samplers import FAMILIES, SAMPLERS
 from ..samplers.families import Option, Sampler
-from . import calibration, identity, runs
+from . import calibration, events, identity
 from .calibrating import SOCKETS, advanced
 from .calibration import Kind, Run
 from .host import sampler_function
@@ -21,13 +22,25 @@ CATEGORY = "Lambda Solvers"
 
 
 def register() -> None:
-    """Append our names to ComfyUI's sampler lists, in place, once. Nothing of ComfyUI's own is replaced."""
+    """Append our names to ComfyUI's sampler lists, in place, once. What others have there is left alone."""
+    # One list under three names, unless another pack has replaced one of them by a copy.
+    lists = (comfy.samplers.KSampler.SAMPLERS, comfy.samplers.SAMPLER_NAMES, comfy.samplers.KSAMPLER_NAMES)
     for name, entry in NAMES.items():
+        there = hasattr(comfy_sampling, f"sample_{name}") or any(name in names for names in lists)
+        if there and not listed(name):
+            logging.warning("Lambda Solvers: ComfyUI or another pack has a sampler named %s already. It is left "
+                            "alone, and ours is not in the lists: use its node", name)
+            continue
         setattr(comfy_sampling, f"sample_{name}", calibrated(SAMPLERS[entry]))
-        # One list under three names, unless another pack has replaced one of them by a copy.
-        for names in (comfy.samplers.KSampler.SAMPLERS, comfy.samplers.SAMPLER_NAMES, comfy.samplers.KSAMPLER_NAMES):
+        for names in lists:
             if name not in names:
                 names.append(name)
+
+
+def listed(name: str) -> Sampler | None:
+    """Our sampler that ComfyUI runs under a name of its lists, if it is ours that it runs."""
+    function = getattr(comfy_sampling, f"sample_{name}", None) if name in NAMES else None
+    return getattr(function, "lambda_solvers", None)
 
 
 def sampler_nodes() -> list[type[io.ComfyNode]]:
@@ -76,18 +89,18 @@ def calibrated(sampler: Sampler, how: str | None = None) -> Callable[..., Tensor
         given = options.pop(kind.option, None)
         defaults = {name: option.default for name, option in sampler.options.items()}
         run = Run(model, x, sigmas, extra_args or {}, {**sampler.fixed, **defaults, **options})
-        found = calibration.calibration_for(kind, run, given, how or calibration.rule())
-        found = kind.suited(found, identity.conditions(run.guider))
-        runs.use(kind.option, found)
-        with kind.ready(found, run) as ready:
+        name, found = calibration.calibration_for(kind, run, given, how or calibration.rule())
+        suited = kind.suited(found, identity.conditions(run.guider))
+        events.use(kind.option, events.Used(name, found, suited))
+        with kind.ready(suited, run) as ready:
             return function(model, x, sigmas, extra_args, callback, disable, **{kind.option: ready}, **options)
 
     return _observed(sampler, sample, identity.description)
 
 
 def _observed(sampler: Sampler, function: Callable[..., Tensor], describe: Callable | None) -> Callable[..., Tensor]:
-    """The function, remembering its runs, and known as ours."""
-    sample = runs.observed(function, describe)
+    """The function, telling of its runs, and known as ours."""
+    sample = events.observed(function, describe)
     sample.lambda_solvers = sampler
     return sample
 

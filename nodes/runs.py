@@ -2,22 +2,23 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections import OrderedDict
-from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Callable, Mapping
+from typing import Any, Mapping
 
+from comfy_execution.progress import get_progress_state
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
-from torch import Tensor
 
+from . import events
 from .plan import UNTOLD, Graph, model_chain
 
 EVENT = "lambda_solvers.run"
 KEPT = 64
 UNKNOWN = "null"  # the key of a chain that is not known to its end
 UNNOTED = ("seed", "noise_seed")  # the interface draws a new one as soon as a run is queued
+HARMLESS = str.maketrans("<>", "\u2039\u203a")
+"""The interface puts a progress text into innerHTML, and names of models and patches come from others' files."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Run:
     graph: Graph
     sampling: object
     sigmas: list[float]
-    options: dict[str, Any]  # as written, and the calibration that was used
+    options: dict[str, Any]        # as written, and the calibration as the solver was given it
+    used: list[dict[str, str]]     # name and digest of that calibration
     evaluations: int
     said: tuple[tuple[str, bool], ...]  # lines said while it ran, and whether they are warnings
 
@@ -42,46 +44,43 @@ class Model:
 
 _runs: OrderedDict[str, Run] = OrderedDict()
 _models: OrderedDict[str, Model] = OrderedDict()
-_running: ContextVar[_Notes | None] = ContextVar("running", default=None)
 
 
-class _Notes:
-    """What the run going on has said and used."""
-
-    def __init__(self) -> None:
-        self.said: list[tuple[str, bool]] = []
-        self.used: dict[str, Any] = {}
-
-
-def note(text: str, level: int) -> None:
-    """Keep a line that was said on the running node."""
-    notes = _running.get()
-    if notes is not None:
-        notes.said.append((text, level >= logging.WARNING))
+def running() -> tuple[Graph, str, str] | None:
+    """The running prompt, as ComfyUI's own nodes are given it; the running node; and the prompt's node that it is,
+    or that has made it. None where no prompt runs: ComfyUI is a library, or another's thread runs the sampler."""
+    context, progress = get_executing_context(), get_progress_state()
+    if context is None or context.prompt_id != progress.prompt_id:
+        return None
+    prompt = progress.dynprompt
+    return prompt.get_original_prompt(), context.node_id, prompt.get_real_node_id(context.node_id)
 
 
-def use(option: str, calibration: Any) -> None:
-    """Keep the calibration that the running solver was given for this option."""
-    notes = _running.get()
-    if notes is not None:
-        notes.used[option] = calibration
+def said(text: str) -> None:
+    """Show a line on the running node, to the one who queued it."""
+    context = get_executing_context()
+    if context is not None and (client := PromptServer.instance.client_id) is not None:
+        PromptServer.instance.send_progress_text(text.translate(HARMLESS), context.node_id, client)
 
 
-def observed(function: Callable[..., Tensor], describe: Callable[[Any], Mapping[str, Any]] | None) -> Callable[..., Tensor]:
-    """A sampler function that remembers its runs; `describe` says which model a guider samples, where that matters."""
-
-    def sample(model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
-        counted, notes = _Counted(model), _Notes()
-        token = _running.set(notes)
-        try:
-            result = function(counted, x, sigmas, extra_args, callback, disable, **options)
-        finally:
-            _running.reset(token)
-        written = {name: value for name, value in options.items() if isinstance(value, (bool, int, float, str))}
-        _remember(model.inner_model, sigmas, written | notes.used, counted.evaluations, tuple(notes.said), describe)
-        return result
-
-    return sample
+def ran(run: events.Ran) -> None:
+    """Keep a run, and what model it sampled, and say so to the one who queued it."""
+    place = running()
+    if place is None or place[1] not in place[0]:
+        return  # not a node of the prompt, but one that another node has made while running
+    graph, node, _ = place
+    sampling = run.guider.model_patcher.get_model_object("model_sampling")
+    chain = _key(graph, node)
+    known = _models.get(chain)
+    about = run.describe(run.guider) if run.describe else known.about if known else None
+    given = {option: used.suited for option, used in run.used.items()}
+    used = [used.told() for used in run.used.values()]
+    sigmas, options = run.sigmas.tolist(), run.options | given
+    _keep(_runs, node, Run(graph, sampling, sigmas, options, used, run.evaluations, run.said))
+    if chain != UNKNOWN:
+        _keep(_models, chain, Model(sampling, about))
+    if PromptServer.instance.client_id is not None:
+        PromptServer.instance.send_sync(EVENT, {"node": node}, PromptServer.instance.client_id)
 
 
 def last(graph: Graph, runs: str) -> Run | None:
@@ -93,36 +92,6 @@ def last(graph: Graph, runs: str) -> Run | None:
 def model(graph: Graph, runs: str) -> Model | None:
     """The model that a sampling node will get, if one has come through the same nodes before."""
     return _models.get(_key(graph, runs))
-
-
-class _Counted:
-    """A model that counts its evaluations."""
-
-    def __init__(self, model: Any) -> None:
-        self.model, self.inner_model, self.evaluations = model, model.inner_model, 0
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        self.evaluations += 1
-        return self.model(*args, **kwargs)
-
-
-def _remember(guider: Any, sigmas: Tensor, options: dict, evaluations: int, said: tuple, describe: Callable | None) -> None:
-    context = get_executing_context()
-    if context is None:
-        return
-    server = PromptServer.instance
-    running = [item[2] for item in server.prompt_queue.currently_running.values() if item[1] == context.prompt_id]
-    if not running or context.node_id not in running[0]:
-        return  # a node that another node has made while running
-    [graph] = running
-    sampling = guider.model_patcher.get_model_object("model_sampling")
-    chain = _key(graph, context.node_id)
-    known = _models.get(chain)
-    about = describe(guider) if describe else known.about if known else None
-    _keep(_runs, context.node_id, Run(graph, sampling, sigmas.tolist(), options, evaluations, said))
-    if chain != UNKNOWN:
-        _keep(_models, chain, Model(sampling, about))
-    server.send_sync(EVENT, {"node": context.node_id}, server.client_id)
 
 
 def _key(graph: Graph, runs: str) -> str:

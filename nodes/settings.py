@@ -1,9 +1,8 @@
 """The pack's page of ComfyUI's settings, as Python reads it."""
 from __future__ import annotations
 
+import sys
 from typing import Any
-
-from server import PromptServer
 
 RULES = ("auto", "every prompt", "saved only", "never")
 CALIBRATION = "LambdaSolvers.Calibration"
@@ -29,9 +28,10 @@ class _DefaultUser:
 
 def read(name: str) -> Any:
     """A setting of the default user, None if it was never set. With --multi-user there is no default user: always None."""
-    if not hasattr(PromptServer, "instance"):
+    server = getattr(sys.modules.get("server"), "PromptServer", None)
+    if not hasattr(server, "instance"):
         return None  # the pack is used without a server
-    users = PromptServer.instance.user_manager
+    users = server.instance.user_manager
     if "default" not in users.users:
         return None
     return users.settings.get_settings(_DefaultUser()).get(name)

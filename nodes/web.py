@@ -8,21 +8,24 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
-import re
-from pathlib import Path
+import reprlib
 from typing import Any
 
 from aiohttp import web
 from server import PromptServer
 
 from . import calibration, panel, plan, settings
+from .metadata import ROOT, version
 from .names import NAMES
+from .registry import listed
 
-ROOT = Path(__file__).parent.parent  # not resolved: its name is the folder in custom_nodes
 LARGEST = 2_000  # nodes around one sampler
+FARTHEST = 2.0**64  # from zero: seeds are the largest numbers of a workflow
 
 
 def register() -> None:
+    if not hasattr(PromptServer, "instance"):
+        return  # the pack is imported without a server, for its definitions only
     routes = PromptServer.instance.routes
     routes.get("/lambda_solvers/pack")(pack)
     routes.post("/lambda_solvers/panel")(show)
@@ -42,10 +45,9 @@ async def show(request: web.Request) -> web.Response:
 
 
 def about() -> dict[str, Any]:
-    version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)
-    return {"cnr_id": "lambda-solvers", "ver": version[1], "module": f"custom_nodes.{ROOT.name}",
-            "nodes": list(plan.NODE_IDS), "hosts": plan.HOSTS, "names": list(NAMES), "settings": settings.PAGE,
-            "plot": settings.PLOT}
+    return {"cnr_id": "lambda-solvers", "ver": version(), "module": f"custom_nodes.{ROOT.name}",
+            "nodes": list(plan.NODE_IDS), "hosts": plan.HOSTS, "names": list(filter(listed, NAMES)),
+            "settings": settings.PAGE, "plot": settings.PLOT}
 
 
 def checked(body: Any) -> tuple[str, plan.Graph, str]:
@@ -62,7 +64,11 @@ def checked(body: Any) -> tuple[str, plan.Graph, str]:
         for key, value in content["inputs"].items():
             link = isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and type(value[1]) is int
             if not link and not isinstance(value, (str, int, float, bool)):
-                raise ValueError(f"input {key!r} of graph[{name!r}] must be a value or [node id, slot], not {value!r}")
+                raise ValueError(f"input {key!r} of graph[{name!r}] must be a value or [node id, slot], not "
+                                 f"{reprlib.repr(value)}")
+            if isinstance(value, (int, float)) and not abs(value) <= FARTHEST:  # nor NaN, which Python's JSON has
+                raise ValueError(f"input {key!r} of graph[{name!r}] must be from -{FARTHEST:g} to "
+                                 f"{FARTHEST:g}")
     if not isinstance(node, str) or node not in graph:
         raise ValueError(f"node = {node!r} must be one of the graph's ids")
     if graph[node]["class_type"] not in (*plan.NODE_IDS, *plan.HOSTS):
@@ -74,12 +80,11 @@ def checked(body: Any) -> tuple[str, plan.Graph, str]:
 
 def text(locale: str, key: str, **values: Any) -> str:
     """A text of the panel, in English where there is no translation."""
-    return translations(locale).get(key, panel.WORDS[key]).format(**values)
+    return translations().get(locale, panel.WORDS).get(key, panel.WORDS[key]).format(**values)
 
 
 @functools.cache
-def translations(locale: str) -> dict[str, str]:
-    known = {path.parent.name: path for path in (ROOT / "locales").glob("*/main.json")}
-    if locale not in known:
-        return {}
-    return json.loads(known[locale].read_text(encoding="utf-8"))["lambdaSolvers"]["panel"]
+def translations() -> dict[str, dict[str, str]]:
+    """By locale; few, whatever is asked for."""
+    return {path.parent.name: json.loads(path.read_text(encoding="utf-8"))["lambdaSolvers"]["panel"]
+            for path in (ROOT / "locales").glob("*/main.json")}

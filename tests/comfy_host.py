@@ -1,6 +1,7 @@
 """ComfyUI's own modules in this process, on the CPU, and the pack loaded the way ComfyUI loads it."""
 from __future__ import annotations
 
+import asyncio
 import functools
 import importlib.util
 import sys
@@ -27,6 +28,9 @@ def comfy_sampling() -> types.ModuleType:
 def pack() -> types.ModuleType:
     """The pack as ComfyUI's load_custom_node imports it: by path, under a name of its own."""
     comfy_sampling()
+    import nodes
+    for name in ("nodes_custom_sampler", "nodes_align_your_steps"):
+        asyncio.run(nodes.load_custom_node(str(environment.ensure().comfyui / "comfy_extras" / f"{name}.py"), module_parent="comfy_extras"))
     spec = importlib.util.spec_from_file_location("custom_nodes_x_lambda-solvers", ROOT / "__init__.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module

@@ -222,31 +222,48 @@ class Patcher:
 
 
 def run(graph: dict, name: str, steps: int, monkeypatch, describe=None, said: str = "",
-        family: str = "multistep", sigma_max: float | None = None, use: dict | None = None, **options) -> list:
-    """One run of a sampler of ours as the server does it; what was sent to the interface."""
-    runs, plan, sent = module("runs"), module("plan"), []
+        family: str = "multistep", sigma_max: float | None = None, use: dict | None = None, client: str | None = "me",
+        made_by: str = "", send: Exception | None = None, **options) -> list:
+    """One run of a sampler of ours as the server does it; what was sent to the interface, unless that cannot be."""
+    events, catalogue, sent = module("events"), module("registry"), []
+    from comfy_execution.graph import DynamicPrompt
+    from comfy_execution.progress import reset_progress_state
     from comfy_execution.utils import CurrentNodeContext
     from server import PromptServer
-    server = types.SimpleNamespace(client_id="me", send_sync=lambda *event: sent.append(event), send_progress_text=lambda *a: None,
-                                   prompt_queue=types.SimpleNamespace(currently_running={0: (0, PROMPT, graph)}))
+
+    def send_sync(*event) -> None:
+        if send:
+            raise send
+        sent.append(event)
+
+    def send_progress_text(text: str, name: str, sid: str | None = None) -> None:
+        text.encode("utf-8")
+        sent.append((text, name, sid))
+
+    server = types.SimpleNamespace(client_id=client, send_sync=send_sync, send_progress_text=send_progress_text)
     monkeypatch.setattr(PromptServer, "instance", server, raising=False)
+    prompt = DynamicPrompt(graph)
+    if made_by:
+        prompt.add_ephemeral_node(name, {}, made_by, made_by)
+    reset_progress_state(PROMPT, prompt)
     sampling = sampling_of("ModelSamplingDiscrete", "EPS")
     type(sampling).__mro__[1].__init__(sampling)
     if sigma_max:
         sampling.set_sigmas(sampling.sigmas * (sigma_max / sampling.sigma_max))
     model = Model(lambda x, sigma: x / 2, sampling)
-    function = module("host").sampler_function({**plan.SAMPLERS, **plan.FAMILIES}[family])  # the pack's own copies
+    function = module("host").sampler_function({**catalogue.SAMPLERS, **catalogue.FAMILIES}[family])  # the pack's own copies
 
     def sample(*args, **kwargs):
         if said:
-            module("calibration").say(said)
+            events.say(said)
         for option, calibration in (use or {}).items():
-            runs.use(option, calibration)
+            events.use(option, events.Used("file", calibration, calibration))
         return function(*args, **kwargs)
 
     with CurrentNodeContext(PROMPT, name):
         sigmas = torch.cat([torch.linspace(10, 1, steps), torch.zeros(1)])
-        runs.observed(sample, describe)(model, torch.randn(1, 4, 8, 8), sigmas, **options)
+        result = events.observed(sample, describe)(model, torch.randn(1, 4, 8, 8), sigmas, **options)
+    assert result.isfinite().all()
     return sent
 
 

@@ -253,3 +253,85 @@ def test_the_settings_say_whether_to_draw_and_to_measure(ui) -> None:
         ui.reads("warn: this sampler needs statistics")
     finally:
         ui.do(put, ["LambdaSolvers.Calibration", "auto"])
+
+
+def hanging(route) -> None:
+    """A server that never answers."""
+
+
+WITHOUT = {
+    "no routes of ours": lambda route: route.fulfill(status=404, body="404: Not Found"),
+    "no JSON": lambda route: route.fulfill(status=200, content_type="text/html", body="<html>a proxy</html>"),
+    "other JSON": lambda route: route.fulfill(status=200, content_type="application/json", body='{"nodes": null}'),
+    "no connection": lambda route: route.abort(),
+}
+
+
+@pytest.mark.parametrize("answer", ["no routes of ours", "other JSON", "no answer"])
+def test_a_server_that_says_nothing_of_the_pack_leaves_the_interface_as_it_is(ui, answer: str) -> None:
+    ui.page.route("**/lambda_solvers/pack", WITHOUT.get(answer, hanging))
+    try:
+        ui.open()
+        ui.load(example("sampler_node"))
+        ui.run()
+        assert ui.images() and ui.panels() == [] and ui.saved()["nodes"]
+        assert ui.do("() => app.extensionManager.setting.get('Comfy.Locale')") == "en"
+        said = [entry for entry in ui.logs if "Lambda Solvers" in entry[1]]
+        assert [kind for kind, _ in said] == ["warning"] and "no panels on nodes" in said[0][1]
+        assert not [entry for entry in ui.logs if entry[0] == "pageerror" or "Error loading extension" in entry[1]]
+    finally:
+        ui.page.unroute("**/lambda_solvers/pack")
+        ui.open()
+        ui.logs.clear()
+    ui.load("sampler_node")
+    ui.reads("model evaluations: 12")
+
+
+def test_a_panel_without_an_answer_says_so_and_goes_on_when_there_is_one(ui) -> None:
+    ui.load("sampler_node")
+    ui.reads("model evaluations: 12")
+    for answer in WITHOUT.values():
+        ui.page.route("**/lambda_solvers/panel", answer)
+        try:
+            ui.put(ui.node(SAMPLER), "order", 3)
+            ui.reads("warn: warning: the server has no answer")
+        finally:
+            ui.page.unroute("**/lambda_solvers/panel")
+        ui.put(ui.node(SAMPLER), "order", 2)
+        ui.reads("count: model evaluations: 12")
+    assert not [entry for entry in ui.logs if entry[0] == "pageerror"]
+    ui.logs.clear()
+
+
+def test_a_fault_in_a_panel_is_told_once_and_ends_nothing_of_the_interface_s(ui) -> None:
+    """Another extension may leave a node without the widget that ours looks for."""
+    ui.load("ksampler")
+    ui.reads("model evaluations: 12")
+    ui.do("""() => { const node = app.graph.nodes.find((node) => node.comfyClass === 'KSampler')
+        node.widgets = node.widgets.filter((widget) => widget.name !== 'sampler_name')
+        node.widgets.find((widget) => widget.name === 'steps').callback(13)
+        node.widgets.find((widget) => widget.name === 'steps').callback(14)
+        node.onConfigure(node.serialize()) }""")
+    ui.page.wait_for_timeout(600)
+    said = [entry for entry in ui.logs if "Lambda Solvers: a panel failed" in entry[1]]
+    assert len(said) == 1 and not [entry for entry in ui.logs if entry[0] == "pageerror"]
+    ui.logs.clear()
+
+
+def test_the_image_of_a_calibrated_run_is_opened_and_queued_again_with_what_it_says_of_the_calibration(ui) -> None:
+    """As a workflow, and as what the server ran."""
+    ui.load("dpm_solver_v3")
+    ui.run()
+    ui.reads("digest ", "(last run)")
+    [shown] = [image for image in ui.images() if image["type"] == "output"][:1]
+    with Image.open(ui.server.file(shown)) as image:
+        prompt = json.loads(image.info["prompt"])
+    [noted] = [node["_meta"]["lambda_solvers"] for node in prompt.values() if "lambda_solvers" in node.get("_meta", {})]
+    [used] = noted["calibrations"]
+    ui.reads(f"the last run used {used['name']}, digest {used['digest']}")
+    ui.do("async (url) => { const image = await (await fetch(url)).blob(); await app.handleFile(new File([image], 'a.png', {type: 'image/png'})) }",
+          f"/api/view?filename={shown['filename']}&subfolder={shown['subfolder']}&type=output")
+    ui.reads("digest ", "(last run)")
+    ui.do("async (prompt) => { await app.loadApiJson(prompt, 'a.json') }", prompt)
+    ui.reads("model evaluations")
+    ui.run()

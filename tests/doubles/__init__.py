@@ -6,6 +6,7 @@
     Test Slow Model      a model that takes its time, for interruptions
     Test Counter         writes a line for every evaluation
     Test Sigmas          a schedule written down
+    Test KSampler Inside a node that makes the sampling one while it runs
     Test Save Latent     writes a latent so that tests can compare it exactly
 
 An evaluation is one guided prediction: the whole conditioning batch at one sigma, however ComfyUI divides it.
@@ -14,6 +15,7 @@ from comfy_api.latest import ComfyExtension
 
 from .evaluations import TestCounter, TestNaNModel, TestSlowModel
 from .flow_model import TestFlowModel
+from .inside import TestKSamplerInside
 from .model_sampling import TestModelSampling
 from .save_latent import TestSaveLatent
 from .sigmas import TestSigmas
@@ -22,7 +24,7 @@ from .sigmas import TestSigmas
 class Doubles(ComfyExtension):
     async def get_node_list(self):
         return [TestFlowModel, TestModelSampling, TestNaNModel, TestSlowModel, TestCounter, TestSigmas,
-                TestSaveLatent]
+                TestKSamplerInside, TestSaveLatent]
 
 
 async def comfy_entrypoint():

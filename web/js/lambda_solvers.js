@@ -4,7 +4,7 @@
 import { app } from "../../../scripts/app.js"
 import { api } from "../../../scripts/api.js"
 
-const pack = await (await api.fetchApi("/lambda_solvers/pack")).json()
+const pack = await about()
 const NAME = "lambda_solvers_panel"
 const COLOURS = { count: "inherit", note: "var(--descrip-text, #999)", good: "#5c8", warn: "#fa5" }
 // Links of these types say nothing of a schedule, so what is behind them is left alone.
@@ -13,6 +13,36 @@ const [MUTED, BYPASSED, SUBGRAPH_INPUT] = [2, 4, -10]
 const [TALL, LOW] = [170, 78] // the height of a panel with a curve, and without
 const panels = new WeakMap() // node -> its panel
 let plots = true // the setting
+
+// --- what may fail without ComfyUI's interface noticing ---
+
+// What the server says of the pack, or null: then there are no panels, and everything else is as it was.
+async function about() {
+  try {
+    const response = await api.fetchApi("/lambda_solvers/pack", { signal: AbortSignal.timeout(10_000) })
+    if (!response.ok) throw new Error(`the server answers ${response.status}`)
+    const said = await response.json()
+    for (const key of ["nodes", "hosts", "names", "settings"])
+      if (!Array.isArray(said?.[key])) throw new Error(`the server's answer has no ${key}`)
+    return said
+  } catch (fault) {
+    console.warn("Lambda Solvers: no panels on nodes, as /lambda_solvers/pack cannot be read:", fault)
+    return null
+  }
+}
+
+// A function of ours that ComfyUI's interface calls: a fault in it is told, the first time, and goes no further.
+const told = new Set()
+function safely(act) {
+  return (...args) => {
+    try {
+      return act(...args)
+    } catch (fault) {
+      if (!told.has(String(fault))) console.warn("Lambda Solvers: a panel failed:", fault)
+      told.add(String(fault))
+    }
+  }
+}
 
 // --- reading the graph ---
 
@@ -157,6 +187,18 @@ function paint(panel) {
   panel.el.querySelector(".points").setAttribute("d", curve.points.map((at) => `M${at.join(" ")}h0`).join(""))
 }
 
+// Python's answer; a line that says so where there is none.
+async function asked(body) {
+  try {
+    const response = await api.fetchApi("/lambda_solvers/panel", { method: "POST", body })
+    const answer = await response.json()
+    if (Array.isArray(answer.lines)) return answer
+    throw new Error(answer.error)
+  } catch (fault) {
+    return { lines: [{ kind: "warn", text: `warning: the server has no answer: ${fault.message}` }], curve: null }
+  }
+}
+
 // Ask Python again if anything that it is told has changed.
 function refresh(panel) {
   if (!panel || panel.widget.hidden || !samples(panel.node) || !places().has(panel.node)) return
@@ -165,12 +207,11 @@ function refresh(panel) {
   panel.asked = body
   clearTimeout(panel.timer)
   panel.timer = setTimeout(async () => {
-    const response = await api.fetchApi("/lambda_solvers/panel", { method: "POST", body })
-    const answer = await response.json()
+    const answer = await asked(body)
     if (panel.asked !== body) return
-    panel.answer = response.ok ? answer : { lines: [{ kind: "warn", text: answer.error }], curve: null }
-    panel.runs = panel.answer.runs
-    paint(panel)
+    panel.answer = answer
+    panel.runs = answer.runs
+    safely(paint)(panel)
   }, 60)
 }
 
@@ -218,50 +259,50 @@ function chain(object, key, then) {
   const before = object[key]
   object[key] = function (...args) {
     const result = before?.apply(this, args)
-    then(...args)
+    safely(then)(...args)
     return result
   }
 }
 
-app.registerExtension({
+if (pack) app.registerExtension({
   name: "lambdasolvers.panel",
   settings: pack.settings.map((setting) => ({
-    ...setting, onChange: setting.id === pack.plot ? repaint : () => setTimeout(askAgain, 500), // once it is stored
+    ...setting, onChange: setting.id === pack.plot ? safely(repaint) : () => setTimeout(safely(askAgain), 500), // once it is stored
   })),
 
-  nodeCreated(node) {
+  nodeCreated: safely((node) => {
     if (ours(node)) chain(node, "onSerialize", (saved) => {
       saved.properties = { ...saved.properties, cnr_id: pack.cnr_id, ver: pack.ver }
     })
     if (!sampler(node) && !host(node)) return
     look(node)
     for (const widget of node.widgets) chain(widget, "callback", () => look(node))
-    chain(node, "onConnectionsChange", () => queueMicrotask(() => look(node)))
+    chain(node, "onConnectionsChange", () => queueMicrotask(safely(() => look(node))))
     chain(node, "onConfigure", () => { // loading, undo, paste
       look(node)
-      for (const wait of [0, 50, 400]) setTimeout(() => adopt(node), wait)
+      for (const wait of [0, 50, 400]) setTimeout(safely(() => adopt(node)), wait)
     })
-  },
+  }),
 
   setup() {
-    const again = () => { for (const panel of all()) refresh(panel) }
+    const again = safely(() => { for (const panel of all()) refresh(panel) })
     api.addEventListener("graphChanged", again)
     let soon // the graph is said to have changed long after some edits of neighbours
     for (const event of ["change", "keyup", "pointerup"]) window.addEventListener(event, () => {
       clearTimeout(soon)
       soon = setTimeout(again, 100)
     }, true)
-    api.addEventListener("lambda_solvers.run", askAgain)
-    api.addEventListener("execution_start", () => {
+    api.addEventListener("lambda_solvers.run", safely(askAgain))
+    api.addEventListener("execution_start", safely(() => {
       for (const panel of all()) {
         if (!panel.error) continue
         panel.error = null
         paint(panel)
         show(panel, samples(panel.node))
       }
-    })
+    }))
     // Newer interfaces hide an error's text: it is shown on the node, or on the sampler of the node that samples.
-    api.addEventListener("execution_error", ({ detail }) => {
+    api.addEventListener("execution_error", safely(({ detail }) => {
       for (const [node, { id }] of places()) {
         if (id !== String(detail.node_id) && panels.get(node)?.runs !== String(detail.node_id)) continue
         const panel = panels.get(node) ?? (ours(node) ? open(node, false) : null)
@@ -270,6 +311,6 @@ app.registerExtension({
         paint(panel)
         show(panel, true)
       }
-    })
+    }))
   },
 })
