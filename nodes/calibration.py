@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import time
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping, Protocol, Sequence
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..samplers.model import UnsteadyModel
 from ..samplers.schedule import Level, find_path, levels
-from . import identity, settings, store
+from . import canonical, identity, settings, store
 from .events import say
 from .host import following, latent_for, nested, path_of
 from .middle_block import MiddleBlock
@@ -195,9 +195,9 @@ def rule() -> str:
 def calibration_for(kind: Kind, run: Run, given: Any, how: str) -> tuple[str, Any]:
     """What to sample `run` with, after its name: its file's, or where else it came from (events.Used).
 
-    In this order: what was given to the node; what is attached to the MODEL; a saved file of the same checkpoint, patches and
-    guidance (for "every prompt", of the same prompt too) that serves the run; and, if `how` is auto or every prompt, a new
-    one, measured on this very model function and saved.
+    In this order: what was given to the node; what is attached to the MODEL; a saved file that `choice` takes; and, if `how`
+    is auto or every prompt, a new one, measured on this very model function and saved: for auto at nobody's prompt
+    (canonical.py).
     """
     for where, found in (("given", given), ("attached", run.patcher.get_attachment(kind.attachment))):
         if found is not None:
@@ -206,21 +206,21 @@ def calibration_for(kind: Kind, run: Run, given: Any, how: str) -> tuple[str, An
     if how == "never":
         raise ValueError(f"this sampler needs {kind.noun}, and measuring is switched off: add the node Load {kind.title} or "
                          f"{kind.makes} and connect it to the sampler node, or put Apply {kind.title} behind the model")
-    about = described(kind, run)
-    saved = store.find(kind.type, about, exactly=how == "every prompt",
-                       serves=lambda found: kind.serves(kind.suited(found, about["conditions"]), run.options, run.path, run.levels))
+    own = described(kind, run)
+    about = wanted(own, how)
+    saved = choice(kind, own, how, run.options, run.path, run.levels)
     if saved:
         name, found = saved
         say(f"{kind.noun}: {name}")
         return name.removesuffix(store.ENDING), found
-    wanted = f"{about['model']} at guidance {about['guidance']:g}"
+    of = f"{about['model']} at guidance {about['guidance']:g}"
     if how == "saved only":
-        raise ValueError(f"no saved {kind.noun} for {wanted} in {store.directory()} serves this run: run {kind.makes} and "
+        raise ValueError(f"no saved {kind.noun} for {of} in {store.directory()} serves this run: run {kind.makes} and "
                          f"Save {kind.title} once, or set calibration to auto (on the sampler's node; for KSampler in ComfyUI's "
                          "settings, Lambda Solvers)")
     name = file_name(kind, about)
-    say(f"no saved {kind.noun} for {wanted} serves this run: measuring once")
-    with run.apart():
+    say(f"no saved {kind.noun} for {of} serves this run: measuring once")
+    with run.apart(), canonical.conditions(run) if how == "auto" else nullcontext():
         result = kind.measure(run, about, store.partial(name))
     try:
         path = store.unread(kind.type, name)
@@ -232,9 +232,33 @@ def calibration_for(kind: Kind, run: Run, given: Any, how: str) -> tuple[str, An
     return path.stem, result
 
 
+def description(guider: Any) -> dict[str, Any]:
+    """Which model a guider samples, and at what; and what `auto` would measure at in place of its prompt."""
+    return {**identity.description(guider), "any": canonical.digest(guider)}
+
+
+def choice(kind: Kind, about: Mapping[str, Any], how: str, options: Mapping[str, Any], path: str,
+           schedule: list[Level]) -> tuple[str, Any] | None:
+    """The saved file that a run of this description takes, and what is in it; None if it takes none.
+
+    It is of the same checkpoint and patches; for auto measured at nobody's prompt, for "every prompt" at the run's
+    own; or, whatever the rule, learned for all prompts and just such a run.
+    """
+    sought = wanted(about, how)
+    measured_for = {"auto": lambda found: canonical.same(found, sought),
+                    "every prompt": lambda found: found.get("conditions") == sought["conditions"]}
+    return store.find(kind.type, sought, measured_for.get(how, lambda found: True), lambda found: kind.serves(
+        kind.suited(found, sought["conditions"]), options, path, schedule))
+
+
+def wanted(about: Mapping[str, Any], how: str) -> Mapping[str, Any]:
+    """What a file should say of itself to serve a run of this description."""
+    return canonical.instead(about) if how == "auto" else about
+
+
 def described(kind: Kind, run: Run) -> dict[str, Any]:
     """The description of a run, with what the kind adds; ValueError for a guidance that is no number."""
-    about = identity.description(run.guider)
+    about = description(run.guider)
     if math.isnan(about["guidance"]):
         raise ValueError(f"the guidance of this {type(run.guider).__name__} is {run.guider.cfg!r}, and "
                          f"{kind.noun} hold for one number: set one, give the sampler what {kind.makes} made "
@@ -248,9 +272,9 @@ def file_name(kind: Kind, about: Mapping[str, Any]) -> str:
     patches = "".join([*about.get("patches", []), *strengths])
     patched = hashlib.sha256(patches.encode()).hexdigest()[:6] if patches else ""
     distilled = "".join(f"-guidance{scale:g}" for scale in _numbers(about, "distilled"))
+    prompt = "" if (of := about.get("conditions", "")).startswith(canonical.NAME) else of
     return "-".join(filter(None, [about.get("model", "model"), patched, kind.name(about),
-                                  f"cfg{about.get('guidance', 1.0):g}{distilled}",
-                                  about.get("conditions", "")]))
+                                  f"cfg{about.get('guidance', 1.0):g}{distilled}", prompt]))
 
 
 class Progress:

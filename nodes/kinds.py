@@ -20,6 +20,7 @@ from ..samplers.refit import FEWEST, LARGEST
 from ..samplers.schedule import Level, find_path
 from ..samplers.solver import finite
 from ..samplers.train import training_cost
+from . import canonical
 from .calibration import Progress, Run, faults, resumable, say
 from .middle_block import MiddleBlock
 
@@ -111,7 +112,7 @@ class StatisticsKind:
 
     @contextmanager
     def ready(self, found: Statistics, run: Run) -> Iterator[Statistics]:
-        if "b" in found.about:
+        if "b" in found.about and not found.about.get("conditions", "").startswith(canonical.NAME):
             say("statistics of another prompt: l and s are used, b is left out")
         yield found
 

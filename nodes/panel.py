@@ -215,8 +215,7 @@ def _saved(graph: Graph, job: Job, model: runs.Model, how: str, shown: Plan) -> 
     for name, option in job.sampler.options.items():
         if option.kind in KIND_OF and about and finds and plan.given(graph, job, name) is None:
             kind = KIND_OF[option.kind]
-            found = store.find(kind.type, about, False, lambda found: kind.serves(
-                kind.suited(found, about["conditions"]), shown.settings, shown.path, shown.levels))
+            found = calibration.choice(kind, about, how, shown.settings, shown.path, shown.levels)
             return Saved(found[0], {name: kind.suited(found[1], about["conditions"])}) if found else None
     return None
 

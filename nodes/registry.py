@@ -95,7 +95,7 @@ def calibrated(sampler: Sampler, how: str | None = None) -> Callable[..., Tensor
         with kind.ready(suited, run) as ready:
             return function(model, x, sigmas, extra_args, callback, disable, **{kind.option: ready}, **options)
 
-    return _observed(sampler, sample, identity.description)
+    return _observed(sampler, sample, calibration.description)
 
 
 def _observed(sampler: Sampler, function: Callable[..., Tensor], describe: Callable | None) -> Callable[..., Tensor]:
@@ -112,7 +112,7 @@ def _more(family: Sampler) -> list[io.Input]:
         return []
     return [io.Combo.Input("calibration", options=list(calibration.RULES), default="auto", tooltip=(
         f"Without {kind.title} connected or attached: auto takes a saved one of this model and guidance, or measures and saves "
-        "one once, as the node says before a run; every prompt measures for each new prompt, which is more exact; saved only never "
+        "one once, at no prompt in particular; every prompt measures each new prompt, which is more exact; saved only never "
         "measures; never uses none but a given one"))]
 
 

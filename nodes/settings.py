@@ -11,7 +11,7 @@ PAGE: list[dict[str, Any]] = [
     {"id": CALIBRATION, "category": ["Lambda Solvers", "Sampling", "Calibration"], "type": "combo", "options": list(RULES),
      "defaultValue": RULES[0], "name": "Samplers that measure the model",
      "tooltip": "What a sampler of KSampler's list does that needs a calibration and was given none. auto: take a saved one of this "
-                "model and guidance, or measure and save one; every prompt: measure each new prompt; saved only: never measure; "
+                "model and guidance, or measure and save one, at no prompt in particular; every prompt: measure each new prompt; saved only: never measure; "
                 "never: stop. The environment variable LAMBDA_SOLVERS_CALIBRATION goes before"},
     {"id": PLOT, "category": ["Lambda Solvers", "Display", "Plot"], "type": "boolean", "defaultValue": True,
      "name": "Draw the schedule on sampler nodes",

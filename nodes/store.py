@@ -121,12 +121,14 @@ def alike(key: str, about: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool
     return len(a) == len(b) and all(map(close, a, b))
 
 
-def find(kind: type, wanted: Mapping[str, Any], exactly: bool, serves: Callable[[Any], int]) -> tuple[str, Any] | None:
+def find(kind: type, wanted: Mapping[str, Any], measured_for: Callable[[Mapping[str, Any]], bool],
+         serves: Callable[[Any], int]) -> tuple[str, Any] | None:
     """The name and content of a saved calibration for a model as `identity.description` describes it.
 
-    The checkpoint and its patches are the same, their strengths and the guidance near; of several that serve,
-    those that serve best, then those of the same prompt, then those of the nearest guidance. `exactly` asks
-    for the same prompt. A damaged file is named in the log and skipped.
+    The checkpoint and its patches are the same, their strengths and the guidance near, and it was measured for
+    these conditions, as measured_for(its description) says, or learned for all prompts and just such a run
+    (serves(it) = 2). Of several those that serve best, then those of the same prompt, then those of the nearest
+    guidance. A damaged file is named in the log and skipped.
     """
     found = []
     for name in listed():
@@ -139,8 +141,9 @@ def find(kind: type, wanted: Mapping[str, Any], exactly: bool, serves: Callable[
             continue
         about = loaded.about
         same = all(about.get(key) == wanted[key] for key in ("fingerprint", "patches"))
-        close = all(alike(key, about, wanted) for key in NUMBERS)
-        other_prompt = about.get("conditions") != wanted["conditions"]
-        if same and close and not (exactly and other_prompt) and (well := serves(loaded)):
-            found.append((-well, other_prompt, abs(about["guidance"] - wanted["guidance"]), name, loaded))
+        if same and all(alike(key, about, wanted) for key in NUMBERS):
+            well = serves(loaded)
+            if well == 2 or well and measured_for(about):
+                other_prompt = about.get("conditions") != wanted["conditions"]
+                found.append((-well, other_prompt, abs(about["guidance"] - wanted["guidance"]), name, loaded))
     return min(found, key=lambda entry: entry[:4])[3:] if found else None
