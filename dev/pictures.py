@@ -73,7 +73,7 @@ def main() -> None:
                 for kind in options.names or [*kinds, README]:
                     picture = of_readme(ui, info) if kind == README else of_node(ui, kind, info)
                     path = environment.ROOT / "dev" / f"{README}.png" if kind == README else FOLDER / f"{kind}.webp"
-                    how = {"optimize": True} if kind == README else {"quality": 80 if kind in WIDE else 50, "method": 6}
+                    how = {"optimize": True} if kind == README else {"quality": 80 if kind in WIDE else 30, "method": 6}
                     picture.save(path, **how)
                     print(f"{path.relative_to(environment.ROOT)}: {path.stat().st_size} bytes", flush=True)
 

@@ -318,9 +318,7 @@ def _order_not_reached(plan: Plan) -> dict[str, Any] | None:
     order = plan.settings.get("order")
     if order is None or not plan.steps or highest_order(plan.steps) >= order:
         return None
-    path, solver = find_path("ve"), plan.sampler.solver_of(plan.settings)
-    fewest = next((n for n in range(1, 50) if highest_order(solver.steps(levels(range(n, -1, -1), path), path)) >= order), None)
-    return {"order": order, "steps": len(plan.levels) - 1, "fewest": fewest}
+    return {"order": order, "steps": len(plan.levels) - 1}
 
 
 def _first_step_not_skipped(plan: Plan) -> dict[str, Any] | None:

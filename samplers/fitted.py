@@ -27,7 +27,7 @@ import numpy as np
 
 from .integrand import DataPrediction, Evaluation, Stage, Update
 from .schedule import Level, Path, VarianceExploding, find_path, levels
-from .solver import Step, ddim, finite
+from .solver import LONG, SHORT_RUN, Step, ddim, finite
 from .statistics import SLACK, EmpiricalPrediction, Statistics, integral
 
 REFINE = 2
@@ -123,9 +123,8 @@ def fit_multistep(calibration: Statistics, evaluations: int, *, order: int = 2, 
 def fit_weights(calibration: Statistics, nodes: Sequence[float], end: float | None = None, order: int = 2) -> Plan:
     """Weights for given nodes, in rising lam, by least squares over the calibrating trajectories.
 
-    The features of a step are its y_s and the last `order` values of f, those of the last step D_-1 - D_0 alone (with order 1
-    none); the residual is v3's own. The correction is damped by a
-    ridge rho = q / (1 - q) in units of the features' squares, with q the rms that an undamped fit leaves on trajectories that it
+    The features of a step are its y_s and the last `order` values of f (fewer in the last step above 0 if it is LONG), those
+    of the last step D_-1 - D_0 alone (with order 1 none); the residual is v3's own. The correction is damped by a ridge rho = q / (1 - q) in units of the features' squares, with q the rms that an undamped fit leaves on trajectories that it
     was not fitted to, as a share of v3's: 0 where the fit explains everything, infinite (v3 itself) where it explains nothing.
     With a single trajectory nothing can be left out, and v3's weights are kept.
     """
@@ -137,10 +136,11 @@ def fit_weights(calibration: Statistics, nodes: Sequence[float], end: float | No
     f = (1.0 - l)[:, None] * y - denoised
     shrunk = _shrinking(calibration, lam, end)[1:]
     weights, total = [], 0.0
-    for i, (decay, terms, bias) in enumerate(_v3(calibration, lam, order)):
+    orders = _orders(lam, order) if end is None else [order] * n
+    for i, (decay, terms, bias) in enumerate(_v3(calibration, lam, orders)):
         residual = decay * y[i] + sum(c * f[i - k] for k, c in enumerate(terms)) - y[i + 1]
         residual[-1] += bias
-        features = np.stack([y[i], f[i], *(f[i - k] - f[i] for k in range(1, min(order, i + 1)))])
+        features = np.stack([y[i], f[i], *(f[i - k] - f[i] for k in range(1, min(orders[i], i + 1)))])
         c, error = _correction(calibration.root, features, residual)
         change = [c[1] - c[2:].sum(), *c[2:]]
         weights.append(Weights(float(decay + c[0]), tuple(
@@ -159,7 +159,7 @@ def planned(calibration: Statistics, nodes: Sequence[float]) -> Plan:
     """v3's own steps of order 2 over given nodes, to x0."""
     lam = np.array(nodes, dtype=np.float64)
     return Plan(tuple(map(float, lam)), math.inf, tuple(map(float, calibration.at("l", lam))),
-                (*_v3(calibration, lam, 2), Weights(0.0, (1.0,), 0.0)), math.nan)
+                (*_v3(calibration, lam, [2] * len(lam)), Weights(0.0, (1.0,), 0.0)), math.nan)
 
 
 def check(calibration: Statistics) -> None:
@@ -273,13 +273,21 @@ def _shrinking(calibration: Statistics, lam: np.ndarray, end: float | None) -> n
     return np.exp(np.interp(lam, grid, total) - np.interp(grid[-1] if end is None else end, grid, total))
 
 
-def _v3(calibration: Statistics, lam: np.ndarray, order: int) -> list[Weights]:
-    """DPM-Solver-v3's steps from each level to the next."""
+def _orders(lam: np.ndarray, order: int) -> list[int]:
+    """The order of every step to the last level above 0: lower where that one is long, as in solver.Multistep."""
+    left = range(len(lam) - 1, 0, -1)
+    if len(lam) >= SHORT_RUN or len(lam) == 1:
+        return [order] * len(left)
+    return [min(order, k + (lam[-1] - lam[-2] <= LONG)) for k in left]
+
+
+def _v3(calibration: Statistics, lam: np.ndarray, orders: Sequence[int]) -> list[Weights]:
+    """DPM-Solver-v3's steps of these orders from each level to the next."""
     integrand, ve = EmpiricalPrediction(calibration), VarianceExploding()
     at = [ve.at(float(v)) for v in lam]
     result = []
     for i in range(len(lam) - 1):
-        past = {-k: at[i - k] for k in range(min(order, i + 1))}
+        past = {-k: at[i - k] for k in range(min(orders[i], i + 1))}
         update = integrand.update(at[i], at[i + 1], Stage(tuple(past)), past)
         result.append(Weights(update.decay, tuple(c for _, c in update.terms), float(update.bias)))
     return result
