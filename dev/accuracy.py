@@ -3,6 +3,7 @@
     python dev/benchmark.py accuracy            every scheduler, more than an hour beside other work
     python dev/benchmark.py accuracy --few      two schedulers, two prompts, guidance 1, 3, 7, every budget from 3 to 10, and AMED
     python dev/benchmark.py accuracy --best     every scheduler, many images: ComfyUI's samplers and ours that calibrate, about five hours
+    python dev/benchmark.py accuracy --ours     the samplers that changed most, beside three of ComfyUI's: three schedulers, 3 images a prompt, 25 minutes
     python dev/benchmark.py accuracy --quick    three schedulers, two prompts, 5, 8 and 10 evaluations, about 3 minutes
 
 Writes accuracy.csv (a row a cell), accuracy.md (tables) and accuracy.png (error against evaluations) to --out. With --resume
@@ -73,14 +74,19 @@ class Size:
     own_prompt: bool                # calibrate on every evaluated prompt too
     catalogue: bool = True          # the samplers of ours that calibrate nothing, and the variants
     refits: bool = False            # the fitted solver refitted too
-    calibration_prompt: str = "panda"
+    calibration_prompt: str | None = None  # what samplers are calibrated on for all prompts; None: nobody's, as `auto` does it
+    core: tuple[str, ...] = ()      # of ComfyUI's samplers; all if empty
+    names: tuple[str, ...] = ()     # of ours that calibrate nothing; all if empty
+    stride: int = 2                 # timesteps from one to the next in the emoji's converged solution
 
 
 FULL = Size(tuple(comfy.samplers.SCHEDULER_NAMES), ("red heart", "panda", "strawberry", "doughnut"), (4, 5, 6, 8, 10, 15, 20),
             (4, 5, 6, 8, 10), (3.0, 7.0, 1.0), 1, 32, True)
 FEW = Size(("karras", "sgm_uniform"), ("red heart", "panda"), tuple(range(3, 11)), (), (3.0, 7.0, 1.0), 2, 16, True)
 BEST = Size(tuple(name for name in FULL.schedulers if name != MOVING_START), FULL.prompts, FULL.other_budgets, FULL.other_budgets,
-            FULL.guidances, 8, 512, True, catalogue=False, refits=True, calibration_prompt="ghost")
+            FULL.guidances, 8, 512, True, catalogue=False, refits=True)
+OURS = Size(MAIN, FULL.prompts, FULL.other_budgets, (), FULL.guidances, 3, 128, True,
+            core=("dpmpp_2m", "lms", "ipndm_v"), names=("dpmpp_2m", "dpmpp_3m", "ipndm"), stride=5)
 QUICK = Size(MAIN, ("red heart", "panda"), (5, 8, 10), (), (3.0,), 1, 16, True)
 
 
@@ -185,8 +191,8 @@ CALIBRATED = [  # name, what is different, options, calibration
 ]
 """Solvers that first see the model: the calibration is called with (model, x at sigmas[0], sigmas, how many images statistics
 take, of how many prompts they are, what fitted_statistics found on one prompt) on noises that are not evaluated, once for each
-problem and guidance. On the emoji it sees Size.calibration_prompt and is used for all prompts, as the nodes do it
-(Statistics.for_another_prompt); "own prompt" saw the prompt that is evaluated."""
+problem and guidance. On the emoji it sees Size.calibration_prompt (nobody's, as `auto`) and is used for all prompts, as the
+nodes do it (Statistics.for_another_prompt); "own prompt" saw the prompt that is evaluated."""
 
 
 def amed(form: str = "table", **how: Any) -> Callable[..., Mapping[str, Any]]:
@@ -217,11 +223,11 @@ TRAINED_NAMES = {name for name in samplers.SAMPLERS if "trained" in samplers.SAM
 
 
 def entries(size: Size) -> list[Entry]:
-    result = list(CORE)
+    result = [entry for entry in CORE if not size.core or entry.label.removeprefix("comfy/") in size.core]
     for name, sampler in samplers.SAMPLERS.items() if size.catalogue else ():
-        if name not in CALIBRATED_NAMES | TRAINED_NAMES and "eta" not in sampler.options and sampler.evaluations_per_step is not None:
+        if (not size.names or name in size.names) and name not in CALIBRATED_NAMES | TRAINED_NAMES and "eta" not in sampler.options and sampler.evaluations_per_step is not None:
             result.append(ours(name))
-    for name, about, options in VARIANTS if size.catalogue else ():
+    for name, about, options in VARIANTS if size.catalogue and not size.names else ():
         default = all(samplers.SAMPLERS[name].options[key].default == value for key, value in options.items())
         if not default:
             result.append(ours(name, about, **options))
@@ -338,8 +344,8 @@ class Emoji:
     calibration_noises, refit_noises = 2, 8  # the nodes' defaults for latents of this size
     training_noises = 5     # half of the nodes' default
 
-    def __init__(self, prompts: tuple[str, ...], guidances: tuple[float, ...], noises: int) -> None:
-        self.prompts, self.guidances, self.noises = prompts, guidances, noises
+    def __init__(self, prompts: tuple[str, ...], guidances: tuple[float, ...], noises: int, stride: int = 2) -> None:
+        self.prompts, self.guidances, self.noises, self.stride = prompts, guidances, noises, stride
         folder = environment.ROOT / "dev" / "tiny_emoji"
         spec = importlib.util.spec_from_file_location("tiny_emoji", folder / "__init__.py",
                                                       submodule_search_locations=[str(folder)])
@@ -353,8 +359,12 @@ class Emoji:
         comfy_host.pack()
         return sys.modules["custom_nodes_x_lambda-solvers.nodes.middle_block"].MiddleBlock(self.model)
 
-    def cond(self, prompts: Sequence[str]) -> list:
-        """A cond with one prompt for each image."""
+    def cond(self, prompts: Sequence[str | None], negative: bool = False) -> list:
+        """A cond with one prompt for each image; None: nobody's, as `auto` measures at."""
+        if None in prompts:
+            canonical = sys.modules[f"{comfy_host.pack().__name__}.nodes.canonical"]
+            made = canonical.Text.like(self.cond([""])[0][0], negative).made(int(not negative))
+            return [[made.repeat(len(prompts), 1, 1), {}]]
         each = [self.clip.encode_from_tokens_scheduled(self.clip.tokenize(prompt))[0][0] for prompt in prompts]
         return [[torch.cat(each), {}]]
 
@@ -373,7 +383,7 @@ class Emoji:
                 return noise
 
         guider = comfy.samplers.CFGGuider(self.model)
-        guider.set_conds(self.cond(prompts), self.cond([""]))
+        guider.set_conds(self.cond(prompts), self.cond([None if None in prompts else ""], negative=True))
         guider.set_cfg(guidance)
         empty = torch.zeros(len(prompts), *self.shape)
         guider.sample(empty, empty, Inside(), torch.tensor([14.6, 0.0]), disable_pbar=True)
@@ -457,9 +467,9 @@ def reference(problem: Problem, model: comfy_host.Model, noise: Tensor, start: f
         other = run(S.sample_heun, fine(start, problem.reference_steps // 2, problem.dtype)) if highest else None
     else:
         every = [sigma for sigma in reversed(model_sampling().sigmas.tolist()) if sigma <= start * 1.0001]
-        stride = 2 if highest else 4  # ddim_uniform's cells are few and their errors large
+        stride = problem.stride if highest else 4  # ddim_uniform's cells are few and their errors large
         x = run(S.sample_dpmpp_2m, torch.tensor([*every[:-1:stride], every[-1], 0.0]))
-        other = run(S.sample_dpmpp_2m, fine(start, len(every), problem.dtype)) if highest else None
+        other = run(S.sample_dpmpp_2m, fine(start, len(every) // (problem.stride - 1), problem.dtype)) if highest else None
     return Reference(x, None if other is None else rms(other - x))
 
 
@@ -569,7 +579,7 @@ def calibrated(problem: Problem, solvers: Sequence[Entry], guidance: float, prom
                     found["statistics"] = found["statistics"].for_another_prompt()
             except Exception as error:  # a solver in the making must not end the run: its cells say why they are empty
                 found = error
-            table.say(f"{problem.name}, guidance {guidance:g}: {calibrate.__name__} of {', '.join(seen)}, {counted.calls} evaluations of "
+            table.say(f"{problem.name}, guidance {guidance:g}: {calibrate.__name__} of {', '.join(map(str, seen))}, {counted.calls} evaluations of "
                       f"{count} images")
             return found
 
@@ -711,7 +721,7 @@ def ratios(rows: Sequence[dict[str, Any]], what: str = "rms") -> dict[str, list[
 
 def report(table: Table, size: Size, seconds: float) -> str:
     problems = unique([row["problem"] for row in table.rows])
-    parts = [f"# Error at equal evaluations\n\nWritten by `python dev/benchmark.py accuracy{ {QUICK: ' --quick', FEW: ' --few', BEST: ' --best'}.get(size, '') }`"
+    parts = [f"# Error at equal evaluations\n\nWritten by `python dev/benchmark.py accuracy{ {QUICK: ' --quick', FEW: ' --few', BEST: ' --best', OURS: ' --ours'}.get(size, '') }`"
              f" in {seconds / 60:.0f} minutes; {len(table.rows)} cells in accuracy.csv. What is measured and how: "
              "`dev/accuracy.py`. `comfy/` is ComfyUI's sampler, `lambda/` ours. Errors are rms over pixels; values are in "
              "-1 to 1.", "## Summary", summary_table(table.rows, problems), agreement_table(table)]
@@ -885,7 +895,7 @@ def accuracy(size: Size, out: Path, resume: bool) -> None:
     print(f"{len(solvers)} samplers, {len(size.schedulers)} schedulers, evaluations {', '.join(map(str, size.budgets))}")
     with torch.inference_mode():
         for problem in (lambda: gaussians(size.exact_noises), lambda: digits(size.exact_noises),
-                        lambda: Emoji(size.prompts, size.guidances, size.noises)):
+                        lambda: Emoji(size.prompts, size.guidances, size.noises, size.stride)):
             measure(problem(), size, solvers, table)
     plot(table, out / "accuracy.png")
     (out / "accuracy.md").write_text(report(table, size, time.perf_counter() - table.started))

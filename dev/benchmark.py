@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="timed runs of each, taken in turn (default 15)")
     parser.add_argument("--few", action="store_true", help="accuracy: every budget from 3 to 10, with AMED, on two schedulers")
     parser.add_argument("--best", action="store_true", help="accuracy: ComfyUI's samplers and ours that calibrate, many images")
+    parser.add_argument("--ours", action="store_true", help="accuracy: mostly our samplers, three schedulers, about 25 minutes")
     parser.add_argument("--quick", action="store_true", help="accuracy: a small part of it, about 3 minutes instead of over an hour")
     parser.add_argument("--out", type=Path, default=environment.HOME / "accuracy", help="accuracy: folder (default .dev/accuracy)")
     parser.add_argument("--resume", action="store_true", help="accuracy: go on in --out where a run of the same size and code was cut short")
@@ -37,9 +38,10 @@ def main() -> None:
     environment.enter("test")
     sys.path += [str(environment.ROOT), str(environment.ROOT / "tests")]
     if options.what == "accuracy":
-        from accuracy import BEST, FEW, FULL, QUICK, accuracy
-        accuracy(QUICK if options.quick else FEW if options.few else BEST if options.best else FULL, options.out,
-                 options.resume)
+        from accuracy import BEST, FEW, FULL, OURS, QUICK, accuracy
+        size = next((size for name, size in (("quick", QUICK), ("few", FEW), ("best", BEST), ("ours", OURS))
+                     if getattr(options, name)), FULL)
+        accuracy(size, options.out, options.resume)
     else:
         overhead(options.rounds)
 
