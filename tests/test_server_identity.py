@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from samplers import Statistics
+from samplers import FAMILIES, Statistics
 from test_server import Graph, base, server  # noqa: F401  (the fixtures)
 from test_server_v3 import NAME, estimate, files, folder, refit  # noqa: F401
 
@@ -72,8 +72,11 @@ def test_levels_beyond_those_that_were_measured_are_measured_too(server, folder)
     assert spent(high(1), server) > FEW and spent(high(2), server) == FEW
 
 
-def guided(node: str, seed: int, name: str = NAME, sampler: list | None = None, **inputs) -> Graph:
+def guided(node: str, seed: int, name: str = NAME, calibration: str | None = None, **inputs) -> Graph:
+    """Through a guider, with the sampler of a name, or with the node that takes a rule."""
     graph = Graph("panda").counted()
+    settings = {key: option.default for key, option in FAMILIES["v3"].options.items() if option.stand_in is None}
+    sampler = calibration and [graph.add("LambdaSamplerV3", calibration=calibration, **settings), 0]
     conds = {"BasicGuider": dict(conditioning=graph.positive),
              "DualCFGGuider": dict(cond1=graph.positive, cond2=graph.positive, negative=graph.negative, style="regular"),
              "PerpNegGuider": dict(positive=graph.positive, negative=graph.negative, empty_conditioning=graph.negative)}[node]
@@ -95,16 +98,18 @@ def test_a_guider_with_a_rule_of_its_own_is_measured_by_itself(server, folder) -
     assert len(files(folder)) == 5
 
 
-def test_without_guidance_every_guider_takes_what_the_nodes_have_measured(server, folder) -> None:  # noqa: F811
-    """KSampler at cfg 1, BasicGuider, and Estimate Solver Statistics."""
+def test_without_guidance_every_guider_takes_what_another_or_the_nodes_have_measured(server, folder) -> None:  # noqa: F811
+    """KSampler at cfg 1, BasicGuider, and Estimate Solver Statistics, which is of the prompt."""
     graph = Graph("panda")
     graph.add("LambdaSaveStatistics", statistics=estimate(graph, cfg=1.0), name="ours", overwrite=False)
     assert server.run(graph.nodes).status == "success"
-    for graph in (guided("BasicGuider", 4), patched(cfg=1.0, seed=4)):
-        samples, run = graph.run(server)
-        assert run.status == "success"
-        assert run.texts == ["statistics: ours.safetensors"]  # and of the same prompt
+    for rule in ("every prompt", "saved only"):
+        graph = guided("BasicGuider", 4, calibration=rule)
+        _, run = graph.run(server)
+        assert run.status == "success" and run.texts == ["statistics: ours.safetensors"]
         assert len(graph.evaluations(server)) == FEW
+    assert spent(guided("BasicGuider", 4), server) > FEW  # auto takes none of a prompt
+    assert spent(patched(cfg=1.0, seed=4), server) == FEW
 
 
 CACHED = {"EasyCache": dict(reuse_threshold=0.2, start_percent=0.15, end_percent=0.95, verbose=False),
