@@ -76,6 +76,8 @@ def test_an_example_runs_on_the_tiny_checkpoint_and_its_image_restores_it(server
             ran = json.loads(image.info["prompt"])
         for node in ran.values():
             node.pop("is_changed", None)  # ComfyUI's own note on a loaded image
+            if "lambda_solvers" in node.get("_meta", {}):  # ours, on what a run was calibrated with
+                assert all(entry["name"] and entry["digest"] for entry in node.pop("_meta")["lambda_solvers"]["calibrations"])
         assert json.loads(image.info["workflow"]) == example and ran == prompt
 
 
