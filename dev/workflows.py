@@ -452,7 +452,7 @@ def main() -> None:
             path.write_text(json.dumps(make(name, info), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
             print(path.relative_to(environment.ROOT), flush=True)
             if not options.no_thumbnails:
-                thumbnail(server, path).save(path.with_suffix(".jpg"), quality=72, optimize=True, progressive=True)
+                thumbnail(server, path).save(path.with_suffix(".jpg"), quality=55, optimize=True, progressive=True)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ WORDS = {
     "scale_guessed": "lambda {low} to {high} on Stable Diffusion's noise levels (the model's own after a run)",
     "levels_chosen": "of the scheduler only the range counts; evaluated at sigma {sigmas}",
     "levels_unknown": "of the scheduler only the range counts; the levels are chosen once the model is measured",
-    "order_not_reached": "warning: order {order} is never reached in these {steps} steps: choose more",
+    "order_not_reached": "warning: order {order} is never reached in {steps} steps: choose more",
     "first_step_not_skipped": "warning: the first step can be skipped at full noise only, and this run starts at sigma {sigma}",
     "nothing_to_learn": "warning: {steps} steps leave AMED nothing to learn, choose more",
     "mean_first_step": "in the first run of a prompt the model answers the first step too",

@@ -158,7 +158,7 @@ def test_too_few_steps_for_the_order_are_named() -> None:
         graph["6"]["inputs"]["steps"] = steps
         return [line for line in lines(graph) if line.startswith("warn")]
 
-    assert warned(2) == ["warn: warning: order 3 is never reached in these 2 steps: choose more"]
+    assert warned(2) == ["warn: warning: order 3 is never reached in 2 steps: choose more"]
     assert warned(5) and not warned(6)  # of karras, whose last step above 0 is then long: orders 1, 2, 2, 1, 1
 
 
