@@ -72,12 +72,16 @@ def same(about: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
 
 @contextmanager
 def conditions(run: Any) -> Iterator[None]:
-    """The guider of a run under these conditions, and again as it was."""
+    """The guider of a run under these conditions, and again as it was; ValueError where a model takes none."""
     guider = run.guider
     before = guider.conds, guider.cfg
     made = {name: [_cond(k, texts, cond, run)] for k, (name, (texts, cond)) in enumerate(sorted(_texts(guider).items()))}
-    guider.conds = comfy.samplers.process_conds(
-        guider.inner_model, run.x, made, run.x.device, latent_image=torch.zeros_like(run.x), seed=run.extra_args.get("seed"))
+    try:
+        guider.conds = comfy.samplers.process_conds(
+            guider.inner_model, run.x, made, run.x.device, latent_image=torch.zeros_like(run.x), seed=run.extra_args.get("seed"))
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as fault:  # this model's own code
+        raise ValueError("auto measures at nobody's prompt, and this model takes none without more than a text "
+                         f"({type(fault).__name__}: {fault}): set calibration to every prompt") from fault
     guider.cfg = guidance(guider.cfg)
     try:
         yield

@@ -64,6 +64,22 @@ def test_the_model_is_asked_at_nobody_s_prompt_and_the_guider_is_as_it_was() -> 
     assert PANDA not in [round(value, 3) for value in values] and 0.0 in values
 
 
+def test_a_model_that_asks_for_more_than_a_text_is_refused_with_the_remedy(monkeypatch) -> None:
+    made = guider(model(Network()), prompt(PANDA), prompt(0.0), 7.0)
+
+    def use(run) -> None:
+        def lacking(**told):
+            raise KeyError("lyrics")
+
+        monkeypatch.setattr(run.guider.inner_model, "extra_conds", lacking)
+        before = run.guider.conds, run.guider.cfg
+        with pytest.raises(ValueError, match="KeyError: 'lyrics'.*every prompt"), part("nodes.canonical").conditions(run):
+            pass
+        assert (run.guider.conds, run.guider.cfg) == before
+
+    in_a_run(made, use)
+
+
 def test_what_every_prompt_measures_is_that_prompt_s_own(folder) -> None:  # noqa: F811
     calibration, kinds = part("nodes.calibration"), part("nodes.kinds")
     found = {}
