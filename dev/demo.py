@@ -114,7 +114,7 @@ def few_steps(server) -> list[tuple[tuple[str, None, dict], int]]:
         node["positive"] = sampled["positive"]
     for node in nodes_of(own, "LambdaRefitStatistics"):
         node["prompts"] = ""
-    labels = {"lambda_fitted": f"lambda_fitted,\nmeasured on {PROMPTS[0]}", "dpm_solver_v3": f"dpm_solver_v3, sgm_uniform,\nmeasured on {PROMPTS[0]}"}
+    labels = {"lambda_fitted": "lambda_fitted,\nmeasured by auto", "dpm_solver_v3": "dpm_solver_v3, sgm_uniform,\nmeasured by auto"}
     return [(ksampler("converged", "dpmpp_2m", "karras"), CONVERGED),
             *((ksampler(labels.get(sampler, f"{sampler}, {scheduler}"), sampler, scheduler), FEW) for sampler, scheduler in FEW_STEPS),
             ((f"lambda_fitted, refitted on\n{len(LEARNED) + 1} other prompts", None, learned), FEW),
