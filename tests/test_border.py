@@ -280,7 +280,9 @@ def test_a_prompt_with_strange_metadata_loses_no_image(monkeypatch, caplog) -> N
                                         ("not written", "measured")])
 def test_a_calibration_is_known_by_where_it_came_from(monkeypatch, came: str, name: str, tmp_path) -> None:
     calibration, store, found = module("calibration"), module("store"), two_trajectories()
-    monkeypatch.setattr(calibration.identity, "description", lambda guider: {**ABOUT, "model": "model"})
+    told = {**ABOUT, "model": "model", "any": "any-1"}
+    monkeypatch.setattr(calibration, "description", lambda guider: told)
+    monkeypatch.setattr(calibration.canonical, "conditions", lambda run: contextlib.nullcontext())
     monkeypatch.setattr(calibration, "warn", lambda *run: None)
     monkeypatch.setattr(store, "find", lambda *wanted, **how: ("folder/one.safetensors", found) if came == "saved" else None)
     monkeypatch.setattr(store, "partial", lambda name: None)

@@ -290,7 +290,7 @@ def found(made: dict, wanted: dict, folder) -> bool:
         statistics = samplers.Statistics(np.arange(5.0), flat + 1, flat, flat, about=json.loads(json.dumps(made)))
         statistics.save(folder / "a.safetensors", overwrite=True)
         folder_paths.filename_list_cache.pop("solver_calibrations", None)
-        return store().find(samplers.Statistics, wanted, False, lambda found: 1) is not None
+        return store().find(samplers.Statistics, wanted, lambda about: True, lambda found: 1) is not None
     finally:
         folder_paths.folder_names_and_paths["solver_calibrations"] = kept
 
