@@ -27,7 +27,7 @@ def english() -> dict[str, dict]:
     """File -> content, from the pack as ComfyUI loads it."""
     from comfy_host import pack
     pack()
-    panel, settings = (sys.modules[f"custom_nodes_x_lambda-solvers.nodes.{name}"] for name in ("panel", "settings"))
+    panel, settings = (sys.modules[f"custom_nodes_x_lambda-solvers.nodes.{name}"] for name in ("status.panel", "settings"))
     schemas = [node.GET_SCHEMA() for node in asyncio.run(pack().comfy_entrypoint().get_node_list())]
     categories = sorted({part for schema in schemas for part in schema.category.split("/")})
     return {

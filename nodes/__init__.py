@@ -4,7 +4,7 @@ import logging
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import events, first_steps, store
+from . import first_steps, store
 from .calibrating import NODES
 from .compare import CompareSamplers
 from .registry import register, sampler_nodes
@@ -18,10 +18,8 @@ class LambdaSolvers(ComfyExtension):
 store.register()
 register()
 try:  # what shows, predicts and records needs more of ComfyUI than samplers and nodes, which work without it
-    from . import metadata, runs, web
-    events.listeners[:] = [runs, metadata]
-    web.register()
-    metadata.register()
+    from . import status
+    status.register()
 except Exception as fault:
     logging.warning("Lambda Solvers: this ComfyUI lacks something that the panel on nodes, progress texts and "
                     "the images' metadata need (%r). Samplers and nodes work without them", fault, exc_info=True)

@@ -10,7 +10,7 @@ from comfy_api.latest import io, ui
 
 from . import picture
 from .calibration import say
-from .comparison import (MOST_EVALUATIONS, Bench, Cell, Reference, References, grids, measured, parse, parse_budgets,
+from .bench import (MOST_EVALUATIONS, Bench, Cell, Reference, References, grids, measured, parse, parse_budgets,
                          parse_schedulers, plan, solve, start_of)
 from .calibrating import advanced
 

@@ -18,7 +18,7 @@ from test_panel import ABOUT, ask, custom, ksampler, lines, module, node, nothin
 
 @pytest.fixture
 def noted():
-    metadata = module("metadata")
+    metadata = module("status.metadata")
     metadata._noted.clear()
     yield lambda graph, name: graph[name].get("_meta", {}).get("lambda_solvers")
     metadata._noted.clear()
@@ -32,10 +32,10 @@ def no_describing(guider):
 
 FAULTS = {
     "a description": lambda monkeypatch: {"describe": no_describing},
-    "the graph's shape": lambda monkeypatch: monkeypatch.setattr(module("runs"), "model_chain", lambda *graph: {1: 2}["inputs"]),
-    "the chain's JSON": lambda monkeypatch: monkeypatch.setattr(module("runs"), "model_chain", lambda *graph: object()),
+    "the graph's shape": lambda monkeypatch: monkeypatch.setattr(module("status.runs"), "model_chain", lambda *graph: {1: 2}["inputs"]),
+    "the chain's JSON": lambda monkeypatch: monkeypatch.setattr(module("status.runs"), "model_chain", lambda *graph: object()),
     "the connection": lambda monkeypatch: {"send": ConnectionError("gone")},
-    "what is running": lambda monkeypatch: monkeypatch.setattr(module("runs"), "get_progress_state", lambda: None),
+    "what is running": lambda monkeypatch: monkeypatch.setattr(module("status.runs"), "get_progress_state", lambda: None),
     "a calibration's arrays": lambda monkeypatch: {"use": {"statistics": object()}},
 }
 
@@ -105,7 +105,7 @@ def test_a_sampler_of_another_s_with_one_of_our_names_is_left_alone_and_named_in
         assert unregistered.samplers.KSampler.SAMPLERS.count("lambda_3m") == 1
         assert "named lambda_2m already" in caplog.text and "lambda_3m" not in caplog.text
         assert ask(ksampler(sampler_name="lambda_2m"))["lines"] == []  # nothing is said of what is not ours
-        assert "lambda_2m" not in module("web").about()["names"] and "lambda_3m" in module("web").about()["names"]
+        assert "lambda_2m" not in module("status.web").about()["names"] and "lambda_3m" in module("status.web").about()["names"]
     finally:
         del unregistered.sampling.sample_lambda_2m
 
@@ -130,7 +130,7 @@ def test_what_replaces_a_sampler_of_ours_later_is_not_taken_for_ours(monkeypatch
     from comfy.k_diffusion import sampling
     monkeypatch.setattr(sampling, "sample_lambda_2m", lambda *args, **options: None)
     assert ask(ksampler())["lines"] == []
-    assert module("comparison").parse("lambda_2m")[0].sampler.sampler_function is sampling.sample_lambda_2m
+    assert module("bench").parse("lambda_2m")[0].sampler.sampler_function is sampling.sample_lambda_2m
 
 
 # --- imports ----------------------------------------------------------------------------------------------------------
@@ -220,7 +220,7 @@ def test_the_calibration_of_a_run_is_noted_in_the_prompt_that_comfyui_writes_int
     assert storage.digest(type(drawn).load(tmp_path / "a.safetensors").arrays()) == digest and len(digest) == 12
     graph, unused = (ksampler(sampler_name="dpm_solver_v3") for _ in range(2))
     run(graph, "5", 12, monkeypatch, family="dpm_solver_v3", statistics=drawn, use={"statistics": drawn})
-    assert noted(graph, "5") == {"version": module("metadata").version(), "calibrations": [{"name": "file", "digest": digest}]}
+    assert noted(graph, "5") == {"version": module("status.metadata").version(), "calibrations": [{"name": "file", "digest": digest}]}
     assert noted(graph, "1") is None and graph["5"]["inputs"] == unused["5"]["inputs"]
     assert f"note: the last run used file, digest {digest}" in lines(graph)
     plain = ksampler()
@@ -246,7 +246,7 @@ def test_a_node_that_samples_several_times_notes_every_calibration_once(monkeypa
 def test_a_node_that_another_has_made_while_running_notes_on_that_one(monkeypatch, noted) -> None:
     graph = ksampler()
     run(graph, "5.0.0.2", 12, monkeypatch, use={"statistics": two_trajectories()}, made_by="5")
-    assert noted(graph, "5") and not module("runs")._runs
+    assert noted(graph, "5") and not module("status.runs")._runs
     inside = {"4:1": ksampler()["5"]}  # in a subgraph of the interface, which sends it so
     run(inside, "4:1", 12, monkeypatch, use={"statistics": two_trajectories()})
     assert noted(inside, "4:1")
@@ -254,7 +254,7 @@ def test_a_node_that_another_has_made_while_running_notes_on_that_one(monkeypatc
 
 def test_a_result_that_comfyui_has_kept_is_noted_anew_in_the_next_prompt_and_what_came_with_a_prompt_is_not_believed(
         monkeypatch, noted) -> None:
-    queued = module("metadata").queued
+    queued = module("status.metadata").queued
     graph = ksampler()
     run(graph, "5", 12, monkeypatch, use={"statistics": two_trajectories()})
     said = noted(graph, "5")
@@ -304,17 +304,17 @@ def test_numbers_that_no_workflow_has_are_refused(value) -> None:
     """Python's JSON reads them all, and a schedule of them ended in an error of the server's."""
     for graph in (ksampler(cfg=value), custom(scheduler=node("KarrasScheduler", steps=5, sigma_max=value, sigma_min=0.03, rho=7.0))):
         with pytest.raises(ValueError, match="must be from -1.8"):
-            module("web").checked({"node": "5", "graph": graph})
-    assert module("web").checked({"node": "5", "graph": ksampler(seed=2**64 - 1)})
+            module("status.web").checked({"node": "5", "graph": graph})
+    assert module("status.web").checked({"node": "5", "graph": ksampler(seed=2**64 - 1)})
 
 
 def test_a_refusal_does_not_repeat_all_that_was_sent() -> None:
     with pytest.raises(ValueError) as fault:
-        module("web").checked({"node": "5", "graph": ksampler(model=["x" * 10**6])})
+        module("status.web").checked({"node": "5", "graph": ksampler(model=["x" * 10**6])})
     assert len(str(fault.value)) < 300
 
 
 def test_no_memory_is_kept_of_languages_that_are_asked_for() -> None:
     for k in range(50):
         assert lines(ksampler(), locale=f"made up {k}") == lines(ksampler())
-    assert module("web").translations.cache_info().currsize == 1
+    assert module("status.web").translations.cache_info().currsize == 1

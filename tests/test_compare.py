@@ -20,7 +20,7 @@ def module(name: str) -> types.ModuleType:
 
 def bench_of(denoiser=lambda x, sigma: x / 2):
     """A Bench without a network: KSampler's schedules, and runs on a denoiser of our choice."""
-    comparison = module("comparison")
+    comparison = module("bench")
     import comfy.model_sampling
     import comfy.samplers
 
@@ -66,12 +66,12 @@ def gaussian(x, sigma):
 
 
 def entry(line: str):
-    [found] = module("comparison").parse(line)
+    [found] = module("bench").parse(line)
     return found
 
 
 def test_a_line_is_a_name_with_options_of_comfyui_or_of_ours() -> None:
-    comparison = module("comparison")
+    comparison = module("bench")
     entries = comparison.parse("dpmpp_2m\n\n lambda/dpmpp_2m,  rule = taylor\nlambda_3m\ndpm_2s\n"
                                "dpmpp_2m_sde, eta=0.5\ndpmpp_2m")
     assert [e.label for e in entries] == ["dpmpp_2m", "lambda/dpmpp_2m, rule = taylor", "lambda_3m", "dpm_2s",
@@ -93,11 +93,11 @@ def test_a_line_is_a_name_with_options_of_comfyui_or_of_ours() -> None:
 ])
 def test_a_line_that_is_none_is_refused_with_what_to_write(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        module("comparison").parse(text)
+        module("bench").parse(text)
 
 
 def test_schedulers_and_budgets_are_checked() -> None:
-    comparison = module("comparison")
+    comparison = module("bench")
     assert comparison.parse_schedulers(" karras ,sgm_uniform, karras") == ["karras", "sgm_uniform"]
     assert comparison.parse_budgets("10, 5,8, 5") == [5, 8, 10]
     for text, message in (("karas", "unknown 'karas': write names"), (" , ", "empty: write names")):
@@ -121,20 +121,20 @@ def test_a_rehearsal_of_ours_makes_as_many_calls_as_the_catalogue_says(name: str
     ("euler", {5: 5, 8: 8}), ("heun", {5: 3, 8: 4}), ("dpm_2", {5: 3, 8: 4}), ("heunpp2", {5: 2, 8: 3}),
     ("uni_pc", {5: 5, 8: 8}), ("lambda/dpmpp_3s", {5: 2, 8: 3}), ("dpmpp_2m_cfg_pp", {5: 5}), ("ddim", {5: 5})])
 def test_a_budget_buys_the_most_steps_that_fit(name: str, steps: dict[int, int]) -> None:
-    cells = module("comparison").plan(bench_of(), entry(name), ["karras"], list(steps))
+    cells = module("bench").plan(bench_of(), entry(name), ["karras"], list(steps))
     assert {cell.budget: cell.steps for cell in cells} == steps
     assert all(cell.planned <= cell.budget and not cell.fault for cell in cells)
-    longer = module("comparison").plan(bench_of(), entry(name), ["karras"], [cells[0].planned + 1])[0]
+    longer = module("bench").plan(bench_of(), entry(name), ["karras"], [cells[0].planned + 1])[0]
     assert longer.steps >= cells[0].steps
 
 
 def test_a_step_that_is_not_evaluated_is_not_paid_for() -> None:
-    cells = module("comparison").plan(bench_of(), entry("lambda/dpmpp_2m, first_step=afs"), ["karras"], [4, 6])
+    cells = module("bench").plan(bench_of(), entry("lambda/dpmpp_2m, first_step=afs"), ["karras"], [4, 6])
     assert [(cell.steps, cell.planned) for cell in cells] == [(5, 4), (7, 6)]
 
 
 def test_what_a_budget_cannot_buy_and_what_fails_is_said() -> None:
-    comparison = module("comparison")
+    comparison = module("bench")
     [cell] = comparison.plan(bench_of(), entry("seeds_3"), ["karras"], [1])
     assert cell.fault == "" and cell.steps == 1  # its last step makes one evaluation
     broken = entry("lambda/dpmpp_2m")._replace(rehearsal=comparison.KSAMPLER(lambda *a, **k: 1 / 0))
@@ -148,13 +148,13 @@ def test_what_a_budget_cannot_buy_and_what_fails_is_said() -> None:
     ("lcm", True, False), ("dpm_adaptive", False, True),
     ("dpm_adaptive_23", False, True), ("dpm_solver_v3", False, False), ("uni_pc_bh2", False, False)])
 def test_stochastic_and_adaptive_samplers_are_found_out(name: str, stochastic: bool, adaptive: bool) -> None:
-    cells = module("comparison").plan(bench_of(), entry(name), ["karras", "normal"], [4, 6])
+    cells = module("bench").plan(bench_of(), entry(name), ["karras", "normal"], [4, 6])
     assert {cell.stochastic for cell in cells} == {stochastic} and not any(cell.fault for cell in cells)
     assert [cell.budget for cell in cells] == ([None, None] if adaptive else [4, 6, 4, 6])
 
 
 def test_errors_fall_with_evaluations_and_the_reference_is_the_exact_solution() -> None:
-    comparison = module("comparison")
+    comparison = module("bench")
     bench = bench_of(gaussian)
     cells = [cell for name in ("euler", "lambda_2m") for cell in comparison.plan(bench, entry(name), ["karras"], [5, 10, 20])]
     start = float(cells[0].sigmas[0])
@@ -172,7 +172,7 @@ def test_errors_fall_with_evaluations_and_the_reference_is_the_exact_solution() 
 
 
 def test_a_failing_run_is_a_result_and_cancel_goes_through() -> None:
-    comparison = module("comparison")
+    comparison = module("bench")
     import comfy.model_management
     [cell] = comparison.plan(bench_of(), entry("euler"), ["karras"], [5])
 
@@ -193,7 +193,7 @@ def test_a_failing_run_is_a_result_and_cancel_goes_through() -> None:
 
 @pytest.mark.parametrize(("path", "start"), [("ve", 14.6), ("ve", 2.0), ("flow", 1.0), ("flow", 0.5)])
 def test_the_reference_s_schedule_falls_over_the_model_s_own_levels(path: str, start: float) -> None:
-    comparison = module("comparison")
+    comparison = module("bench")
     levels = [(1000 - i) / 1000 if path == "flow" else math.exp(2.68 - 6.2 * i / 999) for i in range(1000)]
     sigmas = comparison.reference_sigmas(levels, comparison.PATHS[path], start, 100)
     assert sigmas[0] == start and sigmas[-1] == 0.0 and sigmas[-2] == levels[-1]
@@ -202,7 +202,7 @@ def test_the_reference_s_schedule_falls_over_the_model_s_own_levels(path: str, s
 
 
 def test_references_are_kept_for_the_same_objects_and_die_with_their_model() -> None:
-    comparison = module("comparison")
+    comparison = module("bench")
     references = comparison.References()
 
     class Patcher:
@@ -225,7 +225,7 @@ def test_references_are_kept_for_the_same_objects_and_die_with_their_model() -> 
 
 
 def test_the_cheapest_has_the_fewest_evaluations_within_the_error_and_else_the_nearest_is_named() -> None:
-    compare, comparison = module("compare"), module("comparison")
+    compare, comparison = module("compare"), module("bench")
 
     def cell(label: str, evaluations: int, error: float):
         return comparison.Cell(entry(label), "karras", evaluations, sigmas=torch.zeros(evaluations + 1), error=error,

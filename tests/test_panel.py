@@ -28,7 +28,7 @@ def module(name: str) -> types.ModuleType:
 
 @pytest.fixture(autouse=True)
 def nothing_run():
-    runs = module("runs")
+    runs = module("status.runs")
     runs._runs.clear()
     runs._models.clear()
     yield
@@ -55,8 +55,8 @@ def custom(family: str = "multistep", scheduler: dict | None = None, **options) 
 
 
 def ask(graph: dict, name: str = "5", rule: str = "auto", locale: str = "en") -> dict:
-    say = lambda key, **values: module("web").text(locale, key, **values)  # noqa: E731
-    answer = module("panel").answer(graph, name, lambda: rule, say)
+    say = lambda key, **values: module("status.web").text(locale, key, **values)  # noqa: E731
+    answer = module("status.panel").answer(graph, name, lambda: rule, say)
     json.dumps(answer)
     return answer
 
@@ -108,8 +108,8 @@ def test_nonsense_is_told_on_the_nodes_that_it_concerns() -> None:
     def nonsense() -> str:
         raise ValueError("the environment variable is 'sometimes'")
 
-    say = lambda key, **values: module("web").text("en", key, **values)  # noqa: E731
-    told = {name: module("panel").answer(ksampler(sampler_name=name), "5", nonsense, say)["lines"] for name in ("lambda_2m", "dpm_solver_v3")}
+    say = lambda key, **values: module("status.web").text("en", key, **values)  # noqa: E731
+    told = {name: module("status.panel").answer(ksampler(sampler_name=name), "5", nonsense, say)["lines"] for name in ("lambda_2m", "dpm_solver_v3")}
     assert told["lambda_2m"][0]["text"] == "model evaluations: 12"
     assert [line["text"] for line in told["dpm_solver_v3"]] == ["warning: the environment variable is 'sometimes'"]
     advanced = ksampler(start_at_step=2, end_at_step=-1, return_with_leftover_noise="disable")
@@ -118,7 +118,7 @@ def test_nonsense_is_told_on_the_nodes_that_it_concerns() -> None:
     round_ = {"1": node("KSamplerSelect", sampler_name="dpm_solver_v3"), "3": node("SplitSigmas", sigmas=["3", 0]),
               "2": node("SamplerCustomAdvanced", guider=["2", 0], sampler=["1", 0], sigmas=["3", 0])}
     assert lines(round_, name="1")
-    assert module("plan").model_chain(round_, "2") is None
+    assert module("status.plan").model_chain(round_, "2") is None
 
 
 def test_a_split_schedule_counts_its_part_only() -> None:
@@ -188,7 +188,7 @@ def test_wrappers_that_wrap_each_other_run_nothing() -> None:
 
 @pytest.mark.parametrize("denoise", [1.0, 0.7, 0.3])
 def test_a_plan_knows_whether_it_starts_from_noise(denoise: float) -> None:
-    plan, graph = module("plan"), ksampler(denoise=denoise)
+    plan, graph = module("status.plan"), ksampler(denoise=denoise)
     sampling = plan.usual("ve")
     planned = plan.plan(plan.job(graph, "5"), plan.schedule(graph, "5", sampling), sampling)
     assert planned.starts_from_noise == (denoise == 1.0) and planned.evaluations == 12
@@ -343,7 +343,7 @@ def test_a_solver_that_chooses_its_levels_shows_them_once_the_model_is_measured(
     found = module("kinds").Statistics(drawn.lam, **drawn.curves(), root=drawn.root, about={**ABOUT, "guidance": 5.0})
     found.save(tmp_path / "fitted.safetensors")
     module("store").folder_paths.filename_list_cache.pop(module("store").FOLDER, None)
-    nodes = [f"{s:.3g}" for s in fitted_sigmas(drawn, 5, float(module("plan").usual("ve").sigma_max))[:-1]]
+    nodes = [f"{s:.3g}" for s in fitted_sigmas(drawn, 5, float(module("status.plan").usual("ve").sigma_max))[:-1]]
     assert f"note: of the scheduler only the range counts; evaluated at sigma {', '.join(nodes)}" in lines(graph)
     assert "good: a saved calibration serves this run: fitted.safetensors" in lines(graph)
     answer = ask(graph)
@@ -375,7 +375,7 @@ def test_a_connected_file_is_compared_with_the_model(monkeypatch, saved) -> None
 @pytest.fixture
 def trained(saved, tmp_path):
     """AMED of model 1 at guidance 3 on karras, 3 steps, in the folder; how to make others there."""
-    plan, kinds = module("plan"), module("kinds")
+    plan, kinds = module("status.plan"), module("kinds")
 
     def make(name: str, first_step: str = "evaluate", **about) -> None:
         sampling = plan.usual("ve")
@@ -394,7 +394,7 @@ def amed(steps: int = 3, **inputs) -> dict:
 
 
 def cost(steps: int) -> int:
-    plan, sampling = module("plan"), module("plan").usual("ve")
+    plan, sampling = module("status.plan"), module("status.plan").usual("ve")
     schedule = plan.plan(plan.job(amed(), "5"), plan.schedule(amed(steps), "9", sampling), sampling).levels
     return training_cost(levels([level.sigma for level in schedule], find_path("ve")))
 
@@ -512,10 +512,10 @@ def test_a_malformed_request_is_refused_with_the_reason(body, part: str) -> None
         async def json(self):
             return body
 
-    answer = asyncio.run(module("web").show(Request()))
+    answer = asyncio.run(module("status.web").show(Request()))
     assert answer.status == 400 and part in json.loads(answer.body)["error"]
 
 
 def test_the_version_is_the_packages(monkeypatch) -> None:
-    about = module("web").about()
+    about = module("status.web").about()
     assert about["ver"].count(".") == 2 and about["names"] == list(NAMES) and len(about["nodes"]) == len(FAMILIES)

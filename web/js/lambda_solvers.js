@@ -1,5 +1,5 @@
 // What Lambda Solvers shows on nodes: a panel with the model evaluations, the schedule in lambda, warnings, and how the
-// sampler's calibration stands. Every number and every line comes from Python (nodes/panel.py); here is how the nodes
+// sampler's calibration stands. Every number and every line comes from Python (nodes/status/panel.py); here is how the nodes
 // around a sampler are read, and where the answer is put.
 import { app } from "../../../scripts/app.js"
 import { api } from "../../../scripts/api.js"

@@ -19,11 +19,11 @@ from typing import Any
 
 from server import PromptServer
 
-from . import events
+from .. import events
 from .plan import Graph
 from .runs import running
 
-ROOT = Path(__file__).parent.parent  # not resolved: its name is the folder in custom_nodes
+ROOT = Path(__file__).parent.parent.parent  # not resolved: its name is the folder in custom_nodes
 KEY = "lambda_solvers"
 KEPT = 256
 _noted: OrderedDict[tuple[str, str], list[dict[str, str]]] = OrderedDict()  # node, branch -> calibrations

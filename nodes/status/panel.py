@@ -4,9 +4,10 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any, Callable, Mapping, NamedTuple
 
-from . import calibration, plan, runs, store
-from .calibration import Kind
-from .kinds import KINDS
+from .. import calibration, store
+from ..calibration import Kind
+from ..kinds import KINDS
+from . import plan, runs
 from .plan import Graph, Job, Linked, Plan
 
 WORDS = {

@@ -17,15 +17,15 @@ from comfy_api.latest import io
 from nodes import NODE_CLASS_MAPPINGS
 from torch import Tensor
 
-from ..samplers import FAMILIES
-from ..samplers.families import Sampler
-from ..samplers.first_step import FULL
-from ..samplers.fitted import Unmeasured
-from ..samplers.schedule import Level, find_path, levels
-from ..samplers.solver import Adaptive, Step
-from . import first_steps
-from .host import path_of
-from .registry import listed
+from ...samplers import FAMILIES
+from ...samplers.families import Sampler
+from ...samplers.first_step import FULL
+from ...samplers.fitted import Unmeasured
+from ...samplers.schedule import Level, find_path, levels
+from ...samplers.solver import Adaptive, Step
+from .. import first_steps
+from ..host import path_of
+from ..registry import listed
 
 Graph = Mapping[str, Mapping[str, Any]]
 NODE_IDS = {"LambdaSampler" + name.capitalize(): name for name in FAMILIES}

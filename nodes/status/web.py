@@ -14,10 +14,11 @@ from typing import Any
 from aiohttp import web
 from server import PromptServer
 
-from . import calibration, panel, plan, settings
+from .. import calibration, settings
+from ..names import NAMES
+from ..registry import listed
+from . import panel, plan
 from .metadata import ROOT, version
-from .names import NAMES
-from .registry import listed
 
 LARGEST = 2_000  # nodes around one sampler
 FARTHEST = 2.0**64  # from zero: seeds are the largest numbers of a workflow
