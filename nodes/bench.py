@@ -1,12 +1,13 @@
 """Samplers side by side: the steps that fit a budget of model evaluations, counted runs, and the converged solution."""
 from __future__ import annotations
 
+import importlib
 import inspect
 import math
 import weakref
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, replace
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, Mapping, NamedTuple
 
 import comfy.model_management
 import comfy.sample
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from ..samplers import PATHS, SAMPLERS
 from ..samplers.schedule import Path
+from . import events
 from .host import latent_for, path_of, sampler_function
 from .registry import calibrated, listed
 
@@ -59,13 +61,14 @@ def _entry(line: str) -> Entry:
         except ValueError as error:
             raise ValueError(f"samplers: the line {line!r}: {error}") from None
         if options.get("first_step") == "mean":
-            raise ValueError(f"samplers: the line {line!r}: the mean is learned from other seeds, and here all runs have one noise, whose own "
-                             "answer it would be: write evaluate or afs")
-        return Entry(line, KSAMPLER(calibrated(ours), options), KSAMPLER(sampler_function(ours), {**ours.stand_ins, **options}),
+            raise ValueError(f"samplers: the line {line!r}: the mean is learned from other seeds, and here all runs "
+                             "have one noise, whose own answer it would be: write evaluate or afs")
+        return Entry(line, KSAMPLER(calibrated(ours), options),
+                     KSAMPLER(sampler_function(ours), {**ours.stand_ins, **options}),
                      name if name in names else "euler")
     if name not in names:
-        raise ValueError(f"samplers: unknown sampler {name!r}: write a name of KSampler's list ({', '.join(names)}) or of "
-                         f"ours ({', '.join(OURS + known for known in SAMPLERS)})")
+        raise ValueError(f"samplers: unknown sampler {name!r}: write a name of KSampler's list ({', '.join(names)}) "
+                         f"or of ours ({', '.join(OURS + known for known in SAMPLERS)})")
     sampler = comfy.samplers.sampler_object(name)
     known = [key for key, parameter in inspect.signature(sampler.sampler_function).parameters.items()
              if isinstance(parameter.default, (int, float, str)) and key != "disable"]
@@ -88,14 +91,70 @@ def _value(text: str) -> bool | int | float | str:
     return text
 
 
+class Table(NamedTuple):
+    """A schedule of one of ComfyUI's scheduler nodes, with its first setting: how it was made, or for which models."""
+
+    label: str
+    node: Any
+    setting: Mapping[str, Any]
+    fewest: int
+    path: str  # of the models that it is for
+
+    def sigmas(self, steps: int, denoise: float) -> Tensor:
+        """So many steps, and below 1 the end of a longer schedule, as KSampler takes its own."""
+        total = steps if denoise > 0.9999 else int(steps / denoise)
+        if total < self.fewest:
+            raise ValueError(f"{self.label} begins at {self.fewest} steps")
+        return self.node.execute(**self.setting, steps=total, denoise=1.0).result[0][-(steps + 1):]
+
+
+TABLES = {
+    "align_your_steps": ("nodes_align_your_steps", "AlignYourStepsScheduler", "ve"),
+    "gits": ("nodes_gits", "GITSScheduler", "ve"),
+    "optimal_steps": ("nodes_optimalsteps", "OptimalStepsScheduler", "flow"),
+}
+
+
+def table(name: str) -> Table | None:
+    """The table that a scheduler's name stands for, name:setting; None if it stands for none. ValueError if it cannot."""
+    kind, _, given = (part.strip() for part in name.partition(":"))
+    if kind not in TABLES:
+        return None
+    module, class_name, path = TABLES[kind]
+    try:  # only now, as a ComfyUI may have none
+        node = getattr(importlib.import_module("comfy_extras." + module), class_name)
+    except (ImportError, AttributeError) as fault:
+        raise ValueError(f"schedulers: this ComfyUI has no {class_name} ({fault}): leave {name} out") from fault
+    setting, steps, *_ = node.define_schema().inputs
+    admissible = {str(value): value for value in getattr(setting, "options", None) or ()} or {
+        f"{setting.min + k * setting.step:.2f}": round(setting.min + k * setting.step, 2)
+        for k in range(round((setting.max - setting.min) / setting.step) + 1)}
+    spelled = given if given in admissible else _hundredths(given)
+    if spelled not in admissible:
+        raise ValueError(f"schedulers: {name!r}: write {kind}: and one of {', '.join(admissible)}, such as "
+                         f"{kind}:{list(admissible)[-1]}")
+    return Table(f"{kind}:{spelled}", node, {setting.id: admissible[spelled]}, steps.min, path)
+
+
+def _hundredths(text: str) -> str:
+    try:
+        return f"{float(text):.2f}"
+    except ValueError:
+        return text
+
+
 def parse_schedulers(text: str) -> list[str]:
-    found = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    """KSampler's schedulers and tables, between commas. ValueError naming the one that is none."""
     known = comfy.samplers.SCHEDULER_NAMES
-    wrong = [name for name in found if name not in known]
-    if wrong or not found:
-        fault = f"unknown {wrong[0]!r}" if wrong else "empty"
-        raise ValueError(f"schedulers = {text!r}: {fault}: write names between commas, of {', '.join(known)}")
-    return found
+    found = {}
+    for name in filter(None, map(str.strip, text.split(","))):
+        if not (name in known or (made := table(name))):
+            raise ValueError(f"schedulers = {text!r}: unknown {name!r}: write names between commas, of "
+                             f"{', '.join(known)}, or {', '.join(TABLES)}, each with a colon and its setting")
+        found[name if name in known else made.label] = None
+    if not found:
+        raise ValueError(f"schedulers = {text!r}: empty: write names between commas, of {', '.join(known)}")
+    return list(found)
 
 
 MOST_EVALUATIONS = 1000
@@ -106,8 +165,8 @@ def parse_budgets(text: str) -> list[int]:
     wrong = [part for part in parts if not (part.isascii() and part.isdigit() and 1 <= int(part) <= MOST_EVALUATIONS)]
     if wrong or not parts:
         fault = f"{wrong[0]!r} is out of range" if wrong else "empty"
-        raise ValueError(f"evaluations = {text!r}: {fault}: write whole numbers from 1 to {MOST_EVALUATIONS} between commas, "
-                         "such as 5, 8, 10")
+        raise ValueError(f"evaluations = {text!r}: {fault}: write whole numbers from 1 to {MOST_EVALUATIONS} between "
+                         "commas, such as 5, 8, 10")
     return sorted(set(map(int, parts)))
 
 
@@ -138,7 +197,8 @@ class Rehearsal(comfy.samplers.CFGGuider):
         bare = model.clone()
         bare.wrappers, bare.callbacks = {}, {}
         super().__init__(bare)
-        self.model_options = {"transformer_options": {"wrappers": {WrappersMP.PREPARE_SAMPLING: {None: [self._prepared]}}}}
+        prepare = {WrappersMP.PREPARE_SAMPLING: {None: [self._prepared]}}
+        self.model_options = {"transformer_options": {"wrappers": prepare}}
         self.loaded = False
 
     def _prepared(self, executor: Any, model: Any, noise_shape: Any, conds: Any, **named: Any) -> tuple[Any, Any, list]:
@@ -154,7 +214,8 @@ class Rehearsal(comfy.samplers.CFGGuider):
 class Outcome(NamedTuple):
     samples: Tensor  # on the CPU
     evaluations: int
-    calibration: int  # evaluations besides those of the sampler itself
+    calibration: int = 0  # evaluations besides those of the sampler itself
+    used: Mapping[str, Any] = {}  # what it was given of a model, by its option
 
 
 class Bench:
@@ -180,19 +241,31 @@ class Bench:
             guider.set_cfg(cfg)
 
     def sigmas(self, entry: Entry, scheduler: str, steps: int) -> Tensor:
-        """KSampler's own schedule: without the last but one sigma for some, and the end of a longer one if denoise < 1."""
+        """KSampler's own schedule: without the last but one sigma for some, and the end of a longer one if denoise < 1.
+
+        Or of a table; ValueError if it is not for this model.
+        """
+        if named := table(scheduler):
+            sampling = self.model.get_model_object("model_sampling")
+            sigmas, highest, path = named.sigmas(steps, self.denoise), float(sampling.sigma_max), path_of(sampling)
+            if path != named.path or sigmas[0] > 1.001 * highest:
+                raise ValueError(f"{scheduler} is not for this model: it starts at sigma {sigmas[0]:.4g} on path "
+                                 f"{named.path}, the model at {highest:.4g} on path {path}")
+            return sigmas
         return comfy.samplers.KSampler(self.model, steps, "cpu", sampler=entry.listed, scheduler=scheduler,
                                        denoise=self.denoise).sigmas
 
     def rehearse(self, sampler: KSAMPLER, sigmas: Tensor, seed: int = 0) -> Outcome:
-        """A run on the denoiser x / 2, for the number of calls: it costs no evaluation and asks nothing of the sampler."""
+        """A run on the denoiser x / 2, for the number of calls: it costs no evaluation, nor asks anything of the model."""
         comfy.model_management.throw_exception_if_processing_interrupted()
         return self._run(self.stage, sampler, sigmas, seed, lambda: None)
 
     def run(self, sampler: KSAMPLER, sigmas: Tensor, called: Callable[[], None]) -> Outcome:
         before = self.predictions
-        outcome = self._run(self.real, sampler, sigmas, self.seed, called)
-        return outcome._replace(calibration=self.predictions - before - outcome.evaluations)
+        with events.noting() as used:
+            outcome = self._run(self.real, sampler, sigmas, self.seed, called)
+        return outcome._replace(calibration=self.predictions - before - outcome.evaluations,
+                                used={option: calibration.found for option, calibration in used.items()})
 
     def _run(self, guider: comfy.samplers.CFGGuider, sampler: KSAMPLER, sigmas: Tensor, seed: int,
              called: Callable[[], None]) -> Outcome:
@@ -206,9 +279,10 @@ class Bench:
         def function(model, *arguments, **named):
             return sampler.sampler_function(Counted(model, count), *arguments, **named)
 
-        samples = guider.sample(self.noise, self.latent, KSAMPLER(function, sampler.extra_options, sampler.inpaint_options),
-                                sigmas, denoise_mask=self.mask, disable_pbar=True, seed=seed)
-        return Outcome(samples.float().cpu(), calls, 0)
+        counted = KSAMPLER(function, sampler.extra_options, sampler.inpaint_options)
+        samples = guider.sample(self.noise, self.latent, counted, sigmas, denoise_mask=self.mask, disable_pbar=True,
+                                seed=seed)
+        return Outcome(samples.float().cpu(), calls)
 
 
 # --- the plan ---------------------------------------------------------------------------------------------------------
@@ -253,8 +327,8 @@ def _planned(bench: Bench, cell: Cell, most: int) -> Cell:
     def cost(steps: int) -> int:
         return bench.rehearse(entry.rehearsal, bench.sigmas(entry, scheduler, steps)).evaluations
 
-    try:
-        steps = bisect_right(range(1, budget + 2), budget, key=cost) if budget else most  # one more where the first is not evaluated
+    try:  # one step more than the budget, where the first is not evaluated
+        steps = bisect_right(range(1, budget + 2), budget, key=cost) if budget else most
         if not steps:
             return replace(cell, fault=f"one step costs more than {budget} evaluations")
         sigmas = bench.sigmas(entry, scheduler, steps)
@@ -313,7 +387,8 @@ def reference_sigmas(levels: list[float], path: Path, start: float, steps: int) 
     if not below:
         return [start, 0.0]
     lam = [path.level(sigma).lam for sigma in below]
-    places = {bisect_left(lam, lam[0] + i / (steps - 2) * (lam[-1] - lam[0]), hi=len(lam) - 1) for i in range(steps - 1)}
+    wanted = (lam[0] + i / (steps - 2) * (lam[-1] - lam[0]) for i in range(steps - 1))
+    places = {bisect_left(lam, value, hi=len(lam) - 1) for value in wanted}
     return [start, *(below[place] for place in sorted(places)), 0.0]
 
 
@@ -326,9 +401,8 @@ def grids(bench: Bench, start: float, evaluations: int) -> list[tuple[str, Tenso
 
 
 def solve(bench: Bench, runs: list[tuple[str, Tensor]], called: Callable[[], None]) -> Reference:
-    (samples, evaluations, _), (other, *_) = (bench.run(KSAMPLER(sampler_function(SAMPLERS[name])), sigmas, called)
-                                              for name, sigmas in runs)
-    return Reference(samples, evaluations, distance(other, samples))
+    one, other = (bench.run(KSAMPLER(sampler_function(SAMPLERS[name])), sigmas, called) for name, sigmas in runs)
+    return Reference(one.samples, one.evaluations, distance(other.samples, one.samples))
 
 
 class References:

@@ -6,16 +6,52 @@ import time
 from typing import Iterable
 
 import comfy.utils
+from comfy.samplers import KSAMPLER
 from comfy_api.latest import io, ui
+from comfy_execution.graph_utils import ExecutionBlocker
 
 from . import picture
-from .calibration import say
 from .bench import (MOST_EVALUATIONS, Bench, Cell, Reference, References, grids, measured, parse, parse_budgets,
-                         parse_schedulers, plan, solve, start_of)
+                    parse_schedulers, plan, solve, start_of)
 from .calibrating import advanced
+from .events import say
 
-SAMPLERS = "euler\ndpmpp_2m\nuni_pc_bh2\nlambda/dpm_2m\ndpm_solver_v3"
+SAMPLERS = "euler\ndpmpp_2m\nuni_pc_bh2\nlambda_2m\nlambda_fitted"
+USUAL = 20  # steps of an image
 references = References()
+
+
+def _inputs() -> list[io.Input]:
+    return [
+        io.Model.Input("model", tooltip="The model with its LoRAs, as it will be sampled"),
+        io.Conditioning.Input("positive", tooltip="The prompt to compare on"),
+        io.Conditioning.Input("negative", tooltip="The negative prompt that will be used"),
+        io.Latent.Input("latent_image", tooltip=(
+            "An empty latent of the size you use, or an image with denoise below 1. Of a batch, the error is over all "
+            "images and the first is shown")),
+        io.Float.Input("cfg", default=5.0, min=0.0, max=100.0, step=0.1, round=False, tooltip=(
+            "Guidance, as in KSampler")),
+        io.Int.Input("seed", default=0, min=0, max=2**64 - 1, control_after_generate=True, tooltip=(
+            "Of the noise that every sampler starts from. Another seed needs another reference")),
+        io.String.Input("samplers", multiline=True, default=SAMPLERS, tooltip=(
+            "One on each line: a name of KSampler's list, or lambda/ and a name of ours (lambda/dpm_2m), and options "
+            "behind commas (lambda/dpmpp_2m, rule=taylor). Samplers with two evaluations a step get half the steps")),
+        io.String.Input("schedulers", default="karras, sgm_uniform", tooltip=(
+            "Between commas: KSampler's schedulers, and tables of ComfyUI's nodes with their setting: "
+            "align_your_steps:SDXL, gits:1.20, optimal_steps:FLUX")),
+        io.String.Input("evaluations", default="5, 8, 12", tooltip=(
+            f"Budgets of model evaluations an image, between commas, from 1 to {MOST_EVALUATIONS}: every sampler gets "
+            "as many steps as fit")),
+        io.Float.Input("error", default=0.1, min=0.001, max=10.0, step=0.01, round=False, tooltip=(
+            "What is good enough: the rms distance to the converged image, as a share of that image's standard "
+            "deviation. `cheapest` is chosen by it; look at `sheet` to find what suits you")),
+        io.Vae.Input("vae", optional=True, tooltip="Connect it to see the images side by side in `sheet`"),
+        advanced(io.Float.Input("denoise", default=1.0, min=0.01, max=1.0, step=0.01, round=False, tooltip=(
+            "As in KSampler. Below 1, schedules start at sigmas of their own, and each start needs a reference"))),
+        advanced(io.Int.Input("reference_evaluations", default=100, min=40, max=MOST_EVALUATIONS, tooltip=(
+            "Evaluations of the converged image; a second one with half as many says how far it can be trusted. "
+            "Kept until the model, prompt, latent, guidance or seed changes"))),
+    ]
 
 
 class CompareSamplers(io.ComfyNode):
@@ -25,38 +61,10 @@ class CompareSamplers(io.ComfyNode):
             node_id="LambdaCompareSamplers",
             display_name="Compare Samplers",
             category="Lambda Solvers",
-            description="Which sampler and scheduler need the fewest model evaluations on your model, prompt and guidance? "
-                        "Everything is run from the same noise at equal evaluations and held against the converged image.",
-            inputs=[
-                io.Model.Input("model", tooltip="The model with its LoRAs, as it will be sampled"),
-                io.Conditioning.Input("positive", tooltip="The prompt to compare on"),
-                io.Conditioning.Input("negative", tooltip="The negative prompt that will be used"),
-                io.Latent.Input("latent_image", tooltip=(
-                    "An empty latent of the size you use, or an image with denoise below 1. Of a batch, the error is over all "
-                    "images and the first is shown")),
-                io.Float.Input("cfg", default=5.0, min=0.0, max=100.0, step=0.1, round=False,
-                               tooltip="Guidance, as in KSampler"),
-                io.Int.Input("seed", default=0, min=0, max=2**64 - 1, control_after_generate=True, tooltip=(
-                    "Of the noise that every sampler starts from. Another seed needs another reference")),
-                io.String.Input("samplers", multiline=True, default=SAMPLERS, tooltip=(
-                    "One on each line: a name of KSampler's list, or lambda/ and a name of ours (lambda/dpm_2m), and "
-                    "options behind commas (lambda/dpmpp_2m, rule=taylor). Samplers with two evaluations a step get half "
-                    "the steps")),
-                io.String.Input("schedulers", default="karras, sgm_uniform",
-                                tooltip="KSampler's schedulers, between commas"),
-                io.String.Input("evaluations", default="5, 8, 12", tooltip=(
-                    f"Budgets of model evaluations an image, between commas, from 1 to {MOST_EVALUATIONS}: every sampler "
-                    "gets as many steps as fit")),
-                io.Float.Input("error", default=0.1, min=0.001, max=10.0, step=0.01, round=False, tooltip=(
-                    "What is good enough: the rms distance to the converged image, as a share of that image's standard "
-                    "deviation. `cheapest` is chosen by it; look at `sheet` to find what suits you")),
-                io.Vae.Input("vae", optional=True, tooltip="Connect it to see the images side by side in `sheet`"),
-                advanced(io.Float.Input("denoise", default=1.0, min=0.01, max=1.0, step=0.01, round=False, tooltip=(
-                    "As in KSampler. Below 1, schedules start at sigmas of their own, and each start needs a reference"))),
-                advanced(io.Int.Input("reference_evaluations", default=100, min=40, max=MOST_EVALUATIONS, tooltip=(
-                    "Evaluations of the converged image; a second one with half as many says how far it can be trusted. "
-                    "Kept until the model, prompt, latent, guidance or seed changes"))),
-            ],
+            description="Which sampler and scheduler need the fewest model evaluations on your model, prompt and "
+                        "guidance? Everything is run from the same noise at equal evaluations and held against the "
+                        "converged image.",
+            inputs=_inputs(),
             outputs=[
                 io.Image.Output("plot", display_name="plot",
                                 tooltip="Error against model evaluations, both axes logarithmic"),
@@ -64,55 +72,83 @@ class CompareSamplers(io.ComfyNode):
                                 tooltip="The images, with evaluations and error; needs a VAE"),
                 io.String.Output("table", display_name="table", tooltip="All figures, as markdown"),
                 io.String.Output("cheapest", display_name="cheapest", tooltip="The fewest evaluations within the error"),
+                io.Sampler.Output("sampler", display_name="SAMPLER", tooltip=(
+                    "The cheapest sampler within the error, or the nearest where none is, for SamplerCustom: with its "
+                    "options and its calibration, as it was compared")),
+                io.Sigmas.Output("sigmas", display_name="SIGMAS", tooltip="The schedule of that choice"),
             ],
             is_output_node=True,
         )
 
     @classmethod
-    def execute(cls, model, positive, negative, latent_image, cfg, seed, samplers, schedulers, evaluations, error, denoise,
-                reference_evaluations, vae=None) -> io.NodeOutput:
+    def execute(cls, model, positive, negative, latent_image, cfg, seed, samplers, schedulers, evaluations, error,
+                denoise, reference_evaluations, vae=None) -> io.NodeOutput:
         entries, schedulers, budgets = parse(samplers), parse_schedulers(schedulers), parse_budgets(evaluations)
         bench = Bench(model, positive, negative, cfg, latent_image, seed, denoise)
         inputs = (positive, negative, latent_image["samples"], latent_image.get("noise_mask"))
         say("planning: how many steps fit the budgets")
         cells = [cell for entry in entries for cell in plan(bench, entry, schedulers, budgets)]
         starts = {start_of(cell.sigmas): float(cell.sigmas[0]) for cell in reversed(cells) if not cell.fault}
-        known = {start: references.find(model, inputs, (cfg, seed, start, reference_evaluations)) for start in starts}
+        numbers = {start: (cfg, seed, start, reference_evaluations) for start in starts}
+        known = {start: references.find(model, inputs, numbers[start]) for start in starts}
         missing = {start: grids(bench, starts[start], reference_evaluations) for start in starts if not known[start]}
         clock = Clock(sum(cell.planned for cell in cells)
                       + sum(len(sigmas) - 1 for runs in missing.values() for _, sigmas in runs))
         for k, (start, runs) in enumerate(missing.items(), 1):
-            clock.at(f"reference {k} of {len(missing)}")
+            clock.what = f"reference {k} of {len(missing)}"
             known[start] = solve(bench, runs, clock.tick)
-            references.keep(model, inputs, (cfg, seed, start, reference_evaluations), known[start])
+            references.keep(model, inputs, numbers[start], known[start])
         for k, cell in enumerate(cells):
             if not cell.fault:
-                clock.at(f"{k + 1} of {len(cells)}: {name_of(cell)}")
+                clock.what = f"{k + 1} of {len(cells)}: {name_of(cell)}"
                 cells[k] = measured(bench, cell, known[start_of(cell.sigmas)].samples, clock.tick)
-        chosen = cheapest(cells, error)
+        chosen, nearest = cheapest(cells, error), min(ran(cells), key=lambda cell: cell.error, default=None)
         plot = picture.tensor(plotted(cells, error, known.values()))
         sheet = picture.tensor(shown(cells, error, chosen, known, vae))
-        verdict = words_for(chosen, cells, error)
+        verdict = words_for(chosen, nearest, error)
         say(verdict)
-        return io.NodeOutput(plot, sheet, table(cells, known, verdict), verdict,
+        return io.NodeOutput(plot, sheet, table(cells, known, verdict), verdict, *driving(chosen or nearest, verdict),
                              ui=ui.PreviewImage(plot, cls=cls))
 
 
 class Clock:
-    """The progress bar in model evaluations, and a line that says what is running and how long the rest will take."""
+    """The progress bar in model evaluations, and lines: what all will cost, what is running, how long the rest takes."""
+
+    TIMED = 3  # evaluations, the first of which may be slow
 
     def __init__(self, total: int) -> None:
         self.total, self.done, self.what, self.start = total, 0, "", time.monotonic()
         self.bar = comfy.utils.ProgressBar(total)
-
-    def at(self, what: str) -> None:
-        self.what = what
+        self.cost = cost_of(total)
+        say(self.cost)
 
     def tick(self) -> None:
         self.done = min(self.done + 1, self.total)
         self.bar.update_absolute(self.done, self.total)
-        left = (time.monotonic() - self.start) / self.done * (self.total - self.done)
-        say(f"{self.what}; {left:.0f} s left", logging.DEBUG)
+        each = (time.monotonic() - self.start) / self.done
+        if self.done == self.TIMED:
+            self.cost = cost_of(self.total, each * self.total)
+            say(self.cost)
+        else:
+            say(f"{self.what}; {each * (self.total - self.done):.0f} s left", logging.DEBUG)
+
+
+def cost_of(evaluations: int, seconds: float | None = None) -> str:
+    """What so many evaluations are to a user, before they are made; seconds once some were timed."""
+    images = max(1, round(evaluations / USUAL))
+    said = f"as long as {images} image{'s' * (images > 1)} of {USUAL} steps"
+    if seconds is None:
+        return f"{said}, and more where a sampler measures or trains first"
+    return f"{said}, about {f'{seconds / 60:.0f} minutes' if seconds >= 90 else f'{seconds:.0f} seconds'}"
+
+
+def driving(cell: Cell | None, verdict: str) -> tuple:
+    """SAMPLER and SIGMAS of a cell, with the calibration that it had; a node behind them stops where there is no cell."""
+    if cell is None:
+        return ExecutionBlocker(verdict), ExecutionBlocker(verdict)
+    sampler = cell.entry.sampler
+    return KSAMPLER(sampler.sampler_function, {**sampler.extra_options, **cell.outcome.used},
+                    sampler.inpaint_options), cell.sigmas
 
 
 def name_of(cell: Cell) -> str:
@@ -129,18 +165,17 @@ def cheapest(cells: list[Cell], error: float) -> Cell | None:
     return min(good, key=lambda cell: (cell.outcome.evaluations, cell.error), default=None)
 
 
-def words_for(chosen: Cell | None, cells: list[Cell], error: float) -> str:
+def words_for(chosen: Cell | None, nearest: Cell | None, error: float) -> str:
     def words(cell: Cell) -> str:
-        return (f"{cell.entry.label} with {cell.scheduler}, {cell.steps} steps: {cell.outcome.evaluations} evaluations, "
-                f"error {cell.error:.3f}")
+        return (f"{cell.entry.label} with {cell.scheduler}, {cell.steps} steps: {cell.outcome.evaluations} "
+                f"evaluations, error {cell.error:.3f}")
 
     if chosen:
         return f"{words(chosen)} (within {error:g})"
-    if not ran(cells):
+    if not nearest:
         return "nothing ran: the table says why"
-    nearest = min(ran(cells), key=lambda cell: cell.error)
-    return (f"nothing is within {error:g}; the nearest is {words(nearest)}. Allow more evaluations or a larger error, or "
-            "try other samplers and schedulers")
+    return (f"nothing is within {error:g}; the nearest, which SAMPLER and SIGMAS are, is {words(nearest)}. Allow more "
+            "evaluations or a larger error, or try other samplers and schedulers")
 
 
 def table(cells: list[Cell], known: dict[float, Reference], verdict: str) -> str:
@@ -150,10 +185,11 @@ def table(cells: list[Cell], known: dict[float, Reference], verdict: str) -> str
         counted = [f"{cell.outcome.evaluations}", f"{cell.steps}", f"{cell.error:.4f}"] if cell.outcome else [
             f"of {cell.budget}" if cell.budget else "", "", ""]
         lines.append("| " + " | ".join([cell.entry.label, cell.scheduler, *counted, remark(cell, known)]) + " |")
-    made = [f"Reference: {reference.evaluations} evaluations of DPM-Solver++(3M); one of DPM-Solver++(2M) with half as many "
-            f"is {reference.doubt:.4f} away, and differences below that mean nothing." for reference in known.values()]
-    return "\n".join([verdict, "", *lines, "", "Error: rms distance to the converged image of the same noise (the reference), "
-                      "as a share of that image's standard deviation.", *made])
+    made = [f"Reference: {reference.evaluations} evaluations of DPM-Solver++(3M); one of DPM-Solver++(2M) with half as "
+            f"many is {reference.doubt:.4f} away, and differences below that mean nothing."
+            for reference in known.values()]
+    return "\n".join([verdict, "", *lines, "", "Error: rms distance to the converged image of the same noise (the "
+                      "reference), as a share of that image's standard deviation.", *made])
 
 
 def remark(cell: Cell, known: dict[float, Reference]) -> str:
@@ -191,13 +227,15 @@ def shown(cells: list[Cell], error: float, chosen: Cell | None, known: dict[floa
         if not cell.outcome:
             return picture.Tile(None, ["failed"])
         frame = "best" if cell is chosen else "good" if cell.error <= error else None
-        return tile(cell.outcome.samples, f"error {cell.error:.3f}", f"{cell.outcome.evaluations} evaluations", frame=frame)
+        captions = f"error {cell.error:.3f}", f"{cell.outcome.evaluations} evaluations"
+        return tile(cell.outcome.samples, *captions, frame=frame)
 
     rows, columns = {}, {(cell.scheduler, cell.budget): None for cell in cells}
     for cell in cells:
         rows.setdefault(cell.entry.label, {})[cell.scheduler, cell.budget] = tile_of(cell)
-    heads = [(scheduler, "adaptive" if budget is None else f"{budget} evaluations") for scheduler, budget in columns]
+    heads = [(scheduler, f"{budget} evaluations" if budget else "adaptive") for scheduler, budget in columns]
     first = [tile(reference.samples, "converged", f"within {reference.doubt:.3f}") for reference in known.values()]
     words = (f"green: within {error:g} of the converged image\ngreen and thick: the cheapest of them\n"
              "error: rms distance as a share of its standard deviation")
-    return picture.sheet(first, words, heads, [(label, [row.get(key) for key in columns]) for label, row in rows.items()])
+    tiles = [(label, [row.get(key) for key in columns]) for label, row in rows.items()]
+    return picture.sheet(first, words, heads, tiles)

@@ -1,15 +1,17 @@
 """What a sampler tells while it runs, to whoever listens.
 
 Here solving meets what only shows, predicts or records: samplers and nodes tell, and know nothing of the server
-or the interface. Those who do (runs, metadata, and panel, plan and web behind them) listen, if they could be
-imported. Whatever fails in a listener is a warning in the log: no image is lost for it.
+or the interface. Those who do (status/) listen, if they could be imported. Whatever fails in a listener is a warning
+in the log: no image is lost for it.
 """
 from __future__ import annotations
 
 import logging
+import time
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Callable, Mapping, NamedTuple, Protocol
+from typing import Any, Callable, Iterator, Mapping, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -40,6 +42,8 @@ class Ran:
     options: dict[str, Any]  # as written
     used: dict[str, Used]  # for these options of the solver
     evaluations: int
+    seconds: float  # that these took
+    shape: tuple[int, ...]  # of the latents, with their number first
     said: tuple[tuple[str, bool], ...]  # lines said while it ran, and whether they are warnings
     describe: Describe | None  # where it matters which model it is
 
@@ -78,6 +82,17 @@ def use(option: str, calibration: Used) -> None:
         notes.used[option] = calibration
 
 
+@contextmanager
+def noting() -> Iterator[dict[str, Used]]:
+    """The calibrations that runs in this context use, by the solver's option."""
+    notes = _Notes()
+    token = _running.set(notes)
+    try:
+        yield notes.used
+    finally:
+        _running.reset(token)
+
+
 def observed(function: Callable[..., Tensor], describe: Describe | None) -> Callable[..., Tensor]:
     """A sampler function that tells of its runs."""
 
@@ -88,23 +103,36 @@ def observed(function: Callable[..., Tensor], describe: Describe | None) -> Call
             result = function(counted, x, sigmas, extra_args, callback, disable, **options)
         finally:
             _running.reset(token)
+        if (outer := _running.get()) is not None:
+            outer.used |= notes.used
         written = {name: value for name, value in options.items() if isinstance(value, (int, float, str))}
-        said = tuple(notes.said)
-        _tell("ran", Ran(model.inner_model, sigmas, written, notes.used, counted.evaluations, said, describe))
+        _tell("ran", Ran(model.inner_model, sigmas, written, notes.used, counted.evaluations, counted.seconds(result),
+                         tuple(x.shape), tuple(notes.said), describe))
         return result
 
     return sample
 
 
 class _Counted:
-    """A model that counts its evaluations."""
+    """A model that counts and times its evaluations."""
 
     def __init__(self, model: Any) -> None:
-        self.model, self.inner_model, self.evaluations = model, model.inner_model, 0
+        self.model, self.inner_model, self.evaluations, self.spent = model, model.inner_model, 0, 0.0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         self.evaluations += 1
-        return self.model(*args, **kwargs)
+        start = time.perf_counter()
+        try:
+            return self.model(*args, **kwargs)
+        finally:
+            self.spent += time.perf_counter() - start
+
+    def seconds(self, result: Tensor) -> float:
+        """What the evaluations took, once the device has computed their result: it answers before it has."""
+        start = time.perf_counter()
+        if result.numel():
+            result.flatten()[0].item()
+        return self.spent + time.perf_counter() - start
 
 
 def _tell(what: str, content: str | Ran) -> None:

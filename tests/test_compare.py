@@ -1,6 +1,7 @@
 """Compare Samplers in this process: what it parses, the steps a budget buys, counted calls, and the pictures."""
 from __future__ import annotations
 
+import importlib
 import math
 import sys
 import types
@@ -100,7 +101,12 @@ def test_schedulers_and_budgets_are_checked() -> None:
     comparison = module("bench")
     assert comparison.parse_schedulers(" karras ,sgm_uniform, karras") == ["karras", "sgm_uniform"]
     assert comparison.parse_budgets("10, 5,8, 5") == [5, 8, 10]
-    for text, message in (("karas", "unknown 'karas': write names"), (" , ", "empty: write names")):
+    assert comparison.parse_schedulers("gits:1.2, align_your_steps: SDXL, optimal_steps:FLUX,gits:1.20") == [
+        "gits:1.20", "align_your_steps:SDXL", "optimal_steps:FLUX"]
+    for text, message in (("karas", "unknown 'karas': write names"), (" , ", "empty: write names"),
+                          ("align_your_steps:SD3", "write align_your_steps: and one of SD1, SDXL, SVD"),
+                          ("gits", "'gits': write gits: and one of 0.80, 0.85, .*, 1.50"), ("gits:1.23", "write gits: and"),
+                          ("optimal_steps:", "write optimal_steps: and one of FLUX, Wan, Chroma, such as")):
         with pytest.raises(ValueError, match=message):
             comparison.parse_schedulers(text)
     for text, message in (("0", "'0' is out of range: write whole numbers from 1 to 1000"), ("5, x", "'x' is out"),
@@ -126,6 +132,44 @@ def test_a_budget_buys_the_most_steps_that_fit(name: str, steps: dict[int, int])
     assert all(cell.planned <= cell.budget and not cell.fault for cell in cells)
     longer = module("bench").plan(bench_of(), entry(name), ["karras"], [cells[0].planned + 1])[0]
     assert longer.steps >= cells[0].steps
+
+
+TABLES = {"align_your_steps:SDXL": ("nodes_align_your_steps", "AlignYourStepsScheduler", "SDXL"),
+          "align_your_steps:SD1": ("nodes_align_your_steps", "AlignYourStepsScheduler", "SD1"),
+          "gits:1.20": ("nodes_gits", "GITSScheduler", 1.2), "gits:0.80": ("nodes_gits", "GITSScheduler", 0.8)}
+
+
+@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("steps", [3, 10, 25])
+def test_a_table_is_the_schedule_of_comfyui_s_node_and_below_denoise_1_its_end(name: str, steps: int) -> None:
+    file, node, setting = TABLES[name]
+    node, bench = getattr(importlib.import_module(f"comfy_extras.{file}"), node), bench_of()
+    assert torch.equal(bench.sigmas(entry("euler"), name, steps), node.execute(setting, steps, 1.0).result[0])
+    bench.denoise = 0.5
+    assert torch.equal(bench.sigmas(entry("euler"), name, steps), node.execute(setting, 2 * steps, 0.5).result[0])
+
+
+def test_a_table_for_other_models_or_of_too_many_steps_is_a_result_that_says_so() -> None:
+    plan, bench = module("bench").plan, bench_of()
+    said = {name: plan(bench, entry("euler"), [name], [budget])[0].fault for name, budget in (
+        ("gits:1.20", 1), ("optimal_steps:FLUX", 5), ("align_your_steps:SVD", 5), ("align_your_steps:SD1", 5))}
+    assert "gits:1.20 begins at 2 steps" in said["gits:1.20"] and said["align_your_steps:SD1"] == ""
+    assert "optimal_steps:FLUX is not for this model: it starts at sigma 0.9968 on path flow" in said["optimal_steps:FLUX"]
+    assert "starts at sigma 700 on path ve, the model at 14.61" in said["align_your_steps:SVD"]
+
+
+def test_a_comfyui_without_a_table_s_node_refuses_that_table_only(monkeypatch) -> None:
+    parse = module("bench").parse_schedulers
+    monkeypatch.setitem(sys.modules, "comfy_extras.nodes_gits", None)
+    assert parse("karras, align_your_steps:SD1") == ["karras", "align_your_steps:SD1"]
+    with pytest.raises(ValueError, match="this ComfyUI has no GITSScheduler .*: leave gits:1.20 out"):
+        parse("karras, gits:1.20")
+
+
+def test_the_cost_is_said_in_images_before_and_in_time_once_evaluations_were_timed() -> None:
+    cost = module("compare").cost_of
+    assert cost(620).startswith("as long as 31 images of 20 steps, and more where") and "1 image of" in cost(5)
+    assert cost(620, 240.0) == "as long as 31 images of 20 steps, about 4 minutes" and cost(20, 7.4).endswith("about 7 seconds")
 
 
 def test_a_step_that_is_not_evaluated_is_not_paid_for() -> None:
@@ -234,10 +278,14 @@ def test_the_cheapest_has_the_fewest_evaluations_within_the_error_and_else_the_n
     cells = [cell("euler", 8, 0.2), cell("dpmpp_2m", 8, 0.09), cell("lambda_2m", 8, 0.08), cell("deis", 10, 0.01),
              comparison.Cell(entry("heun"), "karras", 5, fault="no")]
     assert compare.cheapest(cells, 0.1) is cells[2]
-    assert compare.words_for(cells[2], cells, 0.1) == "lambda_2m with karras, 8 steps: 8 evaluations, error 0.080 (within 0.1)"
+    assert compare.words_for(cells[2], cells[3], 0.1) == "lambda_2m with karras, 8 steps: 8 evaluations, error 0.080 (within 0.1)"
     assert compare.cheapest(cells, 0.001) is None
-    assert compare.words_for(None, cells, 0.001).startswith("nothing is within 0.001; the nearest is deis with karras")
-    assert compare.words_for(None, cells[4:], 0.1) == "nothing ran: the table says why"
+    assert compare.words_for(None, cells[3], 0.001).startswith(
+        "nothing is within 0.001; the nearest, which SAMPLER and SIGMAS are, is deis with karras")
+    assert compare.words_for(None, None, 0.1) == "nothing ran: the table says why"
+    sampler, sigmas = compare.driving(cells[3], "")
+    assert sampler.sampler_function is cells[3].entry.sampler.sampler_function and sigmas is cells[3].sigmas
+    assert [blocked.message for blocked in compare.driving(None, "nothing ran")] == ["nothing ran"] * 2
     rows = compare.table(cells, {}, "x").splitlines()
     assert rows[4] == "| heun | karras | of 5 |  |  | failed: no |" and rows[5].startswith("| lambda_2m | karras | 8 | 8 | 0.0800 |")
 
