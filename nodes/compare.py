@@ -9,12 +9,12 @@ import comfy.utils
 from comfy_api.latest import io, ui
 
 from . import picture
-from .calibration import say
 from .comparison import (MOST_EVALUATIONS, Bench, Cell, Reference, References, grids, measured, parse, parse_budgets,
                          parse_schedulers, plan, solve, start_of)
-from .calibrating import advanced
+from .events import say
+from .host import advanced
 
-SAMPLERS = "euler\ndpmpp_2m\nuni_pc_bh2\nlambda/dpm_2m\ndpm_solver_v3"
+SAMPLERS = "euler\ndpmpp_2m\nuni_pc_bh2\nlambda/dpm_2m\nlambda_v3"
 references = References()
 
 

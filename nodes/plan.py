@@ -23,13 +23,12 @@ from ..samplers.first_step import FULL
 from ..samplers.fitted import Unmeasured
 from ..samplers.schedule import Level, find_path, levels
 from ..samplers.solver import Adaptive, Step
-from . import first_steps
 from .host import path_of
 from .registry import listed
 
 Graph = Mapping[str, Mapping[str, Any]]
 NODE_IDS = {"LambdaSampler" + name.capitalize(): name for name in FAMILIES}
-WRAPPERS = {node.define_schema().node_id: node.sets for node in first_steps.NODES}
+WRAPPER = "LambdaFirstStep"
 SCHEDULERS = ("comfy_extras.nodes_custom_sampler", "comfy_extras.nodes_align_your_steps")  # in ComfyUI
 HOSTS = ("KSampler", "KSamplerAdvanced", "KSamplerSelect")  # ComfyUI's nodes that may name a sampler of ours
 MOST = 1000  # intervals of a schedule that is still planned: the answer comes while somebody is typing
@@ -110,9 +109,9 @@ def consumer(graph: Graph, node_id: str) -> tuple[str, dict[str, Any]]:
     for _ in graph:  # as many wrappers as that, unless they wrap each other
         users = [other for other, node in graph.items() if source(node, "sampler")[:1] == [node_id]]
         node_id = min(users, key=lambda name: (len(name), name), default="")
-        if not node_id or graph[node_id]["class_type"] not in WRAPPERS:
+        if not node_id or graph[node_id]["class_type"] != WRAPPER:
             return node_id, sets
-        sets |= WRAPPERS[graph[node_id]["class_type"]]
+        sets["first_step"] = value(graph[node_id], "mode", str)
     return "", sets
 
 
