@@ -4,15 +4,15 @@ import logging
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import first_steps, store
+from . import store
 from .calibrating import NODES
 from .compare import CompareSamplers
-from .registry import register, sampler_nodes
+from .registry import FirstStep, register, sampler_nodes
 
 
 class LambdaSolvers(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [*sampler_nodes(), *first_steps.NODES, *NODES, CompareSamplers]
+        return [*sampler_nodes(), *NODES, FirstStep, CompareSamplers]
 
 
 store.register()

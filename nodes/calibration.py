@@ -1,6 +1,6 @@
 """What a solver needs to know of the model being sampled: given, attached, saved before, or measured now.
 
-Two kinds of it exist, statistics and AMED's training (kinds.py says what they are); how they come to a run is the same.
+How it comes to a run is the same for every kind of it (kinds.py says which there are).
 """
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import math
 import os
 import time
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping, Protocol, Sequence
 
@@ -54,6 +54,7 @@ class Run:
     grid: Sequence[float] = ()         # the levels that a measurement goes over, if they are not the run's
     prompts: int = 1                   # image k of a measurement has prompt k modulo so many
     block: MiddleBlock | None = None   # what is watched meanwhile
+    image: int | None = None           # evaluations of one image, where one will be sampled
     pace: Pace = field(default_factory=Pace)
 
     @property
@@ -71,6 +72,10 @@ class Run:
     @property
     def levels(self) -> list[Level]:
         return levels(self.sigmas.tolist(), find_path(self.path))
+
+    def calls(self, images: int) -> int:
+        """How often the model is called for one evaluation of so many images."""
+        return sum(math.ceil(len(range(prompt, images, self.prompts)) / len(self.x)) for prompt in range(self.prompts))
 
     def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
         """The model function that is being sampled, without its inpainting mask and caches, for any number of
@@ -165,10 +170,9 @@ class Kind(Protocol):
     """Something a solver needs to know of a model."""
 
     option: str         # the solver's option that takes it
-    type: type          # what it is: it has `about`, save(path, overwrite) and load(path)
+    type: type          # what it is: it has `about`, arrays(), save(path, overwrite) and load(path)
     attachment: str     # its name on a MODEL
     noun: str           # in sentences
-    title: str          # in the names of its nodes
     makes: str          # the node that measures it
 
     def name(self, about: Mapping[str, Any]) -> str: """What a file's name says of it, beside model and guidance."""
@@ -176,10 +180,16 @@ class Kind(Protocol):
     def serves(self, found: Any, options: Mapping[str, Any], path: str, schedule: list[Level]) -> int:
         """How well one of the right model and guidance serves a run with these options of the solver: 0 not at all, 1 as any
         other, 2 it was learned for just such a run."""
-    def cost(self, options: Mapping[str, Any], path: str, schedule: list[Level]) -> int: """Evaluations to measure one."""
+    def cost(self, options: Mapping[str, Any], path: str, schedule: list[Level]) -> int:
+        """Evaluations to measure one, each of `images`; ValueError where it would be refused."""
+    def images(self, options: Mapping[str, Any], shape: Sequence[int]) -> int:
+        """How many it looks at for latents of this shape, [B, ...]."""
+    def sampled(self, options: Mapping[str, Any], schedule: list[Level]) -> int:
+        """Evaluations of one image that is sampled with it."""
     def measure(self, run: Run, about: dict[str, Any], partial: Any) -> Any: """A new one."""
     def suited(self, found: Any, conditions: str) -> Any: """As much of one as holds for the prompt with this digest."""
     def ready(self, found: Any, run: Run) -> AbstractContextManager[Any]: """It, as the solver needs it while it runs."""
+    def draw(self, found: Any) -> Tensor: """Its picture, [1, H, W, 3]."""
 
 
 def rule() -> str:
@@ -204,32 +214,48 @@ def calibration_for(kind: Kind, run: Run, given: Any, how: str) -> tuple[str, An
             warn(kind, found, run)
             return where, found
     if how == "never":
-        raise ValueError(f"this sampler needs {kind.noun}, and measuring is switched off: add the node Load {kind.title} or "
-                         f"{kind.makes} and connect it to the sampler node, or put Apply {kind.title} behind the model")
+        raise ValueError(f"this sampler needs {kind.noun}, and measuring is switched off: add the node Load Calibration or "
+                         f"{kind.makes} and connect it to the sampler node, or put Apply Calibration behind the model")
     own = described(kind, run)
-    about = wanted(own, how)
     saved = choice(kind, own, how, run.options, run.path, run.levels)
     if saved:
         name, found = saved
         say(f"{kind.noun}: {name}")
         return name.removesuffix(store.ENDING), found
-    of = f"{about['model']} at guidance {about['guidance']:g}"
+    sought = wanted(own, how)
+    of = f"{sought['model']} at guidance {sought['guidance']:g}"
     if how == "saved only":
-        raise ValueError(f"no saved {kind.noun} for {of} in {store.directory()} serves this run: run {kind.makes} and "
-                         f"Save {kind.title} once, or set calibration to auto (on the sampler's node; for KSampler in ComfyUI's "
-                         "settings, Lambda Solvers)")
-    name = file_name(kind, about)
-    say(f"no saved {kind.noun} for {of} serves this run: measuring once")
-    with run.apart(), canonical.conditions(run) if how == "auto" else nullcontext():
-        result = kind.measure(run, about, store.partial(name))
+        raise ValueError(f"no saved {kind.noun} for {of} in {store.directory()} serves this run: run {kind.makes} once, or set "
+                         "measure to auto (on the sampler's node; for KSampler in ComfyUI's settings, Lambda Solvers)")
+    run = replace(run, image=kind.sampled(run.options, run.levels))
+    calls = kind.cost(run.options, run.path, run.levels) * run.calls(kind.images(run.options, run.x.shape))
+    say(f"no saved {kind.noun} for {of} serves this run: measuring once, {as_long_as(calls, run.image)}")
+    with run.apart(), measuring_at(kind, run, how) as about:
+        result = kind.measure(run, about, store.partial(file_name(kind, about)))
+    path = kept(kind, result)
+    if path is None:
+        return "measured", result
+    say(f"{kind.noun} saved: {path.stem}")
+    return path.stem, result
+
+
+@contextmanager
+def measuring_at(kind: Kind, run: Run, how: str) -> Iterator[dict[str, Any]]:
+    """The guider of a run under the conditions that `how` measures at; what its description says then."""
+    about = dict(wanted(described(kind, run), how))
+    with canonical.conditions(run) if how == "auto" else nullcontext():
+        yield about
+
+
+def kept(kind: Kind, result: Any) -> Path | None:
+    """The file of its usual name in which a calibration is saved; None, with a warning, where nothing can be written."""
     try:
-        path = store.unread(kind.type, name)
+        path = store.spare(file_name(kind, result.about), result)
         result.save(path, overwrite=True)
     except OSError as fault:
         say(f"warning: {kind.noun} measured, but not saved ({fault}): the next run measures again", logging.WARNING)
-        return "measured", result
-    say(f"{kind.noun} measured and saved: {path.stem}")
-    return path.stem, result
+        return None
+    return path
 
 
 def description(guider: Any) -> dict[str, Any]:
@@ -241,14 +267,25 @@ def choice(kind: Kind, about: Mapping[str, Any], how: str, options: Mapping[str,
            schedule: list[Level]) -> tuple[str, Any] | None:
     """The saved file that a run of this description takes, and what is in it; None if it takes none.
 
-    It is of the same checkpoint and patches; for auto measured at nobody's prompt, for "every prompt" at the run's
-    own; or, whatever the rule, learned for all prompts and just such a run.
+    It is of the same checkpoint and patches, at near strengths and guidance; for auto measured at nobody's prompt, for "every
+    prompt" at the run's own; or, whatever the rule, learned for all prompts and just such a run. Of several those that serve
+    best, then those of the same prompt, then of the nearest guidance, then those that were measured for no more than is
+    needed, then the newest.
     """
-    sought = wanted(about, how)
-    measured_for = {"auto": lambda found: canonical.same(found, sought),
-                    "every prompt": lambda found: found.get("conditions") == sought["conditions"]}
-    return store.find(kind.type, sought, measured_for.get(how, lambda found: True), lambda found: kind.serves(
-        kind.suited(found, sought["conditions"]), options, path, schedule))
+    sought, found = wanted(about, how), []
+    measured_for = {"auto": lambda told: canonical.same(told, sought),
+                    "every prompt": lambda told: told.get("conditions") == sought["conditions"]}.get(how, lambda told: True)
+    for name in store.listed():
+        content = store.read(kind.type, name)
+        if content is None or not of_one_model(content.about, sought):
+            continue
+        well = kind.serves(kind.suited(content, sought["conditions"]), options, path, schedule)
+        if well == 2 or well and measured_for(content.about):
+            rank = (-well, content.about.get("conditions") != sought["conditions"],
+                    abs(content.about["guidance"] - sought["guidance"]), bool(content.about.get("fitted")))
+            found.append((rank, content.about.get("created", ""), name, content))
+    found.sort(key=lambda entry: entry[1:3], reverse=True)
+    return min(found, key=lambda entry: entry[0])[2:] if found else None
 
 
 def wanted(about: Mapping[str, Any], how: str) -> Mapping[str, Any]:
@@ -272,24 +309,41 @@ def file_name(kind: Kind, about: Mapping[str, Any]) -> str:
     patches = "".join([*about.get("patches", []), *strengths])
     patched = hashlib.sha256(patches.encode()).hexdigest()[:6] if patches else ""
     distilled = "".join(f"-guidance{scale:g}" for scale in _numbers(about, "distilled"))
-    prompt = "" if (of := about.get("conditions", "")).startswith(canonical.NAME) else of
+    prompt = "" if canonical.named(about) else about.get("conditions", "")
     return "-".join(filter(None, [about.get("model", "model"), patched, kind.name(about),
                                   f"cfg{about.get('guidance', 1.0):g}{distilled}", prompt]))
 
 
-class Progress:
-    """ComfyUI's progress bar and a line on the node, for `progress(done, total, ...)`; the place where Cancel takes hold."""
+USUAL = 20  # steps of an image, where none is sampled
 
-    def __init__(self, what: str) -> None:
-        self.what, self.bar, self.start = what, None, time.monotonic()
+
+def as_long_as(calls: float, image: int | None) -> str:
+    """So many calls of the model, in images of `image` evaluations."""
+    count = max(1, round(calls / (image or USUAL)))
+    return f"as long as {count} image{'s' * (count > 1)}" + ("" if image else f" of {USUAL} steps")
+
+
+class Progress:
+    """ComfyUI's progress bar and a line on the node, for `progress(done, total, ...)`; the place where Cancel takes hold.
+
+    As text: what it took, after the last call.
+    """
+
+    def __init__(self, what: str, run: Run, images: int) -> None:
+        self.what, self.image, self.each = what, run.image, run.calls(images)
+        self.bar, self.start, self.done, self.made = None, time.monotonic(), 0, 0
 
     def __call__(self, done: int, total: int, loss: float = math.nan) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
         self.bar = self.bar or comfy.utils.ProgressBar(total)
         self.bar.update_absolute(done, total)
-        left = (time.monotonic() - self.start) / done * (total - done)
+        self.done, self.made = done, self.made + 1
+        left = (time.monotonic() - self.start) / self.made * (total - done)
         error = "" if math.isnan(loss) else f", error {loss:.3g}"
-        say(f"{self.what}: evaluation {done} of {total}{error}, {left:.0f} s left")
+        say(f"{self.what}: evaluation {done} of {total}, {as_long_as(total * self.each, self.image)}{error}, {left:.0f} s left")
+
+    def __str__(self) -> str:
+        return f"{time.monotonic() - self.start:.0f} s, {as_long_as(self.done * self.each, self.image)}"
 
 
 @contextmanager
@@ -311,6 +365,34 @@ def resumable(what: str, partial: Path | None, run: Run) -> Iterator[None]:
         raise
 
 
+NUMBERS = {"guidance": 0.1, "distilled": 0.1, "strengths": 0.0}
+"""What of a description need only be near, and how far apart beyond a tenth: 0.8 and 0.88 of a LoRA are near,
+0.1 and 0.2 are not."""
+
+
+def near(a: float, b: float, apart: float = 0.1) -> bool:
+    """Numbers close enough to share statistics: within a tenth, and `apart` more, for small ones."""
+    return abs(a - b) <= apart + 0.1 * max(abs(a), abs(b))
+
+
+def alike(key: str, about: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether two descriptions agree in one of NUMBERS: one number, or as many; None stands for none."""
+    def close(x: Any, y: Any) -> bool:
+        if isinstance(x, (int, float)) and isinstance(y, (int, float)):
+            return near(x, y, NUMBERS[key])
+        return x is None and y is None
+
+    a, b = (told.get(key, []) for told in (about, wanted))
+    a, b = (value if isinstance(value, list) else [value] for value in (a, b))
+    return len(a) == len(b) and all(map(close, a, b))
+
+
+def of_one_model(about: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether a calibration of one description holds for the other, but for the prompt."""
+    return all(about.get(key) == wanted[key] for key in ("fingerprint", "patches")) and all(
+        alike(key, about, wanted) for key in NUMBERS)
+
+
 def faults(about: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """Why a calibration made for `about` may not serve `wanted`, both as `identity.description` has them; the prompt apart."""
     found = []
@@ -319,13 +401,13 @@ def faults(about: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     elif about.get("patches", []) != wanted["patches"]:
         found.append(f"measured with the patches {about.get('patches') or 'none'}, and this model has "
                      f"{wanted['patches'] or 'none'}")
-    elif not store.alike("strengths", about, wanted):
+    elif not alike("strengths", about, wanted):
         found.append(f"measured with patches at strength {_listed(about, 'strengths')}, and here it is "
                      f"{_listed(wanted, 'strengths')}")
-    if not store.alike("guidance", about, wanted):
+    if not alike("guidance", about, wanted):
         here = "changes from step to step" if math.isnan(wanted["guidance"]) else f"is {wanted['guidance']:g}"
         found.append(f"measured for guidance {about.get('guidance', 'unknown')}, and this {here}")
-    if not store.alike("distilled", about, wanted):
+    if not alike("distilled", about, wanted):
         found.append(f"measured for distilled guidance {_listed(about, 'distilled')}, and this is "
                      f"{_listed(wanted, 'distilled')}")
     return found

@@ -65,6 +65,11 @@ def instead(about: Mapping[str, Any]) -> dict[str, Any]:
             "distilled": [scale if scale is None else guidance(scale) for scale in about["distilled"]]}
 
 
+def named(about: Mapping[str, Any]) -> bool:
+    """Whether a description is of these conditions."""
+    return str(about.get("conditions", "")).startswith(NAME)
+
+
 def same(about: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     """Whether a file is of just what is wanted (`instead`): near ones would depend on what else was measured."""
     return all(about.get(key) == wanted[key] for key in ("conditions", "guidance", "distilled"))
@@ -81,7 +86,7 @@ def conditions(run: Any) -> Iterator[None]:
             guider.inner_model, run.x, made, run.x.device, latent_image=torch.zeros_like(run.x), seed=run.extra_args.get("seed"))
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as fault:  # this model's own code
         raise ValueError("auto measures at nobody's prompt, and this model takes none without more than a text "
-                         f"({type(fault).__name__}: {fault}): set calibration to every prompt") from fault
+                         f"({type(fault).__name__}: {fault}): set measure to every prompt") from fault
     guider.cfg = guidance(guider.cfg)
     try:
         yield

@@ -13,11 +13,11 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from . import picture
 from .bench import (MOST_EVALUATIONS, Bench, Cell, Reference, References, grids, measured, parse, parse_budgets,
                     parse_schedulers, plan, solve, start_of)
-from .calibrating import advanced
+from .calibration import as_long_as
 from .events import say
+from .host import CATEGORY, advanced
 
 SAMPLERS = "euler\ndpmpp_2m\nuni_pc_bh2\nlambda_2m\nlambda_fitted"
-USUAL = 20  # steps of an image
 references = References()
 
 
@@ -60,7 +60,7 @@ class CompareSamplers(io.ComfyNode):
         return io.Schema(
             node_id="LambdaCompareSamplers",
             display_name="Compare Samplers",
-            category="Lambda Solvers",
+            category=CATEGORY,
             description="Which sampler and scheduler need the fewest model evaluations on your model, prompt and "
                         "guidance? Everything is run from the same noise at equal evaluations and held against the "
                         "converged image.",
@@ -135,8 +135,7 @@ class Clock:
 
 def cost_of(evaluations: int, seconds: float | None = None) -> str:
     """What so many evaluations are to a user, before they are made; seconds once some were timed."""
-    images = max(1, round(evaluations / USUAL))
-    said = f"as long as {images} image{'s' * (images > 1)} of {USUAL} steps"
+    said = as_long_as(evaluations, None)
     if seconds is None:
         return f"{said}, and more where a sampler measures or trains first"
     return f"{said}, about {f'{seconds / 60:.0f} minutes' if seconds >= 90 else f'{seconds:.0f} seconds'}"

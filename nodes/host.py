@@ -7,6 +7,7 @@ from typing import Any, Callable, Mapping, Sequence
 import comfy.model_sampling
 import comfy.sample
 import torch
+from comfy_api.latest import io
 from torch import Tensor
 
 from ..samplers.families import Sampler
@@ -18,6 +19,14 @@ REFUSED = {
     "V_PREDICTION_DDPM": "its network and its sampler disagree on what x is",
 }
 """What the names of sampling classes begin with that no schedule in lambda fits; newer ComfyUI has several of each."""
+
+
+CATEGORY = "Lambda Solvers"
+
+
+def advanced(widget: io.Input) -> io.Input:
+    widget.extra_dict = {"advanced": True}  # not an argument yet in ComfyUI 0.3.75
+    return widget
 
 
 def path_of(model_sampling: object) -> str:

@@ -1,4 +1,4 @@
-"""The kinds of calibration: the statistics of DPM-Solver-v3, and what AMED has learned."""
+"""The kinds of calibration: the statistics of DPM-Solver-v3 and Fitted, and what AMED has learned."""
 from __future__ import annotations
 
 import hashlib
@@ -6,9 +6,11 @@ import logging
 import math
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Iterator, Mapping
+from itertools import pairwise
+from typing import Any, Iterator, Mapping, Sequence
 
 import torch
+from comfy_api.latest import io
 from torch import Tensor
 
 from ..samplers import Amed, Statistics, estimate_statistics, fit_amed, fitted_sigmas, refit_multistep
@@ -20,22 +22,24 @@ from ..samplers.refit import FEWEST, LARGEST
 from ..samplers.schedule import Level, find_path
 from ..samplers.solver import finite
 from ..samplers.train import training_cost
-from . import canonical
-from .calibration import Progress, Run, faults, resumable, say
+from . import canonical, picture
+from .calibration import Kind, Progress, Run, faults, resumable
+from .events import say
 from .middle_block import MiddleBlock
 
 ELEMENTS, MOST = 6_144, 16
-"""Trajectories of an estimate are as many as give so many latent elements to average over, at most 16: 2 for the emoji model, 1
-for Stable Diffusion. One, two and eight for the emoji model gave solvers of the same error within 15 %, two the best."""
+"""Trajectories of an estimate are as many as give so many latent elements to average over, at most 16: 2 for the emoji model,
+1 for Stable Diffusion. One, two and eight for the emoji model gave solvers of the same error within 15 %, two the best."""
 
 PROMPTS = 12
-"""From how many on a refit serves all prompts: on the emoji model, 5 evaluations, 9 prompts led to an error of 0.18 on 16 images of others, no
-refit to 0.14, and 12 prompts to 0.13 (by a refit of two weights a step)."""
+"""From how many on a refit serves all prompts: on the emoji model, 5 evaluations, 9 prompts led to an error of 0.18 on 16
+images of others, no refit to 0.14, and 12 prompts to 0.13 (by a refit of two weights a step)."""
+LONGEST = 10  # steps that AMED is trained for: at 20 the training took as long as 45 images
 
 
 class StatisticsKind:
     option, type, attachment = "statistics", Statistics, "lambda_solvers.statistics"
-    noun, title, makes = "statistics", "Solver Statistics", "Estimate Solver Statistics"
+    noun, makes, draw = "statistics", "Measure Model", staticmethod(picture.curves)
 
     def name(self, about: Mapping[str, Any]) -> str:
         return "fitted" if about.get("fitted") else ""
@@ -55,18 +59,25 @@ class StatisticsKind:
     def cost(self, options: Mapping[str, Any], path: str, schedule: list[Level]) -> int:
         return PROBE + 2 * (INTERVALS + 1) + (INTERVALS - 1 if _fits(options) else 0)
 
+    def images(self, options: Mapping[str, Any], shape: Sequence[int]) -> int:
+        return trajectories(shape, 2 if _fits(options) else 1)
+
+    def sampled(self, options: Mapping[str, Any], schedule: list[Level]) -> int:
+        return len(schedule) - 1 - _skipped(options)
+
     def measure(self, run: Run, about: dict[str, Any], partial: Any, *, seed: int = 0, intervals: int = INTERVALS,
                 samples: int = 0, pool: str = "all") -> Statistics:
         sigmas = table(run)
         grid = [level.sigma for level in nodes(sigmas, intervals, find_path(run.path))]
         run = replace(run, grid=(*grid, 0.0))
-        noise = pure_noise(run, samples or trajectories(run.x.shape, 2 if about.get("fitted") else 1), seed, sigmas[0])
+        noise = pure_noise(run, samples or self.images(run.options, run.x.shape), seed, sigmas[0])
+        progress = Progress("measuring the model's statistics", run, len(noise))
         with resumable("the measurement", partial, run):
             result = estimate_statistics(
                 run.denoise, noise, sigmas, intervals=intervals, pool=pool, path=run.path, seed=seed,
-                about=about, precision=precision_of(run.patcher), progress=Progress("measuring the model's statistics"),
-                partial=partial, fitted=bool(about.get("fitted")))
-        say(f"statistics measured in {result.about['evaluations']} evaluations")
+                about=about, precision=precision_of(run.patcher), progress=progress, partial=partial,
+                fitted=bool(about.get("fitted")))
+        say(f"statistics measured in {progress}")
         return result
 
     def refit(self, run: Run, found: Statistics, steps: int, about: dict[str, Any], partial: Any, *, seed: int = 0,
@@ -75,51 +86,55 @@ class StatisticsKind:
 
         On one prompt, they become that prompt's; what several taught is for all, whichever was measured.
         """
-        if wrong := faults(found.about, about):
-            raise ValueError(f"these statistics were {'; '.join(wrong)}: what they begin with decides what a refit finds. Run {self.makes} on "
-                             "this model at this guidance, and connect what it makes")
-        highest = find_path(run.path).level(float(run.patcher.get_model_object("model_sampling").sigma_max))
-        opening = not finite(highest)
-        if not FEWEST <= steps - opening <= LARGEST:
-            raise ValueError(f"steps = {steps} is out of range: on this model choose from {FEWEST + opening} to {LARGEST + opening}; fewer leave "
-                             "nothing to refit, and more need none")
-        if samples and samples < max(3, about["prompts"]):
-            raise ValueError(f"samples = {samples} is too few: choose at least {max(3, about['prompts'])}, one for each prompt and three in all, "
-                             "or 0")
+        opening = self._check_refit(run, found, steps, about, samples)
         if about["prompts"] == 1:
             found = self.suited(found, about["conditions"])
             found = replace(found, about={**found.about, "conditions": about["conditions"]})
         elif about["prompts"] < PROMPTS:
-            say(f"warning: {about['prompts']} prompts are few: what they teach can harm others. Give {PROMPTS} or more, or one alone for "
-                "itself", logging.WARNING)
-        count = samples or refit_images(run.x.shape, about["prompts"])
-        begins = fitted_sigmas(found.for_another_prompt(), steps, highest.sigma, run.path)
-        run = replace(run, grid=begins)
-        with resumable("the refit", partial, run):
-            result = refit_multistep(run.denoise, pure_noise(run, count, seed), found, steps, path=run.path,
-                                     start=highest.sigma if opening else None, held_out=max(1, count // 4),
-                                     progress=Progress("refitting the solver"), precision=precision_of(run.patcher), about=about,
-                                     partial=partial)
+            say(f"warning: {about['prompts']} prompts are few: what they teach can harm others. Give {PROMPTS} or more, or one "
+                "alone for itself", logging.WARNING)
+        count, highest = samples or refit_images(run.x.shape, about["prompts"]), sigma_max(run)
+        begins = fitted_sigmas(found.for_another_prompt(), steps, highest, run.path)
+        run = replace(run, grid=begins, image=steps)
+        progress = Progress("tuning the solver", run, count)
+        with resumable("the tuning", partial, run):
+            result = refit_multistep(
+                run.denoise, pure_noise(run, count, seed), found, steps, path=run.path, start=highest if opening else None,
+                held_out=max(1, count // 4), progress=progress, precision=precision_of(run.patcher), about=about, partial=partial)
         told = result.about["refits"][str(steps - opening)]
         before, after = told["selection"]
-        say(f"refitted for {steps} steps in {told['evaluations']} evaluations: error {before:.3g} before, {after:.3g} after, on "
-            f"the images it was selected by" if told["kept"] else f"the refit for {steps} steps found nothing better than the error "
-            f"{before:.3g} on the images that select: none is kept")
+        say(f"tuned for {steps} steps in {progress}: error {before:.3g} before, {after:.3g} after, on the images it was selected by"
+            if told["kept"] else f"tuning for {steps} steps found nothing better than the error {before:.3g} on the images that "
+            f"select, in {progress}: nothing is kept")
         return result
+
+    def _check_refit(self, run: Run, found: Statistics, steps: int, about: Mapping[str, Any], samples: int) -> bool:
+        """ValueError for what cannot be refitted; else whether the first evaluation is above the grid."""
+        if wrong := faults(found.about, about):
+            raise ValueError(f"these statistics were {'; '.join(wrong)}: what they begin with decides what tuning finds. Run "
+                             f"{self.makes} on this model at this guidance, and connect what it makes")
+        opening = not finite(find_path(run.path).level(sigma_max(run)))
+        if not FEWEST <= steps - opening <= LARGEST:
+            raise ValueError(f"steps = {steps} is out of range: on this model choose from {FEWEST + opening} to "
+                             f"{LARGEST + opening}; fewer leave nothing to tune, and more need none")
+        if samples and samples < (fewest := max(3, about["prompts"])):
+            raise ValueError(f"samples = {samples} is too few: choose at least {fewest}, one for each prompt and three in all, "
+                             "or 0")
+        return opening
 
     def suited(self, found: Statistics, conditions: str) -> Statistics:
         return found if found.about.get("conditions") == conditions else found.for_another_prompt()
 
     @contextmanager
     def ready(self, found: Statistics, run: Run) -> Iterator[Statistics]:
-        if "b" in found.about and not found.about.get("conditions", "").startswith(canonical.NAME):
+        if "b" in found.about and not canonical.named(found.about):
             say("statistics of another prompt: l and s are used, b is left out")
         yield found
 
 
 class AmedKind:
     option, type, attachment = "trained", Amed, "lambda_solvers.amed"
-    noun, title, makes = "AMED", "AMED", "Train AMED"
+    noun, makes, draw = "AMED", "Train AMED", staticmethod(picture.training)
 
     def name(self, about: Mapping[str, Any]) -> str:
         sigmas = about["sigmas"]
@@ -135,18 +150,31 @@ class AmedKind:
         return (found.about.get("path"), found.base, found.first_step) == wanted and found.fits(schedule)
 
     def cost(self, options: Mapping[str, Any], path: str, schedule: list[Level]) -> int:
+        if len(schedule) - 1 > LONGEST:
+            raise ValueError(f"AMED is not trained for {len(schedule) - 1} steps, which takes too long: choose at most {LONGEST} "
+                             "steps, or lambda_fitted, which serves any number")
         return training_cost(schedule, first_step=_first_step(options))
+
+    def images(self, options: Mapping[str, Any], shape: Sequence[int]) -> int:
+        count = training_images(shape)
+        return count + _held_out(count)
+
+    def sampled(self, options: Mapping[str, Any], schedule: list[Level]) -> int:
+        return sum(1 + finite(*ends) for ends in pairwise(schedule)) - _skipped(options)
 
     def measure(self, run: Run, about: dict[str, Any], partial: Any, *, seed: int = 0, samples: int = 0, form: str = "table",
                 **how: Any) -> Amed:
-        highest, start = float(run.patcher.get_model_object("model_sampling").sigma_max), run.levels[0].sigma
+        self.cost(run.options, run.path, run.levels)  # where it refuses, before the model is asked
+        highest, start = sigma_max(run), run.levels[0].sigma
         if start < FULL * highest:
-            raise ValueError(f"AMED is trained from full noise, and this run starts at sigma = {start:.4g}, where there is an image, and not "
-                             f"at the model's highest, {highest:.4g}: choose a scheduler and settings that start there (denoise 1, "
-                             "start_at_step 0), or train for the whole schedule and allow interpolation in the AMED node")
+            raise ValueError(f"AMED is trained from full noise, and this run starts at sigma = {start:.4g}, where there is an "
+                             f"image, and not at the model's highest, {highest:.4g}: choose a scheduler and settings that start "
+                             "there (denoise 1, start_at_step 0), or train for the whole schedule and allow interpolation in "
+                             "the AMED node")
         count = samples or training_images(run.x.shape)
-        held_out = max(1, count // 4)
-        noise = pure_noise(run, count + held_out, seed, start)
+        held_out = _held_out(count)
+        run = replace(run, image=self.sampled(run.options, run.levels))
+        noise, progress = pure_noise(run, count + held_out, seed, start), Progress("training AMED", run, count + held_out)
         with MiddleBlock(run.patcher) as block:
             if form == "predictor" and not block.exists:
                 raise ValueError(f"a predictor looks at the middle block of a U-Net, and {about['model']} has none: set form to "
@@ -156,8 +184,8 @@ class AmedKind:
                 result = fit_amed(
                     run.denoise, noise, run.sigmas, base=about["base"], first_step=about["first_step"], form=form,
                     held_out=held_out, path=run.path, features=block.features if block.exists else None, seed=seed,
-                    about=about, progress=Progress("training AMED"), precision=precision_of(run.patcher), partial=partial, **how)
-        say(summary(result), logging.WARNING if carry_over(result) > WARN_ABOVE else logging.INFO)
+                    about=about, progress=progress, precision=precision_of(run.patcher), partial=partial, **how)
+        say(summary(result, progress), logging.WARNING if carry_over(result) > WARN_ABOVE else logging.INFO)
         return result
 
     def suited(self, found: Amed, conditions: str) -> Amed:
@@ -181,12 +209,36 @@ def _fits(options: Mapping[str, Any]) -> bool:
     return "nodes" in options
 
 
+def _skipped(options: Mapping[str, Any]) -> bool:
+    """Whether the first evaluation is not the model's."""
+    return options.get("first_step", "evaluate") != "evaluate"
+
+
+def _held_out(count: int) -> int:
+    """Images that test what so many teach."""
+    return max(1, count // 4)
+
+
 def _first_step(options: Mapping[str, Any]) -> str:
     """What AMED is trained with: a mean stands in for an evaluation."""
     return "afs" if options.get("first_step") == "afs" else "evaluate"
 
 
 STATISTICS_KIND, AMED_KIND = KINDS = (StatisticsKind(), AmedKind())
+SOCKET = io.Custom("LAMBDA_CALIBRATION")  # of every kind
+
+
+def kind_of(found: Any) -> Kind:
+    return next(kind for kind in KINDS if isinstance(found, kind.type))
+
+
+def needed(kind: Kind, found: Any, node: str) -> Any:
+    """What came through the socket, if it is of this kind; ValueError naming both kinds and the remedy if it is not."""
+    if not isinstance(found, kind.type):
+        raise ValueError(f"calibration is {kind_of(found).noun} of {found.about.get('model', 'a model')}, and {node} needs "
+                         f"{kind.noun}: connect what {kind.makes} makes, or a file of it by Load Calibration")
+    return found
+
 
 WARN_ABOVE = 1.15
 """`carry_over` from which a training is said not to carry over."""
@@ -199,21 +251,26 @@ def carry_over(trained: Amed) -> float:
     return others / training
 
 
-def summary(trained: Amed) -> str:
+def summary(trained: Amed, spent: object) -> str:
     losses = trained.about["losses"]
     before, after = losses["untrained"][trained.others][-1], losses["trained"][trained.others][-1]
     ratio = carry_over(trained)
     warning = "" if ratio <= WARN_ABOVE else (f". Warning: against the untrained error that is {100 * (ratio - 1):.0f} % more "
                                               "than on the training images: use more samples, or fewer steps")
     which = "images held out" if trained.others == "held out" else "the images it was selected by"
-    return (f"AMED trained in {trained.about['evaluations']} evaluations: error at the last step {before:.3g} untrained, "
+    return (f"AMED trained in {spent}: error at the last step {before:.3g} untrained, "
             f"{after:.3g} trained, on {which}{warning}")
+
+
+def sigma_max(run: Run) -> float:
+    """The model's highest level."""
+    return float(run.patcher.get_model_object("model_sampling").sigma_max)
 
 
 def pure_noise(run: Run, count: int, seed: int, sigma: float | None = None) -> Tensor:
     """Starting states of a run at sigma, or at the model's highest level, as ComfyUI makes them of an empty latent."""
     sampling = run.patcher.get_model_object("model_sampling")
-    sigma = float(sampling.sigma_max) if sigma is None else sigma
+    sigma = sigma_max(run) if sigma is None else sigma
     noise = torch.randn((count, *run.x.shape[1:]), generator=torch.Generator().manual_seed(seed)).to(run.x.device)
     return sampling.noise_scaling(noise.new_tensor([sigma]), noise, torch.zeros_like(noise), max_denoise=True)
 
@@ -228,23 +285,23 @@ def table(run: Run) -> list[float]:
     return sorted({*known, *beyond}, reverse=True)
 
 
-def trajectories(shape: torch.Size, fewest: int = 1) -> int:
+def trajectories(shape: Sequence[int], fewest: int = 1) -> int:
     """How many an estimate takes. The fitted solver corrects only what holds on one that was left out, so it needs two."""
     return _enough(shape, 1, fewest, MOST)
 
 
-def refit_images(shape: torch.Size, prompts: int) -> int:
+def refit_images(shape: Sequence[int], prompts: int) -> int:
     """How many images a refit looks at, those that select among them: a quarter of what one prompt gets for each of several."""
     enough = _enough(shape, 16, 4, 8)
     return max(enough, prompts * (enough // 4))
 
 
-def training_images(shape: torch.Size) -> int:
+def training_images(shape: Sequence[int]) -> int:
     """How many images AMED learns from."""
     return _enough(shape, 4, 2, 8)
 
 
-def _enough(shape: torch.Size, times: int, fewest: int, most: int) -> int:
+def _enough(shape: Sequence[int], times: int, fewest: int, most: int) -> int:
     """As many images as have so many times ELEMENTS."""
     return max(fewest, min(most, math.ceil(times * ELEMENTS / math.prod(shape[1:]))))
 

@@ -1,12 +1,28 @@
-"""What stands in KSampler's list, and the catalogue's name of it. At most ten, and forever: workflows carry them."""
+"""What a user can choose: the names in KSampler's list, and the families that have a node."""
 
 NAMES = {
     "lambda_2m": "dpmpp_2m",
     "lambda_3m": "dpmpp_3m",
     "lambda_2m_sde": "dpmpp_2m_sde",
     "lambda_3m_sde": "dpmpp_3m_sde",
-    "dpm_solver_v3": "dpm_solver_v3",
-    "amed": "amed",
-    "amed_dpmpp_2m": "amed_dpmpp_2m",
+    "lambda_v3": "dpm_solver_v3",
+    "lambda_amed": "amed",
+    "lambda_amed_2m": "amed_dpmpp_2m",
     "lambda_fitted": "fitted_chosen",
 }
+"""Name in KSampler's list -> the catalogue's. At most ten, and once published forever: workflows carry them."""
+
+NODES = {
+    "multistep": "Multistep",
+    "singlestep": "Singlestep",
+    "adaptive": "Adaptive",
+    "sde": "SDE",
+    "v3": "DPM-Solver-v3",
+    "fitted": "Fitted",
+    "amed": "AMED",
+}
+"""Family -> its node's title. The other families are bases and teachers: SAMPLERS has them, nodes do not."""
+
+
+def node_id(family: str) -> str:
+    return "LambdaSampler" + family.capitalize()

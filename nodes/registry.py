@@ -1,8 +1,9 @@
-"""From the catalogue to ComfyUI: names in every sampler list, and a SAMPLER node for every family."""
+"""From the catalogue to ComfyUI: names in every sampler list, and SAMPLER nodes."""
 from __future__ import annotations
 
 import logging
-from typing import Callable
+from itertools import starmap
+from typing import Any, Callable
 
 import comfy.samplers
 from comfy.k_diffusion import sampling as comfy_sampling
@@ -12,13 +13,11 @@ from torch import Tensor
 from ..samplers import FAMILIES, SAMPLERS
 from ..samplers.families import Option, Sampler
 from . import calibration, events, identity
-from .calibrating import SOCKETS, advanced
 from .calibration import Kind, Run
-from .host import sampler_function
-from .kinds import KINDS
-from .names import NAMES
-
-CATEGORY = "Lambda Solvers"
+from .host import CATEGORY, advanced, sampler_function
+from .kinds import KINDS, SOCKET, needed
+from .names import NAMES, NODES, node_id
+from .settings import RULES
 
 
 def register() -> None:
@@ -44,31 +43,34 @@ def listed(name: str) -> Sampler | None:
 
 
 def sampler_nodes() -> list[type[io.ComfyNode]]:
-    return [_node(family) for family in FAMILIES.values()]
+    return [_node(FAMILIES[name], title) for name, title in NODES.items()]
 
 
-def _node(family: Sampler) -> type[io.ComfyNode]:
+def _node(family: Sampler, title: str) -> type[io.ComfyNode]:
     """The SAMPLER node of one family: a widget for every option, and one call."""
-    node_id = "LambdaSampler" + family.name.capitalize()
+    kind = kind_of(family)
 
     class Node(io.ComfyNode):
         @classmethod
         def define_schema(cls) -> io.Schema:
+            options = {name: option for name, option in family.options.items() if not kind or name != kind.option}
             return io.Schema(
-                node_id=node_id,
-                display_name=f"{family.title} (Lambda)",
+                node_id=node_id(family.name),
+                display_name=f"{title} (Lambda)",
                 category=CATEGORY,
                 description=f"{family.help}\n\n{family.citation}",
-                inputs=[*(_input(name, option) for name, option in family.options.items()), *_more(family)],
+                inputs=[*(_calibration(kind) if kind else []), *starmap(_input, options.items())],
                 outputs=[io.Sampler.Output(display_name="SAMPLER", tooltip="For SamplerCustom or SamplerCustomAdvanced")],
             )
 
         @classmethod
-        def execute(cls, calibration: str = "auto", **options) -> io.NodeOutput:
+        def execute(cls, measure: str = "auto", calibration: Any = None, **options) -> io.NodeOutput:
+            if calibration is not None:
+                options[kind.option] = needed(kind, calibration, cls.GET_SCHEMA().display_name)
             family.settings({**family.stand_ins, **options})  # an inadmissible value is refused here, on its node
-            return io.NodeOutput(comfy.samplers.KSAMPLER(calibrated(family, calibration), extra_options=options))
+            return io.NodeOutput(comfy.samplers.KSAMPLER(calibrated(family, measure), extra_options=options))
 
-    Node.__name__ = Node.__qualname__ = node_id
+    Node.__name__ = Node.__qualname__ = node_id(family.name)
     return Node
 
 
@@ -105,23 +107,20 @@ def _observed(sampler: Sampler, function: Callable[..., Tensor], describe: Calla
     return sample
 
 
-def _more(family: Sampler) -> list[io.Input]:
-    """What a node has beside the solver's own options."""
-    kind = kind_of(family)
-    if kind is None:
-        return []
-    return [io.Combo.Input("calibration", options=list(calibration.RULES), default="auto", tooltip=(
-        f"Without {kind.title} connected or attached: auto takes a saved one of this model and guidance, or measures and saves "
-        "one once, at no prompt in particular; every prompt measures each new prompt, which is more exact; saved only never "
-        "measures; never uses none but a given one"))]
+def _calibration(kind: Kind) -> list[io.Input]:
+    """The inputs of a node whose solver needs a calibration, beside the solver's own options."""
+    return [
+        SOCKET.Input("calibration", optional=True, tooltip=(
+            f"From {kind.makes} or Load Calibration. Without: what is attached to the model, or as `measure` says")),
+        io.Combo.Input("measure", options=list(RULES), default=RULES[0], tooltip=(
+            f"Without {kind.noun} connected or attached: auto takes a saved file of this model and guidance, or measures and "
+            "saves one once, at no prompt in particular; every prompt measures each new prompt, which is more exact; saved "
+            "only never measures; never uses none but given ones")),
+    ]
 
 
 def _input(name: str, option: Option) -> io.Input:
     """The widget of one option."""
-    for kind, socket in SOCKETS.items():
-        if option.kind is kind.type:
-            return socket.Input(name, optional=True, tooltip=(
-                f"From {kind.makes} or Load {kind.title}; without, as `calibration` says"))
     said = {"default": option.default, "tooltip": f"{option.help}. {option.range.capitalize()}; default {option.default}."}
     if option.choices:
         widget = io.Combo.Input(name, options=list(option.choices), **said)
@@ -132,3 +131,31 @@ def _input(name: str, option: Option) -> io.Input:
     else:
         widget = io.Float.Input(name, min=option.low, max=option.high, step=option.step, round=False, **said)
     return advanced(widget) if option.advanced else widget
+
+
+class FirstStep(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LambdaFirstStep",
+            display_name="First Step",
+            category=CATEGORY,
+            description="Leaves out a sampler's first evaluation, where x is nothing but noise. afs: Dockhorn et al. 2022 "
+                        "(arXiv:2210.05475). Not for img2img.",
+            inputs=[
+                io.Sampler.Input("sampler", tooltip="A sampler of this pack"),
+                io.Combo.Input("mode", options=["afs", "mean"], default="afs", tooltip=(
+                    "afs: answered analytically, worth it where sigma_max is very high. mean: from the second seed of a prompt "
+                    "on, by the mean of what the model said to the first; kept in memory, for one prompt, guidance and size")),
+            ],
+            outputs=[io.Sampler.Output(display_name="SAMPLER", tooltip="For SamplerCustom or SamplerCustomAdvanced")])
+
+    @classmethod
+    def execute(cls, sampler: Any, mode: str) -> io.NodeOutput:
+        function = getattr(sampler, "sampler_function", None)
+        if not hasattr(function, "lambda_solvers"):
+            raise ValueError(f"First Step wraps samplers of this pack, and this is {getattr(function, '__name__', sampler)}: "
+                             "connect one of the Lambda Solvers nodes, or KSamplerSelect with one of our names")
+        options = {**sampler.extra_options, "first_step": mode}
+        function.lambda_solvers.settings({**function.lambda_solvers.stand_ins, **options})
+        return io.NodeOutput(comfy.samplers.KSAMPLER(function, extra_options=options, inpaint_options=sampler.inpaint_options))

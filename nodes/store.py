@@ -1,15 +1,19 @@
-"""Calibration files: models/solver_calibrations, and which of them belongs to a model at a guidance."""
+"""Calibration files: their places in models/solver_calibrations."""
 from __future__ import annotations
 
 import itertools
 import logging
 import os
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Callable, Mapping
+from typing import Any, Callable
 
 import folder_paths
 
-from ..samplers.storage import Damaged, OtherKind
+from ..samplers import Amed, Statistics
+from ..samplers.storage import Damaged, OtherKind, digest
+
+KINDS = (Statistics, Amed)
 
 FOLDER = "solver_calibrations"
 ENDING = ".safetensors"
@@ -45,12 +49,12 @@ def names() -> list[str]:
 def existing(name: str) -> Path:
     """The file of a listed name; ValueError if there is none."""
     if name == NONE:
-        raise ValueError("no calibration is chosen: run Save Solver Statistics first, or put a file into "
+        raise ValueError("no calibration is chosen: run Measure Model first, or put a file into "
                          f"{directory()}; then refresh the node definitions (key R) and choose it")
     path = folder_paths.get_full_path(FOLDER, name)
     if path is None:
-        raise ValueError(f"there is no calibration {name!r} in {directory()}: run Save Solver Statistics first, or put "
-                         "a file there and reload the page")
+        raise ValueError(f"there is no calibration {name!r} in {directory()}: run Measure Model first, or put a file there "
+                         "and reload the page")
     return Path(path)
 
 
@@ -58,10 +62,10 @@ def place(name: str) -> Path:
     """Where a file of this name goes; ValueError if the name would leave the folder or is not a plain one."""
     stem = name.strip().removesuffix(ENDING)
     parts = stem.replace("\\", "/").split("/")
-    if not stem or len(stem.encode()) > LONGEST or any(part in ("", ".", "..") or part[0] == "." or any(c in '<>:"|?*' or ord(c) < 32 for c in part)
-                       for part in parts):
-        raise ValueError(f"name = {name!r} cannot be a file in {FOLDER}: use up to {LONGEST} letters, digits, '-', '_', and '/' for "
-                         "subfolders, no '..' and no absolute path")
+    wrong = any(part[:1] in ("", ".") or any(c in '<>:"|?*' or ord(c) < 32 for c in part) for part in parts)
+    if wrong or len(stem.encode()) > LONGEST:
+        raise ValueError(f"name = {name!r} cannot be a file in {FOLDER}: use up to {LONGEST} letters, digits, '-', '_', and "
+                         "'/' for subfolders, no '..' and no absolute path")
     path = directory().joinpath(*parts[:-1], parts[-1] + ENDING)
     if not path.resolve().is_relative_to(directory().resolve()):
         raise ValueError(f"name = {name!r} leads out of {FOLDER} (through a link): choose another name")
@@ -75,19 +79,42 @@ def free(name: str, taken: Callable[[Path], bool] = Path.exists) -> Path:
     return next(path for path in map(place, names) if not taken(path))
 
 
-def unread(kind: type, name: str) -> Path:
-    """A file for what was just measured: as `free`, but that one which no version can read is replaced."""
-    return free(name, lambda path: path.exists() and not _damaged(kind, path))
+def spare(name: str, content: Any) -> Path:
+    """A file for what was just measured: as `free`, but one that holds the same, or that no version can read, is replaced."""
+    return free(name, lambda path: path.exists() and not _gives_way(path, content))
 
 
-def _damaged(kind: type, path: Path) -> bool:
+def _gives_way(path: Path, content: Any) -> bool:
     try:
-        kind.load(path)
+        return digest(type(content).load(path).arrays()) == digest(content.arrays())
     except Damaged:
         return True
     except ValueError:  # of another kind or version
-        pass
-    return False
+        return False
+
+
+def load(path: Path) -> Any:
+    """A calibration of any kind; CalibrationError if the file holds none."""
+    *others, last = KINDS
+    for kind in others:
+        with suppress(OtherKind):
+            return kind.load(path)
+    return last.load(path)
+
+
+def read(kind: type, name: str) -> Any | None:
+    """What a listed file holds, if it is of this kind; a damaged one is named in the log."""
+    try:
+        return kind.load(existing(name))
+    except OtherKind:
+        return None
+    except ValueError as fault:
+        logging.warning("Lambda Solvers: %s", fault)
+        return None
+
+
+def shown(path: Path) -> str:
+    return path.relative_to(directory()).as_posix()
 
 
 def partial(name: str) -> Path | None:
@@ -97,53 +124,3 @@ def partial(name: str) -> Path | None:
     except OSError as fault:
         logging.warning("Lambda Solvers: a measurement that is cancelled cannot be gone on with: %s", fault)
         return None
-
-
-def near(a: float, b: float, apart: float = 0.1) -> bool:
-    """Numbers close enough to share statistics: within a tenth, and `apart` more, for small ones."""
-    return abs(a - b) <= apart + 0.1 * max(abs(a), abs(b))
-
-
-NUMBERS = {"guidance": 0.1, "distilled": 0.1, "strengths": 0.0}
-"""What of a description need only be near, and how far apart beyond a tenth: 0.8 and 0.88 of a LoRA are near,
-0.1 and 0.2 are not."""
-
-
-def alike(key: str, about: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    """Whether two descriptions agree in one of NUMBERS: one number, or as many; None stands for none."""
-    def close(x: Any, y: Any) -> bool:
-        if isinstance(x, (int, float)) and isinstance(y, (int, float)):
-            return near(x, y, NUMBERS[key])
-        return x is None and y is None
-
-    a, b = (told.get(key, []) for told in (about, wanted))
-    a, b = (value if isinstance(value, list) else [value] for value in (a, b))
-    return len(a) == len(b) and all(map(close, a, b))
-
-
-def find(kind: type, wanted: Mapping[str, Any], measured_for: Callable[[Mapping[str, Any]], bool],
-         serves: Callable[[Any], int]) -> tuple[str, Any] | None:
-    """The name and content of a saved calibration for a model as `identity.description` describes it.
-
-    The checkpoint and its patches are the same, their strengths and the guidance near, and it was measured for
-    these conditions, as measured_for(its description) says, or learned for all prompts and just such a run
-    (serves(it) = 2). Of several those that serve best, then those of the same prompt, then those of the nearest
-    guidance. A damaged file is named in the log and skipped.
-    """
-    found = []
-    for name in listed():
-        try:
-            loaded = kind.load(existing(name))
-        except OtherKind:
-            continue
-        except ValueError as fault:
-            logging.warning("Lambda Solvers: %s", fault)
-            continue
-        about = loaded.about
-        same = all(about.get(key) == wanted[key] for key in ("fingerprint", "patches"))
-        if same and all(alike(key, about, wanted) for key in NUMBERS):
-            well = serves(loaded)
-            if well == 2 or well and measured_for(about):
-                other_prompt = about.get("conditions") != wanted["conditions"]
-                found.append((-well, other_prompt, abs(about["guidance"] - wanted["guidance"]), name, loaded))
-    return min(found, key=lambda entry: entry[:4])[3:] if found else None

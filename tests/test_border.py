@@ -111,10 +111,10 @@ def test_a_sampler_of_another_s_with_one_of_our_names_is_left_alone_and_named_in
 
 
 def test_a_name_that_another_pack_lists_and_runs_in_a_way_of_its_own_is_left_alone(unregistered, caplog) -> None:
-    unregistered.samplers.SAMPLER_NAMES.append("amed")
+    unregistered.samplers.SAMPLER_NAMES.append("lambda_amed")
     unregistered.register()
-    assert not hasattr(unregistered.sampling, "sample_amed") and "named amed already" in caplog.text
-    assert unregistered.samplers.SAMPLER_NAMES.count("amed") == 1
+    assert not hasattr(unregistered.sampling, "sample_lambda_amed") and "named lambda_amed already" in caplog.text
+    assert unregistered.samplers.SAMPLER_NAMES.count("lambda_amed") == 1
 
 
 def test_the_pack_loaded_anew_is_there_once(caplog) -> None:
@@ -218,7 +218,7 @@ def test_the_calibration_of_a_run_is_noted_in_the_prompt_that_comfyui_writes_int
     digest = storage.digest(drawn.arrays())
     drawn.save(tmp_path / "a.safetensors")
     assert storage.digest(type(drawn).load(tmp_path / "a.safetensors").arrays()) == digest and len(digest) == 12
-    graph, unused = (ksampler(sampler_name="dpm_solver_v3") for _ in range(2))
+    graph, unused = (ksampler(sampler_name="lambda_v3") for _ in range(2))
     run(graph, "5", 12, monkeypatch, family="dpm_solver_v3", statistics=drawn, use={"statistics": drawn})
     assert noted(graph, "5") == {"version": module("status.metadata").version(), "calibrations": [{"name": "file", "digest": digest}]}
     assert noted(graph, "1") is None and graph["5"]["inputs"] == unused["5"]["inputs"]
@@ -284,11 +284,12 @@ def test_a_calibration_is_known_by_where_it_came_from(monkeypatch, came: str, na
     monkeypatch.setattr(calibration, "description", lambda guider: told)
     monkeypatch.setattr(calibration.canonical, "conditions", lambda run: contextlib.nullcontext())
     monkeypatch.setattr(calibration, "warn", lambda *run: None)
-    monkeypatch.setattr(store, "find", lambda *wanted, **how: ("folder/one.safetensors", found) if came == "saved" else None)
+    monkeypatch.setattr(calibration, "choice", lambda *run: ("folder/one.safetensors", found) if came == "saved" else None)
     monkeypatch.setattr(store, "partial", lambda name: None)
     where = tmp_path / ("gone/gone" if came == "not written" else "") / "model-cfg3.safetensors"
-    monkeypatch.setattr(store, "unread", lambda kind, name: where)
-    kind = types.SimpleNamespace(option="statistics", type=type(found), attachment="a", noun="statistics", title="", makes="",
+    monkeypatch.setattr(store, "spare", lambda name, content: where)
+    one = {name: lambda *run: 1 for name in ("cost", "images", "sampled")}
+    kind = types.SimpleNamespace(option="statistics", type=type(found), attachment="a", noun="statistics", makes="", **one,
                                  name=lambda about: "", about=lambda run: {}, measure=lambda *run: found)
     model = Model(lambda x, sigma: x, sampling_of("EPS"))
     model.inner_model.model_patcher.get_attachment = lambda name: found if came == "attached" else None

@@ -7,7 +7,7 @@ import torch
 from comfy_models import Network, guider, in_a_run, listed, model, part, prompt, sampled
 from test_measuring import folder  # noqa: F401  (the fixture)
 
-MEASURED = ["dpm_solver_v3", "lambda_fitted", "amed", "amed_dpmpp_2m"]
+MEASURED = ["lambda_v3", "lambda_fitted", "lambda_amed", "lambda_amed_2m"]
 GHOST, PANDA = 0.3, -0.4
 
 
@@ -31,11 +31,11 @@ def test_near_guidances_are_measured_at_one_that_does_not_depend_on_the_first(fo
     guidance = part("nodes.canonical").guidance
     assert [guidance(scale) for scale in (1.0, 1.1, 1.3, 3.2, 7.0, 7.4, 7.6, 11.1)] == [1, 1, 1.25, 3, 7, 7, 8, 12]
     assert all(guidance(guidance(scale / 7)) == guidance(scale / 7) for scale in range(300))
-    alone = run_of("dpm_solver_v3", PANDA, cfg=7.6)
+    alone = run_of("lambda_v3", PANDA, cfg=7.6)
     for file in folder.glob("*.safetensors"):
         file.unlink()
-    run_of("dpm_solver_v3", PANDA, cfg=7.4)
-    assert torch.equal(run_of("dpm_solver_v3", PANDA, cfg=7.6), alone)
+    run_of("lambda_v3", PANDA, cfg=7.4)
+    assert torch.equal(run_of("lambda_v3", PANDA, cfg=7.6), alone)
     assert {path.stem.rpartition("-")[2] for path in folder.glob("*.safetensors")} == {"cfg7", "cfg8"}
 
 

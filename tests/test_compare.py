@@ -190,7 +190,7 @@ def test_what_a_budget_cannot_buy_and_what_fails_is_said() -> None:
     ("euler", False, False), ("euler_ancestral", True, False), ("euler_ancestral, eta=0.0", False, False),
     ("dpmpp_sde", True, False), ("lambda_2m_sde", True, False), ("lambda/dpmpp_2m_sde, eta=0", False, False),
     ("lcm", True, False), ("dpm_adaptive", False, True),
-    ("dpm_adaptive_23", False, True), ("dpm_solver_v3", False, False), ("uni_pc_bh2", False, False)])
+    ("dpm_adaptive_23", False, True), ("lambda_v3", False, False), ("uni_pc_bh2", False, False)])
 def test_stochastic_and_adaptive_samplers_are_found_out(name: str, stochastic: bool, adaptive: bool) -> None:
     cells = module("bench").plan(bench_of(), entry(name), ["karras", "normal"], [4, 6])
     assert {cell.stochastic for cell in cells} == {stochastic} and not any(cell.fault for cell in cells)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from comfy_models import IMAGE, VIDEO, Network, guider, in_a_run, listed, model, part, prompt, sampled
 
-MEASURED = ["dpm_solver_v3", "lambda_fitted", "amed", "amed_dpmpp_2m"]
+MEASURED = ["lambda_v3", "lambda_fitted", "lambda_amed", "lambda_amed_2m"]
 
 
 @pytest.fixture(autouse=True)

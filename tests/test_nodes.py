@@ -13,8 +13,11 @@ from comfy_host import ROOT, Model, comfy_sampling, pack, sampling_of
 from problems import reference_mixture
 from samplers import FAMILIES, SAMPLERS
 
-NAMES = ["lambda_2m", "lambda_3m", "lambda_2m_sde", "lambda_3m_sde", "dpm_solver_v3", "amed", "amed_dpmpp_2m", "lambda_fitted"]
-SAMPLER_NODES = ["LambdaSampler" + name.capitalize() for name in FAMILIES]
+NAMES = ["lambda_2m", "lambda_3m", "lambda_2m_sde", "lambda_3m_sde", "lambda_v3", "lambda_amed", "lambda_amed_2m", "lambda_fitted"]
+SHOWN = ["multistep", "singlestep", "adaptive", "sde", "v3", "fitted", "amed"]
+SAMPLER_NODES = ["LambdaSampler" + name.capitalize() for name in SHOWN]
+NODES = {*SAMPLER_NODES, "LambdaMeasureModel", "LambdaTrainAmed", "LambdaTuneFitted", "LambdaLoadCalibration", "LambdaSaveCalibration",
+         "LambdaApplyCalibration", "LambdaFittedScheduler", "LambdaFirstStep", "LambdaCompareSamplers"}
 
 
 def lists() -> list[list[str]]:
@@ -61,7 +64,7 @@ def test_a_list_that_another_pack_has_replaced_gets_our_names_too() -> None:
         comfy.samplers.KSampler.SAMPLERS = kept
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("lambda_") and name != "lambda_fitted"])
+@pytest.mark.parametrize("name", NAMES[:4])
 def test_ksampler_s_function_is_ours(name: str) -> None:
     pack()
     import comfy.samplers
@@ -72,17 +75,23 @@ def test_ksampler_s_function_is_ours(name: str) -> None:
     assert result.isfinite().all() and result.dtype == x.dtype
 
 
-def test_there_is_one_node_for_every_family_and_one_widget_for_every_option() -> None:
+def test_there_are_sixteen_nodes_in_one_category() -> None:
     found = nodes()
-    assert list(found)[:len(FAMILIES)] == SAMPLER_NODES
-    for node, family in zip(found.values(), FAMILIES.values()):
-        schema = node.GET_SCHEMA()
-        assert schema.category == "Lambda Solvers" and schema.description
+    assert set(found) == NODES and len(found) == 16
+    assert {node.GET_SCHEMA().category for node in found.values()} == {"Lambda Solvers"}
+
+
+def test_a_family_s_node_has_one_widget_for_every_option_and_one_socket_for_any_calibration() -> None:
+    found = nodes()
+    for name in SHOWN:
+        family, node = FAMILIES[name], found["LambdaSampler" + name.capitalize()]
+        assert node.GET_SCHEMA().description
         inputs = {name: spec for kind in node.INPUT_TYPES().values() for name, spec in kind.items()}
-        assert set(inputs) == {*family.options, *(["calibration"] if family.stand_ins else [])}
+        assert set(inputs) == {*family.options, *(["calibration", "measure"] if family.stand_ins else [])} - set(family.stand_ins)
+        if family.stand_ins:
+            assert inputs["calibration"][0] == "LAMBDA_CALIBRATION" and "calibration" in node.INPUT_TYPES()["optional"]
         for name, option in family.options.items():
             if option.stand_in is not None:
-                assert inputs[name][0] in ("LAMBDA_STATISTICS", "LAMBDA_AMED") and inputs[name][1]["tooltip"]
                 continue
             said = inputs[name][1]
             assert said["default"] == option.default and option.help in said["tooltip"]
@@ -93,17 +102,47 @@ def test_there_is_one_node_for_every_family_and_one_widget_for_every_option() ->
                 assert (said["min"], said["max"]) == (option.low, option.high)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+def own(name: str):
+    """What stands under a name in the pack's own samplers."""
+    return getattr(sys.modules["custom_nodes_x_lambda-solvers.samplers"], name)
+
+
+def test_a_calibration_of_the_wrong_kind_is_refused_by_what_it_is_and_what_is_needed() -> None:
+    found = nodes()
+    statistics, trained = own("Statistics").constant(), own("Amed").untrained()
+    options = {key: option.default for key, option in FAMILIES["v3"].options.items() if option.stand_in is None}
+    with pytest.raises(ValueError, match="is AMED of a model, and DPM-Solver-v3 .Lambda. needs statistics: connect what Measure Model makes"):
+        found["LambdaSamplerV3"].execute(calibration=trained, **options)
+    with pytest.raises(ValueError, match="is statistics of a model, and AMED .Lambda. needs AMED: connect what Train AMED makes"):
+        found["LambdaSamplerAmed"].execute(calibration=statistics)
+    for node in ("LambdaFittedScheduler", "LambdaTuneFitted"):
+        names = [entry.id for entry in found[node].GET_SCHEMA().inputs]
+        with pytest.raises(ValueError, match="is AMED of a model.*needs statistics"):
+            found[node].execute(**{**dict.fromkeys(names), "calibration": trained})
+    [sampler] = found["LambdaSamplerV3"].execute(calibration=statistics, **options).args
+    assert sampler.extra_options["statistics"] is statistics
+
+
+def test_a_model_carries_one_calibration_of_each_kind() -> None:
+    apply, model = nodes()["LambdaApplyCalibration"], types.SimpleNamespace(found={})
+    model.clone, model.set_attachments = lambda: model, model.found.__setitem__
+    statistics, trained = own("Statistics").constant(), own("Amed").untrained()
+    for calibration in (statistics, trained, trained):
+        apply.execute(model=model, calibration=calibration)
+    assert list(model.found.values()) == [statistics, trained]
+
+
+@pytest.mark.parametrize("name", SHOWN)
 def test_a_node_s_sampler_runs_with_its_options(name: str) -> None:
     node = nodes()["LambdaSampler" + name.capitalize()]
     family = sys.modules["custom_nodes_x_lambda-solvers.samplers"].FAMILIES[name]  # the pack's own
-    options = {key: option.default for key, option in family.options.items()} | family.stand_ins
+    options = {key: option.default for key, option in family.options.items() if option.stand_in is None}
     [sampler] = node.execute(**options).args
     denoiser, x = reference_mixture("flow")
     model = Model(denoiser, sampling_of("CONST"))
     function = host().sampler_function(family) if family.stand_ins else sampler.sampler_function
     result = function(model, x, torch.tensor([1.0, 0.8, 0.4, 0.0]), extra_args={"seed": 3}, callback=None, disable=True,
-                      **sampler.extra_options)
+                      **sampler.extra_options, **family.stand_ins)
     assert result.isfinite().all()
 
 

@@ -18,7 +18,9 @@ from samplers.schedule import find_path, levels
 from samplers.train import training_cost
 
 NAMES = {"lambda_2m": "dpmpp_2m", "lambda_3m": "dpmpp_3m", "lambda_2m_sde": "dpmpp_2m_sde", "lambda_3m_sde": "dpmpp_3m_sde",
-         "dpm_solver_v3": "dpm_solver_v3", "amed": "amed", "amed_dpmpp_2m": "amed_dpmpp_2m", "lambda_fitted": "fitted_chosen"}
+         "lambda_v3": "dpm_solver_v3", "lambda_amed": "amed", "lambda_amed_2m": "amed_dpmpp_2m",
+         "lambda_fitted": "fitted_chosen"}
+NODES = ("multistep", "singlestep", "adaptive", "sde", "v3", "fitted", "amed")
 PROMPT = "prompt"
 
 
@@ -71,7 +73,7 @@ def test_a_listed_name_costs_what_the_catalogue_says(name: str) -> None:
     assert lines(ksampler(sampler_name=name))[0] == f"count: model evaluations: {nfe(NAMES[name], 12)}{flow}"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", NODES)
 def test_a_node_costs_what_the_catalogue_says(family: str) -> None:
     said = lines(custom(family))[0]
     settings = FAMILIES[family].settings({**FAMILIES[family].stand_ins})
@@ -109,13 +111,13 @@ def test_nonsense_is_told_on_the_nodes_that_it_concerns() -> None:
         raise ValueError("the environment variable is 'sometimes'")
 
     say = lambda key, **values: module("status.web").text("en", key, **values)  # noqa: E731
-    told = {name: module("status.panel").answer(ksampler(sampler_name=name), "5", nonsense, say)["lines"] for name in ("lambda_2m", "dpm_solver_v3")}
+    told = {name: module("status.panel").answer(ksampler(sampler_name=name), "5", nonsense, say)["lines"] for name in ("lambda_2m", "lambda_v3")}
     assert told["lambda_2m"][0]["text"] == "model evaluations: 12"
-    assert [line["text"] for line in told["dpm_solver_v3"]] == ["warning: the environment variable is 'sometimes'"]
+    assert [line["text"] for line in told["lambda_v3"]] == ["warning: the environment variable is 'sometimes'"]
     advanced = ksampler(start_at_step=2, end_at_step=-1, return_with_leftover_noise="disable")
     advanced["5"]["class_type"] = "KSamplerAdvanced"
     assert lines(advanced)[0].startswith("count: model evaluations: 0")
-    round_ = {"1": node("KSamplerSelect", sampler_name="dpm_solver_v3"), "3": node("SplitSigmas", sigmas=["3", 0]),
+    round_ = {"1": node("KSamplerSelect", sampler_name="lambda_v3"), "3": node("SplitSigmas", sigmas=["3", 0]),
               "2": node("SamplerCustomAdvanced", guider=["2", 0], sampler=["1", 0], sigmas=["3", 0])}
     assert lines(round_, name="1")
     assert module("status.plan").model_chain(round_, "2") is None
@@ -162,10 +164,10 @@ def test_too_few_steps_for_the_order_are_named() -> None:
     assert warned(5) and not warned(6)  # of karras, whose last step above 0 is then long: orders 1, 2, 2, 1, 1
 
 
-@pytest.mark.parametrize("first_step, wrapper", [("afs", "LambdaAnalyticFirstStep"), ("mean", "LambdaMeanFirstStep")])
-def test_a_skipped_first_step_is_not_counted_nor_drawn_and_warned_of_where_the_run_is_refused(first_step: str, wrapper: str) -> None:
+@pytest.mark.parametrize("first_step", ["afs", "mean"])
+def test_a_skipped_first_step_is_not_counted_nor_drawn_and_warned_of_where_the_run_is_refused(first_step: str) -> None:
     """Set on the node, or by a node that wraps its sampler."""
-    wrapped = custom() | {"8": node(wrapper, sampler=["5", 0])}
+    wrapped = custom() | {"8": node("LambdaFirstStep", sampler=["5", 0], mode=first_step)}
     wrapped["9"]["inputs"]["sampler"] = ["8", 0]
     warning = "the first step can be skipped at full noise only, and this run starts at sigma"
     for graph in (custom(first_step=first_step), wrapped):
@@ -179,10 +181,10 @@ def test_a_skipped_first_step_is_not_counted_nor_drawn_and_warned_of_where_the_r
 
 
 def test_wrappers_that_wrap_each_other_run_nothing() -> None:
-    graph = {"5": custom()["5"], "8": node("LambdaMeanFirstStep", sampler=["8", 0])}
+    graph = {"5": custom()["5"], "8": node("LambdaFirstStep", sampler=["8", 0], mode="mean")}
     assert "Connect it to SamplerCustom" in lines(graph)[0]
     graph["8"]["inputs"]["sampler"] = ["10", 0]
-    graph["10"] = node("LambdaMeanFirstStep", sampler=["5", 0])
+    graph["10"] = node("LambdaFirstStep", sampler=["5", 0], mode="mean")
     assert "Connect it to SamplerCustom" in lines(graph)[0]
 
 
@@ -315,20 +317,30 @@ def saved(tmp_path, monkeypatch):
     folder_paths.filename_list_cache.pop(store.FOLDER, None)
 
 
+UNSURE = "note: not run on this model yet: a saved calibration that fits is used, else one is measured first, "
+MEASURED = "note: no saved calibration serves this run: one is measured first, "
+SMALL = "about 1 s"  # all that the tests' model takes
+
+
+def images(evaluations: int, many: int, image: int) -> str:
+    """So many evaluations, each of so many images, in images of so many."""
+    return f"as long as {round(evaluations * many / image)} images"
+
+
 def test_before_a_run_the_status_says_what_is_known_and_what_not(monkeypatch, saved) -> None:
-    unsure = "note: not run on this model yet: a saved calibration that fits is used, else about 54 evaluations measure one"
     refused = "warn: warning: no calibration is connected and measuring is switched off, so the run will stop"
-    listed = ksampler(sampler_name="dpm_solver_v3")
-    assert unsure in lines(custom("v3", calibration="auto")) and unsure in lines(listed)
-    assert refused in lines(custom("v3", calibration="never")) and refused in lines(listed, rule="never")
-    assert "note: each new prompt is measured once, in about 54 evaluations" in lines(listed, rule="every prompt")
+    listed = ksampler(sampler_name="lambda_v3")
+    assert UNSURE + images(54, 1, 10) in lines(custom("v3", measure="auto"))
+    assert UNSURE + images(54, 1, 12) in lines(listed)
+    assert refused in lines(custom("v3", measure="never")) and refused in lines(listed, rule="never")
+    assert f"note: each new prompt is measured once, {images(54, 1, 12)}" in lines(listed, rule="every prompt")
 
     run(ksampler(), "5", 12, monkeypatch, describe=lambda guider: ABOUT)
-    assert "good: a saved calibration serves this run: one.safetensors" in lines(custom("v3", calibration="auto"))
-    far = custom("v3", calibration="auto")
+    assert "good: a saved calibration serves this run: one.safetensors" in lines(custom("v3", measure="auto"))
+    far = custom("v3", measure="auto")
     far["7"]["inputs"]["cfg"] = 8.0
-    assert "note: no saved calibration serves this run: about 54 evaluations measure one first" in lines(far)
-    far["5"]["inputs"]["calibration"] = "saved only"
+    assert f"{MEASURED}{images(54, 16, 10)}, {SMALL}" in lines(far)  # 16 of latents as small as the tests'
+    far["5"]["inputs"]["measure"] = "saved only"
     assert any(line.startswith("warn") and "no saved calibration serves this run, so it will stop" in line for line in lines(far))
 
 
@@ -337,7 +349,7 @@ def test_a_solver_that_chooses_its_levels_shows_them_once_the_model_is_measured(
     unknown = "note: of the scheduler only the range counts; the levels are chosen once the model is measured"
     assert lines(graph)[0] == "count: model evaluations: 5" and unknown in lines(graph) and not ask(graph)["curve"]["points"]
     run(ksampler(), "5", 12, monkeypatch, describe=lambda guider: {**ABOUT, "guidance": 5.0})
-    assert unknown in lines(graph) and any("about 77 evaluations measure one first" in line for line in lines(graph))
+    assert unknown in lines(graph) and f"{MEASURED}{images(77, 16, 5)}, {SMALL}" in lines(graph)
 
     drawn = two_trajectories()
     found = module("kinds").Statistics(drawn.lam, **drawn.curves(), root=drawn.root, about={**ABOUT, "guidance": 5.0})
@@ -362,7 +374,7 @@ def two_trajectories():
 
 
 def test_a_connected_file_is_compared_with_the_model(monkeypatch, saved) -> None:
-    graph = custom("v3", calibration="auto", statistics=["12", 0]) | {"12": node("LambdaLoadStatistics", name="one.safetensors")}
+    graph = custom("v3", measure="auto", calibration=["12", 0]) | {"12": node("LambdaLoadCalibration", name="one.safetensors")}
     assert "note: calibration one.safetensors; whether it fits is known after a run" in lines(graph)
     run(ksampler(), "5", 12, monkeypatch, describe=lambda guider: ABOUT)
     assert "good: the calibration fits this model and guidance" in lines(graph)
@@ -388,7 +400,7 @@ def trained(saved, tmp_path):
 
 
 def amed(steps: int = 3, **inputs) -> dict:
-    graph = custom("amed", **{"calibration": "auto", **inputs})
+    graph = custom("amed", **{"measure": "auto", **inputs})
     graph["6"]["inputs"]["steps"] = steps
     return graph
 
@@ -399,54 +411,79 @@ def cost(steps: int) -> int:
     return training_cost(levels([level.sigma for level in schedule], find_path("ve")))
 
 
-@pytest.mark.parametrize("name, base", [("amed", "amed"), ("amed_dpmpp_2m", "dpmpp_2m")])
+@pytest.mark.parametrize("name, base", [("lambda_amed", "amed"), ("lambda_amed_2m", "dpmpp_2m")])
 def test_amed_says_what_its_training_costs_and_whether_one_is_saved(monkeypatch, trained, name: str, base: str) -> None:
     def graphs(steps: int) -> tuple[dict, dict]:
         return ksampler(sampler_name=name, steps=steps, cfg=3.0), amed(steps, base=base)
 
     for graph in graphs(3):
         assert lines(graph)[0] == "count: model evaluations: 5, 4 on a flow model"
-        assert f"note: not run on this model yet: a saved calibration that fits is used, else about {cost(3)} evaluations " \
-               "measure one" in lines(graph)
+        assert UNSURE + images(cost(3), 3, 5) in lines(graph)
     run(ksampler(), "5", 12, monkeypatch, describe=lambda guider: ABOUT)
-    measured = "note: no saved calibration serves this run: about {} evaluations measure one first"
     for steps in (3, 4):
         saved = steps == 3 and base == "amed"
         for graph in graphs(steps):
             assert lines(graph)[0] == f"count: model evaluations: {2 * steps - 1}" and len(ask(graph)["curve"]["points"]) == 2 * steps - 1
             assert ("good: a saved calibration serves this run: amed.safetensors" if saved
-                    else measured.format(cost(steps))) in lines(graph)
+                    else f"{MEASURED}{images(cost(steps), 10, 2 * steps - 1)}, {SMALL}") in lines(graph)
 
 
 def test_amed_of_a_schedule_with_nothing_to_learn_is_said_to_be_refused() -> None:
     found = lines(amed(1))
     assert any(text.startswith("warn: warning: sigmas = [14.6") and text.endswith("use more steps") for text in found), found
-    assert not any("measure one" in text for text in found)
+    assert not any("measured first" in text for text in found)
 
+
+@pytest.mark.parametrize("steps, refused", [(10, False), (11, True), (20, True)])
+def test_amed_of_too_many_steps_is_said_to_be_refused_with_what_to_choose(steps: int, refused: bool) -> None:
+    found = lines(ksampler(sampler_name="lambda_amed", steps=steps))
+    said = [text for text in found if text.startswith(f"warn: warning: AMED is not trained for {steps} steps")]
+    assert bool(said) == refused and all("choose at most 10 steps, or lambda_fitted" in text for text in said)
+    assert any("measured first" in text for text in found) != refused
+
+
+def test_a_cost_is_in_time_too_once_an_evaluation_was_timed(monkeypatch, saved) -> None:
+    runs, graph = module("status.runs"), ksampler(sampler_name="lambda_v3")
+    monkeypatch.setattr(runs, "model", lambda *asked: runs.Model(module("status.plan").usual("ve"), ABOUT, (2, 4, 8, 8), pace))
+    for pace, said in ((0.01, "about 4 s"), (2.0, "about 14 min")):
+        assert f"{MEASURED}{images(54, 8, 12)}, {said}" in lines(graph)  # 8 calls for 16 images
+
+
+def test_a_calibration_of_another_kind_is_told_on_the_node_and_passed_over_behind_the_model(saved, trained) -> None:
+    load = {"12": node("LambdaLoadCalibration", name="amed.safetensors")}
+    linked = custom("v3", measure="auto", calibration=["12", 0]) | load
+    assert [line for line in lines(linked) if line.startswith("warn: warning: ") and "amed.safetensors" in line]
+    made = custom("v3", measure="auto", calibration=["12", 0]) | {"12": node("LambdaTrainAmed")}
+    assert "warn: warning: LambdaTrainAmed was made for something else: Measure Model makes what this sampler needs" in lines(made)
+    attached = ksampler(sampler_name="lambda_v3", model=["13", 0]) | load | {
+        "13": node("LambdaApplyCalibration", model=["1", 0], calibration=["12", 0])}
+    assert UNSURE + images(54, 1, 12) in lines(attached)
+    attached["12"] = node("LambdaMeasureModel")
+    assert "note: calibration by a link; whether it fits is known after a run" in lines(attached)
 
 def test_amed_in_a_file_is_compared_with_the_schedule_and_the_base(monkeypatch, trained) -> None:
     """On its node, and attached to KSampler's model."""
-    loaded = {"12": node("LambdaLoadAmed", name="amed.safetensors")}
+    loaded = {"12": node("LambdaLoadCalibration", name="amed.safetensors")}
 
     def attached(steps: int) -> dict:
-        return ksampler(sampler_name="amed", steps=steps, cfg=3.0, model=["13", 0]) | loaded | {
-            "13": node("LambdaApplyAmed", model=["1", 0], amed=["12", 0])}
+        return ksampler(sampler_name="lambda_amed", steps=steps, cfg=3.0, model=["13", 0]) | loaded | {
+            "13": node("LambdaApplyCalibration", model=["1", 0], calibration=["12", 0])}
 
     run(ksampler(), "5", 12, monkeypatch, describe=lambda guider: ABOUT)
     run(attached(3), "5", 5, monkeypatch, describe=lambda guider: ABOUT)
-    for graph, other in ((amed(trained=["12", 0]) | loaded, amed(4, trained=["12", 0]) | loaded), (attached(3), attached(4))):
+    for graph, other in ((amed(calibration=["12", 0]) | loaded, amed(4, calibration=["12", 0]) | loaded), (attached(3), attached(4))):
         assert "good: the calibration fits this model and guidance" in lines(graph)
         assert [line for line in lines(other) if line.startswith("warn: warning: this AMED was trained for 3 steps over")]
-    assert "good: the calibration fits this model and guidance" in lines(amed(4, trained=["12", 0], interpolate=True) | loaded)
-    [line] = lines(amed(trained=["12", 0], base="euler") | loaded)
+    assert "good: the calibration fits this model and guidance" in lines(amed(4, calibration=["12", 0], interpolate=True) | loaded)
+    [line] = lines(amed(calibration=["12", 0], base="euler") | loaded)
     assert line.startswith("warn: warning: this AMED was trained on base amed, and euler is chosen")
     trained("afs.safetensors", "afs")
     loaded["12"]["inputs"]["name"] = "afs.safetensors"
-    assert lines(amed(trained=["12", 0]) | loaded)[0] == "count: model evaluations: 4"
+    assert lines(amed(calibration=["12", 0]) | loaded)[0] == "count: model evaluations: 4"
 
 
 def test_before_the_model_is_known_a_file_of_amed_is_not_judged(trained) -> None:
-    graph = amed(4, trained=["12", 0]) | {"12": node("LambdaLoadAmed", name="amed.safetensors")}
+    graph = amed(4, calibration=["12", 0]) | {"12": node("LambdaLoadCalibration", name="amed.safetensors")}
     assert "note: calibration amed.safetensors; whether it fits is known after a run" in lines(graph)
 
 
@@ -467,7 +504,7 @@ def test_a_mean_is_counted_as_the_run_was(monkeypatch) -> None:
 
 
 def test_what_was_said_in_a_run_is_the_status_after_it(monkeypatch, saved) -> None:
-    graph = ksampler(sampler_name="dpm_solver_v3")
+    graph = ksampler(sampler_name="lambda_v3")
     run(graph, "5", 12, monkeypatch, describe=lambda guider: ABOUT, said="statistics: one.safetensors")
     assert "good: statistics: one.safetensors" in lines(graph)
 
@@ -518,4 +555,4 @@ def test_a_malformed_request_is_refused_with_the_reason(body, part: str) -> None
 
 def test_the_version_is_the_packages(monkeypatch) -> None:
     about = module("status.web").about()
-    assert about["ver"].count(".") == 2 and about["names"] == list(NAMES) and len(about["nodes"]) == len(FAMILIES)
+    assert about["ver"].count(".") == 2 and about["names"] == list(NAMES) and len(about["nodes"]) == len(NODES)

@@ -17,7 +17,7 @@ from samplers import FAMILIES, SAMPLERS, nfe
 from comfyui_server import PromptRefused, Server
 
 NAMES = {"lambda_2m": "dpmpp_2m", "lambda_3m": "dpmpp_3m", "lambda_2m_sde": "dpmpp_2m_sde", "lambda_3m_sde": "dpmpp_3m_sde"}
-LISTED = [*NAMES, "dpm_solver_v3", "amed", "amed_dpmpp_2m", "lambda_fitted"]
+LISTED = [*NAMES, "lambda_v3", "lambda_amed", "lambda_amed_2m", "lambda_fitted"]
 EVERY_NAME = pytest.mark.parametrize("name", NAMES)
 EVERY_FAMILY = pytest.mark.parametrize("family", [name for name in FAMILIES if not FAMILIES[name].stand_ins])  # the others: test_server_v3, _amed
 STEPS = 8

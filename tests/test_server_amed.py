@@ -44,7 +44,7 @@ def train(graph: Graph, **changes) -> list:
 
 def sampler_node(graph: Graph, **options) -> Graph:
     options.setdefault("sigmas", schedule(graph))
-    return graph.family("amed", **{"calibration": "never", **options})
+    return graph.family("amed", **{"measure": "never", **options})
 
 
 @pytest.mark.parametrize("name", ["amed", "amed_dpmpp_2m"])
@@ -71,24 +71,24 @@ def test_from_nothing_it_is_trained_once_saved_and_found_again(server, folder, n
 
 def test_another_schedule_guidance_or_base_is_trained_anew(server, folder) -> None:  # noqa: F811
     for count, how in enumerate(({}, {"scheduler": "simple"}, {"steps": 4}, {"cfg": 6.0}, {"cfg": 3.1}), 1):
-        _, run = batched(Graph()).ksampler("amed", **{"steps": 3, "scheduler": "karras", "cfg": 3.0, **how}).run(server)
+        _, run = batched(Graph()).ksampler("lambda_amed", **{"steps": 3, "scheduler": "karras", "cfg": 3.0, **how}).run(server)
         assert run.status == "success" and len(files(folder)) == min(count, 4)
-    batched(Graph()).ksampler("amed_dpmpp_2m", steps=3, scheduler="karras").samples(server)
+    batched(Graph()).ksampler("lambda_amed_2m", steps=3, scheduler="karras").samples(server)
     assert len(files(folder)) == 5
 
 
 def test_train_save_load_and_apply_give_the_same_image(server, folder) -> None:  # noqa: F811
     graph = Graph("panda")
     trained = train(graph)
-    graph.add("LambdaSaveAmed", amed=trained, name="shared/mine", overwrite=False)
-    first = sampler_node(graph, trained=trained).samples(server)
+    graph.add("LambdaSaveCalibration", calibration=trained, name="shared/mine", overwrite=False)
+    first = sampler_node(graph, calibration=trained).samples(server)
     assert (folder / "shared" / "mine.safetensors").exists() and looks_like_an_image(first)
     graph = Graph("panda")
-    loaded = graph.add("LambdaLoadAmed", name="shared/mine.safetensors")
-    assert torch.equal(sampler_node(graph, trained=[loaded, 0]).samples(server), first)
+    loaded = graph.add("LambdaLoadCalibration", name="shared/mine.safetensors")
+    assert torch.equal(sampler_node(graph, calibration=[loaded, 0]).samples(server), first)
     graph = Graph("panda")
-    loaded = graph.add("LambdaLoadAmed", name="shared/mine.safetensors")
-    graph.through("LambdaApplyAmed", amed=[loaded, 0]).counted().ksampler("amed", steps=3, scheduler="karras")
+    loaded = graph.add("LambdaLoadCalibration", name="shared/mine.safetensors")
+    graph.through("LambdaApplyCalibration", calibration=[loaded, 0]).counted().ksampler("lambda_amed", steps=3, scheduler="karras")
     assert torch.equal(graph.samples(server), first) and len(graph.evaluations(server)) == 5
 
 
@@ -108,17 +108,17 @@ def test_the_picture_of_the_training_is_drawn(server, folder) -> None:  # noqa: 
 def test_the_wrong_schedule_base_or_file_is_refused_with_both_named(server, folder) -> None:  # noqa: F811
     graph = Graph()
     trained = train(graph)
-    _, run = sampler_node(graph, trained=trained, sigmas=schedule(graph, 4)).run(server)
+    _, run = sampler_node(graph, calibration=trained, sigmas=schedule(graph, 4)).run(server)
     assert run.status == "error" and re.search(r"trained for 3 steps over .* the schedule is 4 steps over", run.error["exception_message"])
     graph = Graph()
-    samples, run = sampler_node(graph, trained=train(graph), sigmas=schedule(graph, 4), interpolate=True).run(server)
+    samples, run = sampler_node(graph, calibration=train(graph), sigmas=schedule(graph, 4), interpolate=True).run(server)
     assert run.status == "success" and samples.isfinite().all()
     graph = Graph()
-    _, run = sampler_node(graph, trained=train(graph), base="dpmpp_2m").run(server)
+    _, run = sampler_node(graph, calibration=train(graph), base="dpmpp_2m").run(server)
     assert run.status == "error" and "trained on base amed, and dpmpp_2m is chosen" in run.error["exception_message"]
     (folder / "broken.safetensors").write_bytes(b"not a file")
     graph = Graph()
-    _, run = sampler_node(graph, trained=[graph.add("LambdaLoadAmed", name="broken.safetensors"), 0]).run(server)
+    _, run = sampler_node(graph, calibration=[graph.add("LambdaLoadCalibration", name="broken.safetensors"), 0]).run(server)
     assert run.status == "error" and "is damaged or was cut short" in run.error["exception_message"]
     _, run = sampler_node(Graph()).run(server)
     assert run.status == "error" and "Load AMED or Train AMED" in run.error["exception_message"]
@@ -131,7 +131,7 @@ def test_amed_of_another_checkpoint_brings_a_warning_that_names_both(server, fol
     latent = [graph.add("EmptySD3LatentImage", width=64, height=64, batch_size=1), 0]
     flow_sigmas = [graph.add("BasicScheduler", model=[node, 0], scheduler="simple", steps=3, denoise=1.0), 0]
     trained = train(graph, model=[node, 0], positive=[node, 1], negative=[node, 2], latent_image=latent, sigmas=flow_sigmas)
-    samples, run = sampler_node(graph, trained=trained, sigmas=sigmas, interpolate=True).run(server)
+    samples, run = sampler_node(graph, calibration=trained, sigmas=sigmas, interpolate=True).run(server)
     assert run.status == "success", run.error
     [warning] = [text for text in run.texts if text.startswith("warning")]
     assert re.search(r"the AMED may not fit: measured on SD3-[0-9a-f]{12}, and this is TinyEmoji-", warning)
@@ -146,13 +146,13 @@ def test_cancel_while_training_leaves_a_partial_file_from_which_the_next_run_goe
             await server.interrupt()
 
     how = dict(steps=4, scheduler="karras")
-    graph = Graph().through("TestSlowModel", seconds=0.02).counted().ksampler("amed", **how)
+    graph = Graph().through("TestSlowModel", seconds=0.02).counted().ksampler("lambda_amed", **how)
     _, run = graph.run(server, watch)
     assert run.status == "interrupted"
     [partial] = files(folder)
     assert partial.endswith(".part")
     first = len(graph.evaluations(server)) / IMAGES
-    graph = Graph().counted().ksampler("amed", seed=8, **how)
+    graph = Graph().counted().ksampler("lambda_amed", seed=8, **how)
     samples, run = graph.run(server)
     assert run.status == "success" and samples.isfinite().all()
     again = (len(graph.evaluations(server)) - 7) / IMAGES
@@ -168,8 +168,8 @@ def test_a_predictor_reads_conds_that_are_evaluated_together_or_not(server, fold
     graph = Graph(words).counted()
     graph.through("TestCounter", name=f"{graph.counter}calls", calls=True)
     trained = train(graph, form="predictor", samples=3)
-    graph.add("LambdaSaveAmed", amed=trained, name="predictor", overwrite=False)
-    samples, run = sampler_node(graph, trained=trained).run(server)
+    graph.add("LambdaSaveCalibration", calibration=trained, name="predictor", overwrite=False)
+    samples, run = sampler_node(graph, calibration=trained).run(server)
     assert run.status == "success" and samples.isfinite().all(), run.error
     spent = len(graph.evaluations(server))
     graph.counter += "calls"
@@ -182,28 +182,28 @@ def test_a_predictor_sees_the_conditional_half_of_a_batch(server, folder) -> Non
     """A batch of one and of three."""
     graph = Graph("panda")
     trained = train(graph, form="predictor", samples=4)
-    first = sampler_node(graph, trained=trained).samples(server)
+    first = sampler_node(graph, calibration=trained).samples(server)
     assert looks_like_an_image(first)
     graph = Graph("panda")
     graph.latent = [graph.add("EmptyLatentImage", width=256, height=256, batch_size=3), 0]
-    assert sampler_node(graph, trained=train(graph, form="predictor", samples=4)).samples(server).shape[0] == 3
+    assert sampler_node(graph, calibration=train(graph, form="predictor", samples=4)).samples(server).shape[0] == 3
 
 
 def test_a_transformer_has_a_table_and_is_refused_a_predictor(server, folder) -> None:  # noqa: F811
-    samples, run = flow(Graph()).ksampler("amed", steps=3, scheduler="simple").run(server)
+    samples, run = flow(Graph()).ksampler("lambda_amed", steps=3, scheduler="simple").run(server)
     assert run.status == "success", run.error
     assert samples.isfinite().all() and files(folder)[0].startswith("SD3-")
     graph = flow(Graph())
-    _, run = sampler_node(graph, trained=train(graph, form="predictor", sigmas=schedule(graph, scheduler="simple")),
+    _, run = sampler_node(graph, calibration=train(graph, form="predictor", sigmas=schedule(graph, scheduler="simple")),
                           sigmas=schedule(graph, scheduler="simple")).run(server)
     assert run.status == "error" and "SD3-" in run.error["exception_message"] and "has none" in run.error["exception_message"]
 
 
 def test_other_sizes_single_conds_and_batches_work_with_one_training(server, folder) -> None:  # noqa: F811
-    Graph("panda").ksampler("amed", steps=3, scheduler="karras", cfg=1.0).samples(server)
+    Graph("panda").ksampler("lambda_amed", steps=3, scheduler="karras", cfg=1.0).samples(server)
     graph = Graph("panda")
     graph.latent = [graph.add("EmptyLatentImage", width=384, height=256, batch_size=2), 0]
-    samples, run = graph.ksampler("amed", steps=3, scheduler="karras", cfg=1.0, seed=5).run(server)
+    samples, run = graph.ksampler("lambda_amed", steps=3, scheduler="karras", cfg=1.0, seed=5).run(server)
     assert run.status == "success" and samples.shape[0] == 2 and len(files(folder)) == 1
     assert run.texts[0].startswith("AMED: ")
 
@@ -211,7 +211,7 @@ def test_other_sizes_single_conds_and_batches_work_with_one_training(server, fol
 @pytest.mark.parametrize("flag", ["--fp16-unet", "--bf16-unet"])
 def test_half_precision_is_trained_and_sampled(base, server, folder, flag: str) -> None:  # noqa: F811
     with Server(environment.ensure(), base, flag, log=base / f"server-amed{flag}.log") as low:
-        samples, run = batched(Graph("panda")).ksampler("amed", steps=3, scheduler="karras").run(low)
+        samples, run = batched(Graph("panda")).ksampler("lambda_amed", steps=3, scheduler="karras").run(low)
     assert run.status == "success", run.error
     assert looks_like_an_image(samples)
     losses = Amed.load(folder / files(folder)[0]).about["losses"]

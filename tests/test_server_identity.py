@@ -101,7 +101,7 @@ def test_a_guider_with_a_rule_of_its_own_is_measured_by_itself(server, folder) -
 def test_without_guidance_every_guider_takes_what_another_or_the_nodes_have_measured(server, folder) -> None:  # noqa: F811
     """KSampler at cfg 1, BasicGuider, and Estimate Solver Statistics, which is of the prompt."""
     graph = Graph("panda")
-    graph.add("LambdaSaveStatistics", statistics=estimate(graph, cfg=1.0), name="ours", overwrite=False)
+    graph.add("LambdaSaveCalibration", calibration=estimate(graph, cfg=1.0), name="ours", overwrite=False)
     assert server.run(graph.nodes).status == "success"
     for rule in ("every prompt", "saved only"):
         graph = guided("BasicGuider", 4, calibration=rule)
@@ -116,7 +116,7 @@ CACHED = {"EasyCache": dict(reuse_threshold=0.2, start_percent=0.15, end_percent
           "LazyCache": dict(reuse_threshold=0.2, start_percent=0.15, end_percent=0.95, verbose=False)}
 
 
-@pytest.mark.parametrize("name", [NAME, "lambda_fitted", "amed_dpmpp_2m"])
+@pytest.mark.parametrize("name", [NAME, "lambda_fitted", "lambda_amed_2m"])
 @pytest.mark.parametrize("node", CACHED)
 def test_a_cache_does_not_answer_for_the_model_while_it_is_measured(server, folder, node: str, name: str) -> None:  # noqa: F811
     first = patched((node, CACHED[node]), name=name).samples(server)
@@ -143,7 +143,7 @@ def lora(base):  # noqa: F811
     return place.name
 
 
-@pytest.mark.parametrize("name", [NAME, "lambda_fitted", "amed_dpmpp_2m"])
+@pytest.mark.parametrize("name", [NAME, "lambda_fitted", "lambda_amed_2m"])
 def test_the_run_that_measures_makes_the_image_of_all_later_ones_under_hook_keyframes_too(server, folder, lora, name: str) -> None:  # noqa: F811
     def graph(again: int) -> Graph:
         made = Graph("panda")
@@ -190,7 +190,7 @@ def test_one_unusable_file_does_not_keep_a_sampler_from_the_others(server, folde
 
 def test_a_folder_that_was_removed_is_made_again(server, folder) -> None:  # noqa: F811
     shutil.rmtree(folder)
-    assert "LambdaLoadStatistics" in server.get("/object_info")
+    assert "LambdaLoadCalibration" in server.get("/object_info")
     assert spent(patched(), server) > FEW and len(files(folder)) == 1
 
 
@@ -219,14 +219,14 @@ def test_a_schedule_without_steps_measures_nothing(server, folder) -> None:  # n
 def test_a_refit_wants_statistics_of_its_own_model_and_an_image_for_every_prompt(server, folder) -> None:  # noqa: F811
     graph = Graph("panda")
     plain = estimate(graph, fitted=True)
-    graph.add("LambdaSaveStatistics", statistics=plain, name="plain", overwrite=False)
+    graph.add("LambdaSaveCalibration", calibration=plain, name="plain", overwrite=False)
     assert server.run(graph.nodes).status == "success"
 
     def refused(**changes) -> str:
         other = Graph("panda")
-        loaded = [other.add("LambdaLoadStatistics", name="plain.safetensors"), 0]
+        loaded = [other.add("LambdaLoadCalibration", name="plain.safetensors"), 0]
         prompts = {name: content if name != "clip" else [other.checkpoint, 1] for name, content in changes.items()}
-        other.add("LambdaSaveStatistics", statistics=refit(other, loaded, **prompts), name="refitted", overwrite=False)
+        other.add("LambdaSaveCalibration", calibration=refit(other, loaded, **prompts), name="refitted", overwrite=False)
         run = server.run(other.nodes)
         assert run.status == "error" and files(folder) == ["plain.safetensors"]
         return run.error["exception_message"]

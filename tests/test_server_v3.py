@@ -15,7 +15,7 @@ from comfyui_server import PromptRefused, Server
 from samplers import Statistics, fitted_sigmas
 from test_server import STEPS, Graph, base, looks_like_an_image, server  # noqa: F401  (the fixtures)
 
-NAME = "dpm_solver_v3"
+NAME = "lambda_v3"
 MOST = 100  # evaluations that a default estimation may cost
 IMAGES = 2  # trajectories of the emoji model, each of which takes a call in a run of one image
 
@@ -36,17 +36,17 @@ def files(folder) -> list[str]:
 def estimate(graph: Graph, **changes) -> list:
     inputs = dict(model=graph.model, positive=graph.positive, negative=graph.negative, cfg=3.0, latent_image=graph.latent,
                   seed=0, intervals=12, samples=2, pool="all")
-    return [graph.add("LambdaEstimateStatistics", **{**inputs, **changes}), 0]
+    return [graph.add("LambdaMeasureModel", **{**inputs, **changes}), 0]
 
 
 def refit(graph: Graph, statistics: list, **changes) -> list:
     inputs = dict(model=graph.model, positive=graph.positive, negative=graph.negative, cfg=3.0, latent_image=graph.latent,
-                  statistics=statistics, steps=4, seed=0, samples=4)
-    return [graph.add("LambdaRefitStatistics", **{**inputs, **changes}), 0]
+                  calibration=statistics, steps=4, seed=0, samples=4)
+    return [graph.add("LambdaTuneFitted", **{**inputs, **changes}), 0]
 
 
 def sampler_node(graph: Graph, **options) -> Graph:
-    return graph.family("v3", **{"calibration": "never", **options})
+    return graph.family("v3", **{"measure": "never", **options})
 
 
 def test_from_nothing_it_is_measured_once_saved_and_found_again(server, folder) -> None:  # noqa: F811
@@ -77,7 +77,7 @@ def test_the_fitted_solver_measures_a_file_of_its_own_beside_v3_s_once(server, f
     [name] = files(folder)
     assert Statistics.load(folder / name).root is None
     for seed, spent in ((1, IMAGES * 77), (2, 0)):
-        graph = Graph("panda").counted().family("fitted", calibration="auto", nodes="chosen", seed=seed)
+        graph = Graph("panda").counted().family("fitted", measure="auto", nodes="chosen", seed=seed)
         samples, run = graph.run(server)
         assert run.status == "success" and looks_like_an_image(samples), run.error
         assert len(graph.evaluations(server)) == spent + STEPS and len(files(folder)) == 2
@@ -94,15 +94,15 @@ def test_the_fitted_solver_measures_a_file_of_its_own_beside_v3_s_once(server, f
 def test_fitted_sigmas_are_a_schedule_for_any_sampler(server, folder) -> None:  # noqa: F811
     graph = Graph("panda").counted()
     statistics = estimate(graph, fitted=True)
-    sigmas = [graph.add("LambdaFittedSigmas", model=graph.model, statistics=statistics, steps=5, denoise=1.0), 0]
-    graph.add("LambdaSaveStatistics", statistics=statistics, name="fit", overwrite=False)
+    sigmas = [graph.add("LambdaFittedScheduler", model=graph.model, calibration=statistics, steps=5, denoise=1.0), 0]
+    graph.add("LambdaSaveCalibration", calibration=statistics, name="fit", overwrite=False)
     samples, run = graph.custom([graph.add("KSamplerSelect", sampler_name="dpmpp_2m"), 0], sigmas).run(server)
     assert run.status == "success" and looks_like_an_image(samples), run.error
     expected = fitted_sigmas(Statistics.load(folder / "fit.safetensors"), 5, 14.6146)
     assert graph.evaluations(server)[-5:] == pytest.approx(expected[:-1], rel=1e-3)
     part = Graph("panda").counted()
-    loaded = [part.add("LambdaLoadStatistics", name="fit.safetensors"), 0]
-    sigmas = [part.add("LambdaFittedSigmas", model=part.model, statistics=loaded, steps=3, denoise=0.5), 0]
+    loaded = [part.add("LambdaLoadCalibration", name="fit.safetensors"), 0]
+    sigmas = [part.add("LambdaFittedScheduler", model=part.model, calibration=loaded, steps=3, denoise=0.5), 0]
     part.custom([part.add("KSamplerSelect", sampler_name="euler"), 0], sigmas).samples(server)
     seen = part.evaluations(server)
     assert len(seen) == 3 and 1.0 < seen[0] < 3.0  # half of the timesteps: sigma 1.6
@@ -112,9 +112,9 @@ def test_a_refit_is_used_for_its_number_of_steps_alone(server, folder) -> None: 
     graph = Graph("panda")
     plain = estimate(graph, fitted=True)
     refitted = refit(graph, plain, samples=3)
-    graph.add("LambdaSaveStatistics", statistics=plain, name="plain", overwrite=False)
-    graph.add("LambdaSaveStatistics", statistics=refitted, name="refitted", overwrite=False)
-    samples, run = graph.family("fitted", calibration="never", nodes="chosen", statistics=refitted, steps=4).run(server)
+    graph.add("LambdaSaveCalibration", calibration=plain, name="plain", overwrite=False)
+    graph.add("LambdaSaveCalibration", calibration=refitted, name="refitted", overwrite=False)
+    samples, run = graph.family("fitted", measure="never", nodes="chosen", calibration=refitted, steps=4).run(server)
     assert run.status == "success" and looks_like_an_image(samples), run.error
     told = "refitted for 4 steps in [0-9]+ evaluations: error|the refit for 4 steps found nothing better"
     assert any(re.search(told, text) for text in run.texts)
@@ -125,8 +125,8 @@ def test_a_refit_is_used_for_its_number_of_steps_alone(server, folder) -> None: 
         found = {}
         for name in ("plain", "refitted"):
             graph = Graph("panda").counted()
-            model = [graph.add("LambdaApplyStatistics", model=graph.model, statistics=[
-                graph.add("LambdaLoadStatistics", name=f"{name}.safetensors"), 0]), 0]
+            model = [graph.add("LambdaApplyCalibration", model=graph.model, calibration=[
+                graph.add("LambdaLoadCalibration", name=f"{name}.safetensors"), 0]), 0]
             graph.ksampler("lambda_fitted", steps=steps, model=model).samples(server)
             found[name] = graph.evaluations(server)
         assert (found["plain"] != found["refitted"]) == (steps == 4 and bool(loaded.plans))
@@ -138,8 +138,8 @@ def test_what_several_prompts_taught_is_used_for_every_prompt(server, folder) ->
     clip = [graph.checkpoint, 1]
     lines = {"alone": "", "same": "panda\n\n  panda ", "several": "pizza\nred heart\nghost"}
     for name, prompts in lines.items():
-        graph.add("LambdaSaveStatistics", name=name, overwrite=False,
-                  statistics=refit(graph, statistics, **({"clip": clip, "prompts": prompts} if prompts else {})))
+        graph.add("LambdaSaveCalibration", name=name, overwrite=False,
+                  calibration=refit(graph, statistics, **({"clip": clip, "prompts": prompts} if prompts else {})))
     run = server.run(graph.nodes)
     assert run.status == "success", run.error
     found = {name: Statistics.load(folder / f"{name}.safetensors") for name in lines}
@@ -153,8 +153,8 @@ def test_what_several_prompts_taught_is_used_for_every_prompt(server, folder) ->
     seen = {}
     for name in lines:
         other = Graph("tulip").counted()
-        loaded = [other.add("LambdaLoadStatistics", name=f"{name}.safetensors"), 0]
-        model = [other.add("LambdaApplyStatistics", model=other.model, statistics=loaded), 0]
+        loaded = [other.add("LambdaLoadCalibration", name=f"{name}.safetensors"), 0]
+        model = [other.add("LambdaApplyCalibration", model=other.model, calibration=loaded), 0]
         assert looks_like_an_image(other.ksampler("lambda_fitted", steps=4, model=model).samples(server))
         seen[name] = other.evaluations(server)
     assert seen["several"] == pytest.approx([math.exp(-lam) for lam in found["several"].plans[4][:, 0]], rel=1e-2)
@@ -164,7 +164,7 @@ def test_what_several_prompts_taught_is_used_for_every_prompt(server, folder) ->
         assert run.status == "success" and run.texts[0].startswith(said)
 
     graph = Graph("panda")
-    graph.add("LambdaSaveStatistics", name="x", overwrite=False, statistics=refit(graph, estimate(graph, fitted=True), prompts="pizza"))
+    graph.add("LambdaSaveCalibration", name="x", overwrite=False, calibration=refit(graph, estimate(graph, fitted=True), prompts="pizza"))
     run = server.run(graph.nodes)
     assert run.status == "error" and "connect the checkpoint's CLIP to clip" in run.error["exception_message"]
 
@@ -172,9 +172,9 @@ def test_what_several_prompts_taught_is_used_for_every_prompt(server, folder) ->
 def test_a_cancelled_refit_goes_on_from_what_was_done(server, folder) -> None:  # noqa: F811
     def graph(name: str) -> Graph:
         made = Graph("panda")
-        loaded = [made.add("LambdaLoadStatistics", name="plain.safetensors"), 0]
+        loaded = [made.add("LambdaLoadCalibration", name="plain.safetensors"), 0]
         made.through("TestSlowModel", seconds=0.01).counted()
-        made.add("LambdaSaveStatistics", statistics=refit(made, loaded, steps=5), name=name, overwrite=False)
+        made.add("LambdaSaveCalibration", calibration=refit(made, loaded, steps=5), name=name, overwrite=False)
         return made
 
     async def watch(server, run):
@@ -182,7 +182,7 @@ def test_a_cancelled_refit_goes_on_from_what_was_done(server, folder) -> None:  
             await server.interrupt()
 
     first = Graph("panda")
-    first.add("LambdaSaveStatistics", statistics=estimate(first, fitted=True), name="plain", overwrite=False)
+    first.add("LambdaSaveCalibration", calibration=estimate(first, fitted=True), name="plain", overwrite=False)
     assert server.run(first.nodes).status == "success"
     cut = graph("cut")
     run = server.run(cut.nodes, watch)
@@ -200,8 +200,8 @@ def test_a_flow_model_is_fitted_and_refitted_from_pure_noise(server, folder) -> 
     """The first evaluation, at sigma = 1, leads to the grid; the others are chosen."""
     graph = Graph("red heart").through("TinyEmojiAsFlow").counted()
     refitted = refit(graph, estimate(graph, fitted=True), steps=6, samples=3)
-    graph.add("LambdaSaveStatistics", statistics=refitted, name="flow", overwrite=False)
-    samples, run = graph.family("fitted", calibration="never", nodes="chosen", statistics=refitted, steps=6).run(server)
+    graph.add("LambdaSaveCalibration", calibration=refitted, name="flow", overwrite=False)
+    samples, run = graph.family("fitted", measure="never", nodes="chosen", calibration=refitted, steps=6).run(server)
     assert run.status == "success" and looks_like_an_image(samples), run.error
     redness = samples.mean((0, 2, 3))
     assert redness[0] > redness[1] + 0.2
@@ -215,14 +215,14 @@ def test_a_flow_model_is_fitted_and_refitted_from_pure_noise(server, folder) -> 
 
 def test_the_fitted_solver_refuses_statistics_that_were_measured_for_v3(server, folder) -> None:  # noqa: F811
     graph = Graph("panda")
-    samples, run = graph.family("fitted", calibration="never", statistics=estimate(graph)).run(server)
+    samples, run = graph.family("fitted", measure="never", calibration=estimate(graph)).run(server)
     assert run.status == "error"
     assert "measure again with fitted = True" in run.error["exception_message"]
 
 
 def test_every_prompt_is_measured_when_asked_for(server, folder) -> None:  # noqa: F811
     for words, count in (("panda", 1), ("strawberry", 2), ("panda", 2)):
-        samples, run = sampler_node(Graph(words).through("TestSlowModel", seconds=0.0), calibration="every prompt",
+        samples, run = sampler_node(Graph(words).through("TestSlowModel", seconds=0.0), measure="every prompt",
                                     seed=21 + count).run(server)
         assert run.status == "success" and looks_like_an_image(samples) and len(files(folder)) == count
         assert not any("another prompt" in text for text in run.texts)
@@ -239,19 +239,19 @@ def test_another_guidance_is_measured_anew_and_a_near_one_is_not(server, folder)
 def test_estimate_save_load_and_apply_give_the_same_image(server, folder) -> None:  # noqa: F811
     graph = Graph("panda")
     statistics = estimate(graph)
-    graph.add("LambdaSaveStatistics", statistics=statistics, name="shared/mine", overwrite=False)
-    first = sampler_node(graph, statistics=statistics).samples(server)
+    graph.add("LambdaSaveCalibration", calibration=statistics, name="shared/mine", overwrite=False)
+    first = sampler_node(graph, calibration=statistics).samples(server)
     assert files(folder) == ["mine.safetensors"] and (folder / "shared" / "mine.safetensors").exists()
 
-    info = server.get("/object_info/LambdaLoadStatistics")["LambdaLoadStatistics"]["input"]["required"]["name"]
+    info = server.get("/object_info/LambdaLoadCalibration")["LambdaLoadCalibration"]["input"]["required"]["name"]
     assert "shared/mine.safetensors" in (info[0] if isinstance(info[0], list) else info[1]["options"])
     graph = Graph("panda")
-    loaded = graph.add("LambdaLoadStatistics", name="shared/mine.safetensors")
-    assert torch.equal(sampler_node(graph, statistics=[loaded, 0]).samples(server), first)
+    loaded = graph.add("LambdaLoadCalibration", name="shared/mine.safetensors")
+    assert torch.equal(sampler_node(graph, calibration=[loaded, 0]).samples(server), first)
 
     graph = Graph("panda")
-    loaded = graph.add("LambdaLoadStatistics", name="shared/mine.safetensors")
-    graph.through("LambdaApplyStatistics", statistics=[loaded, 0]).counted().ksampler(NAME)
+    loaded = graph.add("LambdaLoadCalibration", name="shared/mine.safetensors")
+    graph.through("LambdaApplyCalibration", calibration=[loaded, 0]).counted().ksampler(NAME)
     assert torch.equal(graph.samples(server), first) and len(graph.evaluations(server)) == STEPS
 
 
@@ -272,14 +272,14 @@ def test_statistics_of_another_checkpoint_or_guidance_bring_a_warning_that_names
     flow = graph.add("TestFlowModel")
     latent = [graph.add("EmptySD3LatentImage", width=64, height=64, batch_size=1), 0]
     statistics = estimate(graph, model=[flow, 0], positive=[flow, 1], negative=[flow, 2], latent_image=latent)
-    samples, run = sampler_node(graph, statistics=statistics).run(server)
+    samples, run = sampler_node(graph, calibration=statistics).run(server)
     assert run.status == "success"
     [warning] = [text for text in run.texts if text.startswith("warning")]
     assert re.search(r"measured on SD3-[0-9a-f]{12}, and this is TinyEmoji-[0-9a-f]{12}", warning)
     assert warning.removeprefix("warning: ") in server.log.read_text()
 
     graph = Graph("panda")
-    _, run = sampler_node(graph, statistics=estimate(graph, cfg=8.0)).run(server)
+    _, run = sampler_node(graph, calibration=estimate(graph, cfg=8.0)).run(server)
     [warning] = [text for text in run.texts if text.startswith("warning")]
     assert "measured for guidance 8.0, and this is 3" in warning
 
@@ -287,7 +287,7 @@ def test_statistics_of_another_checkpoint_or_guidance_bring_a_warning_that_names
 def test_without_leave_to_measure_the_error_names_the_nodes_to_add(server, folder) -> None:  # noqa: F811
     _, run = sampler_node(Graph()).run(server)
     assert run.status == "error" and "Load Solver Statistics or Estimate Solver Statistics" in run.error["exception_message"]
-    _, run = sampler_node(Graph(), calibration="saved only").run(server)
+    _, run = sampler_node(Graph(), measure="saved only").run(server)
     assert run.status == "error" and "no saved statistics for TinyEmoji-" in run.error["exception_message"]
     assert files(folder) == []
 
@@ -319,7 +319,7 @@ def test_cancel_while_measuring_leaves_a_partial_file_from_which_the_next_run_go
 @pytest.mark.parametrize("name", ["../evil", "/tmp/evil", "a/../../evil", "..", "a\\..\\..\\evil", ".hidden", "a:b"])
 def test_a_name_that_would_leave_the_folder_is_refused(server, folder, name: str) -> None:  # noqa: F811
     graph = Graph()
-    save = graph.add("LambdaSaveStatistics", statistics=estimate(graph, intervals=4, samples=1), name=name, overwrite=True)
+    save = graph.add("LambdaSaveCalibration", calibration=estimate(graph, intervals=4, samples=1), name=name, overwrite=True)
     run = server.run(graph.nodes)
     assert run.status == "error" and run.error["node_id"] == save and "cannot be a file in" in run.error["exception_message"]
     assert files(folder) == []
@@ -328,7 +328,7 @@ def test_a_name_that_would_leave_the_folder_is_refused(server, folder, name: str
 def test_saving_twice_needs_leave(server, folder) -> None:  # noqa: F811
     for seed, overwrite, status in ((0, False, "success"), (1, False, "error"), (2, True, "success")):
         graph = Graph()
-        graph.add("LambdaSaveStatistics", statistics=estimate(graph, intervals=4, samples=1, seed=seed), name="x",
+        graph.add("LambdaSaveCalibration", calibration=estimate(graph, intervals=4, samples=1, seed=seed), name="x",
                   overwrite=overwrite)
         run = server.run(graph.nodes)
         assert run.status == status, run.error
@@ -339,7 +339,7 @@ def test_saving_twice_needs_leave(server, folder) -> None:  # noqa: F811
 def test_without_a_name_every_file_gets_one_of_its_own(server, folder) -> None:  # noqa: F811
     for seed in (40, 41, 42):
         graph = Graph()
-        save = graph.add("LambdaSaveStatistics", statistics=estimate(graph, intervals=4, samples=1, seed=seed), name="",
+        save = graph.add("LambdaSaveCalibration", calibration=estimate(graph, intervals=4, samples=1, seed=seed), name="",
                          overwrite=False)
         run = server.run(graph.nodes)
         assert run.status == "success" and run.outputs[save]["text"] == [run.texts[-1]]
@@ -350,13 +350,13 @@ def test_without_a_name_every_file_gets_one_of_its_own(server, folder) -> None: 
 def test_a_broken_or_missing_file_says_so_on_the_node(server, folder) -> None:  # noqa: F811
     (folder / "broken.safetensors").write_bytes(b"not a file")
     graph = Graph()
-    loaded = graph.add("LambdaLoadStatistics", name="broken.safetensors")
-    _, run = sampler_node(graph, statistics=[loaded, 0]).run(server)
+    loaded = graph.add("LambdaLoadCalibration", name="broken.safetensors")
+    _, run = sampler_node(graph, calibration=[loaded, 0]).run(server)
     assert run.status == "error" and "is damaged or was cut short" in run.error["exception_message"]
     graph = Graph()
-    loaded = graph.add("LambdaLoadStatistics", name="gone.safetensors")
+    loaded = graph.add("LambdaLoadCalibration", name="gone.safetensors")
     try:
-        _, run = sampler_node(graph, statistics=[loaded, 0]).run(server)
+        _, run = sampler_node(graph, calibration=[loaded, 0]).run(server)
         assert run.status == "error" and "there is no calibration 'gone.safetensors'" in run.error["exception_message"]
     except PromptRefused:
         pass  # newer ComfyUI refuses the choice itself
@@ -369,7 +369,7 @@ def test_img2img_flow_inpainting_and_batches_work(server, folder) -> None:  # no
     assert looks_like_an_image(first)
     graph = Graph("red heart").through("TinyEmojiAsFlow")
     sigmas = [graph.add("BasicScheduler", model=graph.model, scheduler="simple", steps=12, denoise=1.0), 0]
-    flow = sampler_node(graph, sigmas=sigmas, calibration="auto").samples(server)
+    flow = sampler_node(graph, sigmas=sigmas, measure="auto").samples(server)
     assert looks_like_an_image(flow) and flow.mean((0, 2, 3))[0] > flow.mean((0, 2, 3))[1] + 0.2
     graph = Graph("panda")
     graph.latent = [graph.add("EmptyLatentImage", width=256, height=256, batch_size=3), 0]
@@ -412,7 +412,7 @@ def test_a_lora_is_another_model_of_the_same_checkpoint(base, server, folder) ->
 
     graph = Graph().through("LoraLoaderModelOnly", lora_name="small.safetensors", strength_model=0.8)
     name = next(path.name for path in folder.glob("*.safetensors") if not Statistics.load(path).about["patches"])
-    graph.through("LambdaApplyStatistics", statistics=[graph.add("LambdaLoadStatistics", name=name), 0])
+    graph.through("LambdaApplyCalibration", calibration=[graph.add("LambdaLoadCalibration", name=name), 0])
     _, run = graph.ksampler(NAME, steps=4, seed=34).run(server)
     assert any("measured with the patches none, and this model has" in text for text in run.texts)
 

@@ -87,13 +87,13 @@ def test_a_calibration_s_name_is_restored_from_an_image(server, base) -> None:  
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     prompt = workflows.tried(server, workflows.FOLDER / "calibrate_and_share.json", "panda")
-    for node in nodes_of(prompt, "LambdaSaveStatistics"):
+    for node in nodes_of(prompt, "LambdaSaveCalibration"):
         node["name"] = "shared/panda"
     assert server.run(prompt).status == "success"
     canvas = workflows.Canvas("restored", server.get("/object_info"))
     got = workflows.start(canvas)
-    loaded = canvas.add("LambdaLoadStatistics", name="shared/panda.safetensors")
-    sampler = canvas.add("LambdaSamplerV3", statistics=loaded[0])
+    loaded = canvas.add("LambdaLoadCalibration", name="shared/panda.safetensors")
+    sampler = canvas.add("LambdaSamplerV3", calibration=loaded[0])
     workflows.save(canvas, "Image", workflows.custom(canvas, got, sampler, 3.0, "karras", 4), got.vae)
     path = base / "restored.json"
     path.write_text(json.dumps(canvas.saved()))
@@ -107,4 +107,4 @@ def test_a_calibration_s_name_is_restored_from_an_image(server, base) -> None:  
     with Image.open(server.file(shown)) as image:
         restored.write_text(image.info["workflow"])
     again = load(restored, server.get("/object_info"))
-    assert [node["name"] for node in nodes_of(again, "LambdaLoadStatistics")] == ["shared/panda.safetensors"]
+    assert [node["name"] for node in nodes_of(again, "LambdaLoadCalibration")] == ["shared/panda.safetensors"]

@@ -1,12 +1,13 @@
 """What the interface shows on a sampler: evaluations, the schedule in lambda, warnings, and how its calibration stands."""
 from __future__ import annotations
 
+import math
 from contextlib import suppress
-from typing import Any, Callable, Mapping, NamedTuple
+from typing import Any, Callable, Mapping
 
 from .. import calibration, store
 from ..calibration import Kind
-from ..kinds import KINDS
+from ..registry import kind_of
 from . import plan, runs
 from .plan import Graph, Job, Linked, Plan
 
@@ -16,7 +17,8 @@ WORDS = {
     "evaluations_run": "model evaluations: {count} (last run)",
     "evaluations_free": "model evaluations: as many as the tolerance asks (known after a run)",
     "evaluations_per_step": "model evaluations a step: {count}. Connect it to SamplerCustom to see its schedule",
-    "evaluations_per_step_free": "as many model evaluations as the tolerance asks. Connect it to SamplerCustom to see its schedule",
+    "evaluations_per_step_free":
+        "as many model evaluations as the tolerance asks. Connect it to SamplerCustom to see its schedule",
     "linked": "set by a link: {name} (model evaluations known after a run)",
     "nothing_to_do": "model evaluations: 0, the schedule is empty",
     "scale": "lambda {low} to {high}, sigma {first} to {last}",
@@ -24,16 +26,21 @@ WORDS = {
     "levels_chosen": "of the scheduler only the range counts; evaluated at sigma {sigmas}",
     "levels_unknown": "of the scheduler only the range counts; the levels are chosen once the model is measured",
     "order_not_reached": "warning: order {order} is never reached in {steps} steps: choose more",
-    "first_step_not_skipped": "warning: the first step can be skipped at full noise only, and this run starts at sigma {sigma}",
+    "first_step_not_skipped":
+        "warning: the first step can be skipped at full noise only, and this run starts at sigma {sigma}",
     "nothing_to_learn": "warning: {steps} steps leave AMED nothing to learn, choose more",
     "mean_first_step": "in the first run of a prompt the model answers the first step too",
     "unusable": "warning: {fault}",
     "used": "the last run used {name}, digest {digest}",
     "fits": "the calibration fits this model and guidance",
     "saved": "a saved calibration serves this run: {name}",
-    "unsure": "not run on this model yet: a saved calibration that fits is used, else about {count} evaluations measure one",
-    "to_be_measured": "no saved calibration serves this run: about {count} evaluations measure one first",
-    "every_prompt": "each new prompt is measured once, in about {count} evaluations",
+    "unsure": "not run on this model yet: a saved calibration that fits is used, else one is measured first, {cost}",
+    "to_be_measured": "no saved calibration serves this run: one is measured first, {cost}",
+    "every_prompt": "each new prompt is measured once, {cost}",
+    "cost_one": "as long as 1 image",
+    "cost": "as long as {count} images",
+    "cost_seconds": "{cost}, about {count} s",
+    "cost_minutes": "{cost}, about {count} min",
     "only_saved": "only a saved calibration that serves this run is used; without one it stops",
     "none_saved": "warning: no saved calibration serves this run, so it will stop",
     "none_given": "warning: no calibration is connected and measuring is switched off, so the run will stop",
@@ -43,12 +50,13 @@ WORDS = {
 }
 """The texts, in English; other languages are in locales/*/main.json."""
 
-
-KIND_OF: Mapping[type, Kind] = {kind.type: kind for kind in KINDS}
-
 MOST_LEVELS = 12  # that are listed
 ORDER = ("count", "warn", "good", "note")
-Line = dict[str, str]
+MAKERS = {"LambdaMeasureModel": "statistics", "LambdaTuneFitted": "statistics", "LambdaTrainAmed": "trained"}
+"""Nodes that make a calibration -> the solver's option that it is for."""
+
+Put = Callable[..., None]
+"""put(kind of a line, key of WORDS, **values) shows a line."""
 Say = Callable[..., str]
 """say(key of WORDS, **values) -> the text in the reader's language."""
 
@@ -68,92 +76,131 @@ def answer(graph: Graph, node_id: str, rule: Callable[[], str], say: Say) -> dic
         if job is None:
             return result
         result["runs"] = job.runs or node_id
-        learns = any(option.kind in KIND_OF for option in job.sampler.options.values())
-        how = graph[job.node]["inputs"].get("calibration") or rule() if learns else ""
-        if not job.runs:
-            if job.linked:
-                raise Linked(job.linked[0])
-            each = _each(job)
-            line("count", "evaluations_per_step" if each else "evaluations_per_step_free", count=each)
-            return result
-    except Linked as fault:
-        line("count", "linked", name=fault)
-        return result
-    except ValueError as fault:
-        line("warn", "unusable", fault=fault)
-        return result
-    run, model = runs.last(graph, job.runs), runs.model(graph, job.runs)
-    shown: Plan | None = None
-    if run:
-        job = job._replace(options=run.options)
-    elif model:
-        job = job._replace(options={**job.options, **_loaded(graph, job)})
-    saved = None
-    try:
-        if run:
-            shown = plan.plan(job, run.sigmas, run.sampling)
-            line("count", "evaluations_run", count=run.evaluations)
+        kind = kind_of(job.sampler)
+        how = (graph[job.node]["inputs"].get("measure") or rule()) if kind else ""
+        if run := runs.last(graph, job.runs):
+            if kind:
+                result["lines"] += _said(line, run)
+            result["curve"] = _drawn(line, plan.plan(job._replace(options=run.options), run.sigmas, run.sampling), run)
         elif job.linked:
             raise Linked(", ".join(job.linked))
-        elif model:
-            shown = _planned(graph, job, model.sampling)
-            saved = _saved(graph, job, model, how, shown)
-            if saved:
-                shown = _planned(graph, job._replace(options={**job.options, **saved.option}), model.sampling)
-            _count(line, shown)
+        elif job.runs:
+            result["curve"] = _before(line, say, graph, job, kind, how)
         else:
-            shown = _guessed(graph, job, line)
-        _schedule(line, shown, guessed=not run and not model)
-        if shown.settings["first_step"] == "mean" and not run:
-            line("note", "mean_first_step")
-        count = run.evaluations if run else shown.evaluations
-        result["curve"] = plan.curve(shown, 0 if shown.levels_chosen is None else count)
-        for key, warning in plan.WARNINGS.items():
-            values = warning(shown)
-            if values is not None:
-                line("warn", key, **values)
+            each = _each(job)
+            line("count", "evaluations_per_step" if each else "evaluations_per_step_free", count=each)
     except Linked as fault:
         line("count", "linked", name=fault)
     except ValueError as fault:
         line("warn", "unusable", fault=fault)
-    for name, option in job.sampler.options.items():
-        if option.kind in KIND_OF:
-            if run:
-                _said(result["lines"].append, line, run)
-            elif shown:
-                _status(line, graph, job, name, model, how, shown, saved)
     result["lines"].sort(key=lambda entry: ORDER.index(entry["kind"]))
     return result
 
 
-def _said(add: Callable[[Line], None], line: Callable[..., None], run: runs.Run) -> None:
+def _drawn(line: Put, shown: Plan, run: runs.Run | None, guessed: bool = False) -> dict[str, Any]:
+    """The curve of a plan, or of a run that was made so; its schedule and warnings as lines."""
+    if run:
+        line("count", "evaluations_run", count=run.evaluations)
+    elif shown.settings["first_step"] == "mean":
+        line("note", "mean_first_step")
+    _schedule(line, shown, guessed)
+    for key, warning in plan.WARNINGS.items():
+        if (values := warning(shown)) is not None:
+            line("warn", key, **values)
+    return plan.curve(shown, 0 if shown.levels_chosen is None else (run or shown).evaluations)
+
+
+def _said(line: Put, run: runs.Run) -> list[dict[str, str]]:
     """How the calibration stood in a run: its warnings, and the last of the other lines it said."""
-    for text, warns in run.said:
-        if warns:
-            add({"kind": "warn", "text": text})
-    told = [text for text, warns in run.said if not warns]
-    if told:
-        add({"kind": "good", "text": told[-1]})
-    elif not run.said:
-        line("good", "fits")
     for used in run.used:
         line("note", "used", **used)
+    if not run.said:
+        line("good", "fits")
+    warnings = [{"kind": "warn", "text": text} for text, warns in run.said if warns]
+    return warnings + [{"kind": "good", "text": text} for text, warns in run.said if not warns][-1:]
 
 
-def _loaded(graph: Graph, job: Job) -> dict[str, Any]:
-    """The calibration that a file named in the workflow holds, for the plan to be checked with; what is wrong with the file is
-    said by `_given`."""
-    found = {}
-    for name, option in job.sampler.options.items():
-        file = _file(plan.given(graph, job, name)) if option.kind in KIND_OF else None
-        with suppress(ValueError):
-            found |= {name: option.kind.load(store.existing(file))} if file else {}
-    return found
+def _before(line: Put, say: Say, graph: Graph, job: Job, kind: Kind | None, how: str) -> dict[str, Any]:
+    """The curve of a run that was not made yet, and what is known of it."""
+    model = runs.model(graph, job.runs)
+    giver, saved, about = _giver(graph, job, kind), None, None
+    if model is None:
+        shown = _guessed(graph, job, line)
+    else:
+        about = _about(graph, job, model)
+        job = job._replace(options={**job.options, **_loaded(kind, giver)})
+        shown = _planned(graph, job, model.sampling)
+        finds = kind and about and giver is None and how in ("auto", "saved only")
+        saved = calibration.choice(kind, about, how, shown.settings, shown.path, shown.levels) if finds else None
+        if saved:
+            found = {kind.option: kind.suited(saved[1], about["conditions"])}
+            shown = _planned(graph, job._replace(options={**job.options, **found}), model.sampling)
+        _count(line, shown)
+    curve = _drawn(line, shown, None, guessed=model is None)
+    if giver is not None:
+        _given(line, kind, giver, about)
+    elif saved:
+        line("good", "saved", name=saved[0])
+    elif kind and shown.levels:
+        _unmeasured(line, how, about, lambda: _cost(say, kind, shown, model or runs.Model(None, None)))
+    return curve
+
+
+def _unmeasured(line: Put, how: str, about: Mapping[str, Any] | None, cost: Callable[[], str]) -> None:
+    """What a run does for which nothing is given, nor found where the model is known."""
+    if how == "never":
+        return line("warn", "none_given")
+    if how == "saved only":
+        return line(*(("note", "only_saved") if about is None else ("warn", "none_saved")))
+    key = "every_prompt" if how == "every prompt" else "unsure" if about is None else "to_be_measured"
+    try:
+        line("note", key, cost=cost())
+    except ValueError as fault:  # the run would be refused
+        line("warn", "unusable", fault=fault)
+
+
+def _cost(say: Say, kind: Kind, shown: Plan, model: runs.Model) -> str:
+    """What measuring takes: in images like the one to be made, and in time where an evaluation of the model was timed.
+
+    ValueError where measuring is refused.
+    """
+    images = math.ceil(kind.images(shown.settings, model.shape) / model.shape[0])
+    calls = images * kind.cost(shown.settings, shown.path, shown.levels)
+    count = max(1, round(calls / max(1, kind.sampled(shown.settings, shown.levels))))
+    cost = say("cost", count=count) if count > 1 else say("cost_one")
+    if model.seconds is None:
+        return cost
+    seconds = calls * model.seconds
+    if seconds < 90:
+        return say("cost_seconds", cost=cost, count=max(1, round(seconds)))
+    return say("cost_minutes", cost=cost, count=round(seconds / 60))
+
+
+def _giver(graph: Graph, job: Job, kind: Kind | None) -> Mapping[str, Any] | None:
+    """The node that hands the sampler its calibration, by a link or attached to its model; None if there is none."""
+    linked = bool(plan.source(graph[job.node], "calibration"))
+    for k, giver in enumerate(plan.givers(graph, job) if kind else ()):
+        option = MAKERS.get(giver["class_type"])
+        with suppress(ValueError):  # what is wrong with a file is said by _given
+            if file := _file(giver):
+                found = store.load(store.existing(file))
+                option = kind.option if isinstance(found, kind.type) else ""
+        if option in (None, kind.option) or linked and k == 0:
+            return giver
+    return None
+
+
+def _loaded(kind: Kind | None, giver: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The calibration that a file named in the workflow holds, for the plan to be checked with."""
+    with suppress(ValueError):
+        if file := _file(giver):
+            return {kind.option: kind.type.load(store.existing(file))}
+    return {}
 
 
 def _file(giver: Mapping[str, Any] | None) -> str | None:
     """The file that a node loads a calibration from, if it is written there."""
-    file = giver["inputs"].get("name") if giver and giver["class_type"].startswith("LambdaLoad") else None
+    file = giver["inputs"].get("name") if giver and giver["class_type"] == "LambdaLoadCalibration" else None
     return file if isinstance(file, str) else None
 
 
@@ -168,7 +215,7 @@ def _planned(graph: Graph, job: Job, sampling: object) -> Plan:
     return plan.plan(job, plan.schedule(graph, job.runs, sampling), sampling)
 
 
-def _guessed(graph: Graph, job: Job, line: Callable[..., None]) -> Plan:
+def _guessed(graph: Graph, job: Job, line: Put) -> Plan:
     """The plan for Stable Diffusion's levels, and a line that says what would be different on a flow model."""
     first = _planned(graph, job, plan.usual("ve"))
     try:
@@ -182,7 +229,7 @@ def _guessed(graph: Graph, job: Job, line: Callable[..., None]) -> Plan:
     return first
 
 
-def _count(line: Callable[..., None], shown: Plan) -> None:
+def _count(line: Put, shown: Plan) -> None:
     if not shown.levels:
         line("count", "nothing_to_do")
     elif shown.evaluations is None:
@@ -191,72 +238,35 @@ def _count(line: Callable[..., None], shown: Plan) -> None:
         line("count", "evaluations", count=shown.evaluations)
 
 
-def _schedule(line: Callable[..., None], shown: Plan, guessed: bool) -> None:
+def _schedule(line: Put, shown: Plan, guessed: bool) -> None:
     if shown.levels_chosen is None:
         line("note", "levels_unknown")
     elif shown.levels_chosen:
         sigmas = [f"{level.sigma:.3g}" for level in shown.levels[:-1]]
-        line("note", "levels_chosen", sigmas=", ".join(sigmas[:MOST_LEVELS]) + (", ..." if len(sigmas) > MOST_LEVELS else ""))
+        more = ", ..." if len(sigmas) > MOST_LEVELS else ""
+        line("note", "levels_chosen", sigmas=", ".join(sigmas[:MOST_LEVELS]) + more)
     lams = [level.lam for level in shown.levels if abs(level.lam) != float("inf")]
     if lams:
         line("note", "scale_guessed" if guessed else "scale", low=f"{lams[0]:.2f}", high=f"{lams[-1]:.2f}",
              first=f"{shown.levels[0].sigma:.4g}", last=f"{shown.levels[-1].sigma:.4g}")
 
 
-class Saved(NamedTuple):
-    """A calibration that a run will find, and as the solver's option."""
-
-    file: str
-    option: dict[str, Any]
-
-
-def _saved(graph: Graph, job: Job, model: runs.Model, how: str, shown: Plan) -> Saved | None:
-    """What a run of a known model will find among the saved calibrations, as calibration.calibration_for does."""
-    about, finds = _about(graph, job, model), how in ("auto", "saved only")
-    for name, option in job.sampler.options.items():
-        if option.kind in KIND_OF and about and finds and plan.given(graph, job, name) is None:
-            kind = KIND_OF[option.kind]
-            found = calibration.choice(kind, about, how, shown.settings, shown.path, shown.levels)
-            return Saved(found[0], {name: kind.suited(found[1], about["conditions"])}) if found else None
-    return None
-
-
-def _about(graph: Graph, job: Job, model: runs.Model | None) -> Mapping[str, Any] | None:
+def _about(graph: Graph, job: Job, model: runs.Model) -> Mapping[str, Any] | None:
     """The description of a known model at the guidance that is set."""
     scale = plan.guidance(graph, job.runs)
-    return {**model.about, "guidance": scale} if model and model.about and scale is not None else None
+    return {**model.about, "guidance": scale} if model.about and scale is not None else None
 
 
-def _status(line: Callable[..., None], graph: Graph, job: Job, name: str, model: runs.Model | None, how: str, shown: Plan,
-            saved: Saved | None) -> None:
-    """How the calibration stands before a run."""
-    kind = KIND_OF[job.sampler.options[name].kind]
-    about = _about(graph, job, model)
-    giver = plan.given(graph, job, name)
-    if giver is not None:
-        return _given(line, kind.type, giver, about)
-    if how == "never":
-        return line("warn", "none_given")
-    try:
-        cost = kind.cost(shown.settings, shown.path, shown.levels) if shown.levels else 0
-    except ValueError as fault:  # nothing to learn, so the run would be refused
-        return line("warn", "unusable", fault=fault)
-    if how == "every prompt":
-        return line("note", "every_prompt", count=cost)
-    if about is None:
-        return line("note", "only_saved" if how == "saved only" else "unsure", count=cost)
-    if saved:
-        return line("good", "saved", name=saved.file)
-    line("warn" if how == "saved only" else "note", "none_saved" if how == "saved only" else "to_be_measured", count=cost)
-
-
-def _given(line: Callable[..., None], kind: type, giver: Mapping[str, Any], about: Mapping[str, Any] | None) -> None:
-    """The same for a calibration that comes over a link."""
+def _given(line: Put, kind: Kind, giver: Mapping[str, Any], about: Mapping[str, Any] | None) -> None:
+    """How a calibration stands that comes over a link."""
+    made = MAKERS.get(giver["class_type"])
+    if made and made != kind.option:
+        return line("warn", "misfit", name=giver["class_type"], fault=f"{kind.makes} makes what this sampler needs")
     file = _file(giver)
     if file is None:
         return line("note", "given")
     try:
-        made_for = kind.load(store.existing(file)).about
+        made_for = kind.type.load(store.existing(file)).about
     except ValueError as fault:
         return line("warn", "unusable", fault=fault)
     if about is None:

@@ -23,14 +23,15 @@ from ...samplers.first_step import FULL
 from ...samplers.fitted import Unmeasured
 from ...samplers.schedule import Level, find_path, levels
 from ...samplers.solver import Adaptive, Step
-from .. import first_steps
 from ..host import path_of
+from ..names import NODES, node_id
 from ..registry import listed
 
 Graph = Mapping[str, Mapping[str, Any]]
-NODE_IDS = {"LambdaSampler" + name.capitalize(): name for name in FAMILIES}
-WRAPPERS = {node.define_schema().node_id: node.sets for node in first_steps.NODES}
-SCHEDULERS = ("comfy_extras.nodes_custom_sampler", "comfy_extras.nodes_align_your_steps")  # in ComfyUI
+NODE_IDS = {node_id(name): name for name in NODES}
+WRAPPER = "LambdaFirstStep"
+SCHEDULERS = [f"comfy_extras.nodes_{name}" for name in (  # in ComfyUI
+    "custom_sampler", "align_your_steps", "gits", "optimalsteps")]
 HOSTS = ("KSampler", "KSamplerAdvanced", "KSamplerSelect")  # ComfyUI's nodes that may name a sampler of ours
 MOST = 1000  # intervals of a schedule that is still planned: the answer comes while somebody is typing
 UNTOLD = ["?", 0]  # the link of an input whose other end the interface cannot tell
@@ -110,9 +111,9 @@ def consumer(graph: Graph, node_id: str) -> tuple[str, dict[str, Any]]:
     for _ in graph:  # as many wrappers as that, unless they wrap each other
         users = [other for other, node in graph.items() if source(node, "sampler")[:1] == [node_id]]
         node_id = min(users, key=lambda name: (len(name), name), default="")
-        if not node_id or graph[node_id]["class_type"] not in WRAPPERS:
+        if not node_id or graph[node_id]["class_type"] != WRAPPER:
             return node_id, sets
-        sets |= WRAPPERS[graph[node_id]["class_type"]]
+        sets["first_step"] = value(graph[node_id], "mode", str)
     return "", sets
 
 
@@ -187,14 +188,11 @@ def model_chain(graph: Graph, runs: str) -> list[tuple[str, dict[str, Any]]] | N
     return None
 
 
-def given(graph: Graph, job: Job, name: str) -> Mapping[str, Any] | None:
-    """The node that hands the calibration `name` to a sampler, by a link or attached to its model; None if there is none."""
-    word = job.sampler.options[name].kind.__name__  # as in the nodes' ids
-    attached = [source(node, word.lower()) for node in _models(graph, job.runs) if node["class_type"] == f"LambdaApply{word}"]
-    for link in (source(graph[job.node], name), *attached):
-        if link:
-            return graph.get(link[0], {"class_type": "", "inputs": {}})
-    return None
+def givers(graph: Graph, job: Job) -> list[Mapping[str, Any]]:
+    """The nodes that hand calibrations to a sampler: the one linked to it, then those attached to its model."""
+    applied = [node for node in _models(graph, job.runs) if node["class_type"] == "LambdaApplyCalibration"]
+    links = [source(node, "calibration") for node in (graph[job.node], *applied)]
+    return [graph.get(link[0], {"class_type": "", "inputs": {}}) for link in links if link]
 
 
 def value(node: Mapping[str, Any], name: str, kind: type | None = None) -> Any:

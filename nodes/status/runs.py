@@ -40,6 +40,8 @@ class Model:
 
     sampling: object
     about: Mapping[str, Any] | None
+    shape: tuple[int, ...] = (1, 4, 64, 64)  # of the latents that it sampled last
+    seconds: float | None = None  # that an evaluation of these took
 
 
 _runs: OrderedDict[str, Run] = OrderedDict()
@@ -78,7 +80,8 @@ def ran(run: events.Ran) -> None:
     sigmas, options = run.sigmas.tolist(), run.options | given
     _keep(_runs, node, Run(graph, sampling, sigmas, options, used, run.evaluations, run.said))
     if chain != UNKNOWN:
-        _keep(_models, chain, Model(sampling, about))
+        seconds = run.seconds / run.evaluations if run.evaluations else known.seconds if known else None
+        _keep(_models, chain, Model(sampling, about, run.shape, seconds))
     if PromptServer.instance.client_id is not None:
         PromptServer.instance.send_sync(EVENT, {"node": node}, PromptServer.instance.client_id)
 
