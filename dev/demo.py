@@ -86,7 +86,7 @@ def jobs(server) -> list[tuple[str, str | None, dict]]:
         node["class_type"] = "LambdaSampler" + family.name.capitalize()
         node["inputs"] = {key: option.default for key, option in family.options.items() if option.stand_in is None}
         if family.stand_ins:
-            node["inputs"]["calibration"] = "auto"
+            node["inputs"]["measure"] = "auto"
         result.append((family.title, next(name for name, sampler in SAMPLERS.items() if sampler.family == family.title
                                           and sampler.fixed.items() <= node["inputs"].items()), prompt))
     return result
@@ -107,12 +107,12 @@ def few_steps(server) -> list[tuple[tuple[str, None, dict], int]]:
     learned = load(WORKFLOWS / "few_steps.json", info)
     *_, measured = nodes_of(learned, "CLIPTextEncode")
     measured["text"] = "fox"
-    learned = {key: node for key, node in learned.items() if node["class_type"] != "LambdaSaveStatistics"}
+    learned = {key: node for key, node in learned.items() if node["class_type"] != "LambdaSaveCalibration"}
     own = copy.deepcopy(learned)
     [sampled] = nodes_of(own, "KSampler")
-    for node in (*nodes_of(own, "LambdaEstimateStatistics"), *nodes_of(own, "LambdaRefitStatistics")):
+    for node in (*nodes_of(own, "LambdaMeasureModel"), *nodes_of(own, "LambdaTuneFitted")):
         node["positive"] = sampled["positive"]
-    for node in nodes_of(own, "LambdaRefitStatistics"):
+    for node in nodes_of(own, "LambdaTuneFitted"):
         node["prompts"] = ""
     labels = {"lambda_fitted": "lambda_fitted,\nmeasured by auto", "dpm_solver_v3": "dpm_solver_v3, sgm_uniform,\nmeasured by auto"}
     return [(ksampler("converged", "dpmpp_2m", "karras"), CONVERGED),
@@ -161,10 +161,10 @@ def fill_in(prompt: dict, words: str, steps: int, batch: int = 1) -> None:
         node.update(width=SIZE, height=SIZE, batch_size=batch)
     for node in nodes_of(prompt, "KSampler"):
         node.update(seed=SEED, steps=steps, cfg=GUIDANCE)
-    for kind in ("CFGGuider", "SamplerCustom", "LambdaEstimateStatistics", "LambdaRefitStatistics", "LambdaTrainAmed", "LambdaCompareSamplers"):
+    for kind in ("CFGGuider", "SamplerCustom", "LambdaMeasureModel", "LambdaTuneFitted", "LambdaTrainAmed", "LambdaCompareSamplers"):
         for node in nodes_of(prompt, kind):
             node["cfg"] = GUIDANCE
-    for node in nodes_of(prompt, "LambdaRefitStatistics"):
+    for node in nodes_of(prompt, "LambdaTuneFitted"):
         node.update(steps=steps, prompts=node["prompts"] and "\n".join(LEARNED))
     for node in nodes_of(prompt, "RandomNoise"):
         node["noise_seed"] = SEED

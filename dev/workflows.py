@@ -177,10 +177,10 @@ def save(canvas: Canvas, title: str, samples: Output, vae: Output) -> None:
     canvas.add("SaveImage", tall=400, images=image[0], filename_prefix="lambda")
 
 
-def sample_with(canvas: Canvas, got: Start, statistics: Node, **how: Any) -> None:
-    """A third column with KSampler on the model that has these statistics, and a fourth with its image."""
+def sample_with(canvas: Canvas, got: Start, calibration: Node, **how: Any) -> None:
+    """A third column with KSampler on the model that has this calibration, and a fourth with its image."""
     canvas.column("3  Sample with it")
-    model = canvas.add("LambdaApplyStatistics", model=got.model, statistics=statistics[0])
+    model = canvas.add("LambdaApplyCalibration", model=got.model, calibration=calibration[0])
     latent = canvas.add("KSampler", model=model[0], positive=got.positive, negative=got.negative, latent_image=got.latent,
                         seed=1, cfg=5.0, **how)
     save(canvas, "4  Image", latent[0], got.vae)
@@ -200,7 +200,7 @@ def ksampler(canvas: Canvas) -> None:
     """First run: Lambda Solvers in KSampler
 
     sampler_name lists `lambda_2m`, `lambda_3m`, `lambda_2m_sde` and `lambda_3m_sde` (one model evaluation a step), and
-    `dpm_solver_v3`, which measures the model first. If KSampler says `value_not_in_list`, install the pack
+    `lambda_v3`, which measures the model first. If KSampler says `value_not_in_list`, install the pack
     *lambda-solvers*.
     """
     got = start(canvas)
@@ -226,11 +226,11 @@ def sampler_node(canvas: Canvas) -> None:
 
 
 @example
-def dpm_solver_v3(canvas: Canvas) -> None:
+def lambda_v3(canvas: Canvas) -> None:
     """DPM-Solver-v3 that calibrates itself
 
-    The first run measures the model at this guidance (about 50 evaluations, with progress on the sampler) and saves a
-    small file in `models/solver_calibrations`; later runs find it. In KSampler the same is `dpm_solver_v3`.
+    The first run measures the model at this guidance (as long as a few images, with progress on the sampler) and saves a
+    small file in `models/solver_calibrations`; later runs find it. In KSampler the same is `lambda_v3`.
     """
     got = start(canvas)
     canvas.column("2  Sample")
@@ -272,57 +272,57 @@ def img2img(canvas: Canvas) -> None:
 
 
 @example
-def calibrate_and_share(canvas: Canvas) -> None:
-    """Calibrate once, share the file
+def measure_and_share(canvas: Canvas) -> None:
+    """Measure once, share the file
 
-    Estimate Solver Statistics measures the model (its picture shows the curves), Save writes the file, Apply attaches
-    it for the plain KSampler. Whoever has the file uses Load Solver Statistics instead of Estimate.
+    Measure Model measures the model (its picture shows the curves) and saves it, so that `lambda_v3` and `lambda_fitted`
+    find it by themselves. Save writes it under a name of yours, to share; Apply attaches it, which is for a file of
+    somebody else's: use Load Calibration instead of Measure Model then.
     """
     got = start(canvas)
     canvas.column("2  Measure and save")
-    measured = canvas.add("LambdaEstimateStatistics", model=got.model, positive=got.positive, negative=got.negative,
-                          latent_image=got.latent, tall=540)
-    canvas.add("LambdaSaveStatistics", statistics=measured[0])
-    sample_with(canvas, got, measured, steps=8, sampler_name="dpm_solver_v3", scheduler="sgm_uniform")
+    measured = canvas.add("LambdaMeasureModel", model=got.model, positive=got.positive, negative=got.negative,
+                          latent_image=got.latent, tall=760)
+    canvas.add("LambdaSaveCalibration", calibration=measured[0])
+    sample_with(canvas, got, measured, steps=8, sampler_name="lambda_v3", scheduler="sgm_uniform")
 
 
 @example
 def few_steps(canvas: Canvas) -> None:
     """Five steps for every prompt: lambda_fitted
 
-    Column 2 runs once: Estimate measures the model, Refit learns noise levels and weights for 5 steps from all the prompts written
-    in it (best: some like your own), and Save writes the file. Afterwards only KSampler runs, with any prompt. For another number
-    of steps change it in Refit and in KSampler; the guidance is in three places. With the file, Load Solver Statistics stands for
-    column 2.
+    Column 2 runs once: Measure Model measures the model, Tune Fitted learns noise levels and weights for 5 steps from all the
+    prompts written in it (best: some like your own), and both save a file. Afterwards only KSampler runs, with any prompt. For
+    another number of steps change it in Tune Fitted and in KSampler; the guidance is in three places. Once the file is there,
+    `lambda_fitted` finds it without column 2.
     """
     got = start(canvas)
     canvas.column("2  Measure and learn, once")
     prompt = canvas.add("CLIPTextEncode", "Prompt to measure on", clip=got.clip, text=MEASURED)
-    measured = canvas.add("LambdaEstimateStatistics", model=got.model, positive=prompt[0], negative=got.negative,
-                          latent_image=got.latent, fitted=True, tall=560)
-    refitted = canvas.add("LambdaRefitStatistics", model=got.model, positive=prompt[0], negative=got.negative, statistics=measured[0],
-                          latent_image=got.latent, steps=5, clip=got.clip, prompts="\n".join(SEVERAL), tall=820)
+    measured = canvas.add("LambdaMeasureModel", model=got.model, positive=prompt[0], negative=got.negative,
+                          latent_image=got.latent, tall=760)
+    tuned = canvas.add("LambdaTuneFitted", model=got.model, positive=prompt[0], negative=got.negative,
+                       calibration=measured[0], latent_image=got.latent, steps=5, clip=got.clip,
+                       prompts="\n".join(SEVERAL), tall=820)
     canvas.y += 520  # Nodes 2.0 stretches the text over all of the node, and adds the picture below
-    canvas.add("LambdaSaveStatistics", statistics=refitted[0])
-    sample_with(canvas, got, refitted, steps=5, sampler_name="lambda_fitted", scheduler="karras")
+    sample_with(canvas, got, tuned, steps=5, sampler_name="lambda_fitted", scheduler="karras")
 
 
 @example
-def amed(canvas: Canvas) -> None:
+def lambda_amed(canvas: Canvas) -> None:
     """AMED at 5 evaluations
 
     Train AMED learns, for one schedule, where to look a second time inside every step (its picture shows r, c, a and the
     error); 3 steps are 5 evaluations, because the last one, to sigma 0, takes one. Train it again after a change of model,
-    guidance or schedule, or use Load AMED. In KSampler the same is `amed`, which trains by itself.
+    guidance or schedule. In KSampler the same is `lambda_amed`, which finds what was saved, or trains by itself.
     """
     got = start(canvas)
     canvas.column("2  Train for this schedule")
     sigmas = canvas.add("BasicScheduler", model=got.model, scheduler="karras", steps=3)
     trained = canvas.add("LambdaTrainAmed", model=got.model, positive=got.positive, negative=got.negative,
-                         latent_image=got.latent, sigmas=sigmas[0], tall=620)
-    canvas.add("LambdaSaveAmed", amed=trained[0])
+                         latent_image=got.latent, sigmas=sigmas[0], tall=720)
     canvas.column("3  Sample with it")
-    sampler = canvas.add("LambdaSamplerAmed", trained=trained[0])
+    sampler = canvas.add("LambdaSamplerAmed", calibration=trained[0])
     sampled = canvas.add("SamplerCustom", model=got.model, positive=got.positive, negative=got.negative, sampler=sampler[0],
                          sigmas=sigmas[0], latent_image=got.latent, noise_seed=1, cfg=5.0)
     save(canvas, "4  Image", sampled[0], got.vae)
@@ -367,16 +367,15 @@ def tried(server, path: Path, words: str) -> dict[str, dict]:
 
     prompt = load(path, server.get("/object_info"))
     flow = any(node["ckpt_name"] == SD3 for node in nodes_of(prompt, "CheckpointLoaderSimple"))
-    learns = {"LambdaTrainAmed": 3, "LambdaRefitStatistics": 5}  # for a number of steps
+    learns = {"LambdaTrainAmed": 3, "LambdaTuneFitted": 5}  # for a number of steps
     demo.fill_in(prompt, words, next((steps for kind, steps in learns.items() if any(nodes_of(prompt, kind))), 8))
     for node in nodes_of(prompt, "EmptySD3LatentImage"):
         node.update(width=demo.SIZE, height=demo.SIZE)
     for node in prompt.values():  # a picture of its own for every example
         for key in {"seed", "noise_seed"} & node["inputs"].keys():
             node["inputs"][key] = demo.SEED + [*EXAMPLES].index(path.stem)
-    for kind in ("LambdaSaveStatistics", "LambdaSaveAmed"):
-        for node in nodes_of(prompt, kind):
-            node["overwrite"] = True
+    for node in nodes_of(prompt, "LambdaSaveCalibration"):
+        node["overwrite"] = True
     for node in nodes_of(prompt, "LoadImage"):
         doughnut(server.base / "input" / node["image"])
     if flow:

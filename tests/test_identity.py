@@ -269,12 +269,12 @@ def test_at_guidance_1_the_negative_prompt_does_not_matter_and_every_guider_agre
     assert identity().description(whole)["conditions"] == three["conditions"]
 
 
-def store() -> types.ModuleType:
-    return importlib.import_module(f"{pack().__name__}.nodes.store")
+def calibration() -> types.ModuleType:
+    return importlib.import_module(f"{pack().__name__}.nodes.calibration")
 
 
 def faults(made: dict, wanted: dict) -> list[str]:
-    return importlib.import_module(f"{pack().__name__}.nodes.calibration").faults(made, wanted)
+    return calibration().faults(made, wanted)
 
 
 def found(made: dict, wanted: dict, folder) -> bool:
@@ -290,7 +290,8 @@ def found(made: dict, wanted: dict, folder) -> bool:
         statistics = samplers.Statistics(np.arange(5.0), flat + 1, flat, flat, about=json.loads(json.dumps(made)))
         statistics.save(folder / "a.safetensors", overwrite=True)
         folder_paths.filename_list_cache.pop("solver_calibrations", None)
-        return store().find(samplers.Statistics, wanted, lambda about: True, lambda found: 1) is not None
+        kind = types.SimpleNamespace(type=samplers.Statistics, serves=lambda *run: 1, suited=lambda found, conditions: found)
+        return calibration().choice(kind, wanted, "saved only", {}, "ve", []) is not None
     finally:
         folder_paths.folder_names_and_paths["solver_calibrations"] = kept
 
@@ -314,10 +315,9 @@ def test_the_scale_that_a_distilled_model_is_told_goes_with_the_guidance(tmp_pat
 
 
 def test_two_files_of_two_distilled_scales_have_names_that_say_them() -> None:
-    calibration = importlib.import_module(f"{pack().__name__}.nodes.calibration")
     kind = importlib.import_module(f"{pack().__name__}.nodes.kinds").STATISTICS_KIND
-    assert "-cfg1-guidance3.5-" in calibration.file_name(kind, flux())
-    assert "guidance" not in calibration.file_name(kind, flux(None))
+    assert "-cfg1-guidance3.5-" in calibration().file_name(kind, flux())
+    assert "guidance" not in calibration().file_name(kind, flux(None))
 
 
 def patched(*loras: tuple[int, float, range]) -> dict:
@@ -388,8 +388,8 @@ def test_a_strength_that_does_not_fit_is_told_with_both() -> None:
 @pytest.mark.parametrize("odd", ["3", None, [3.0, "x"], {"a": 1}])
 def test_a_file_whose_numbers_are_none_is_not_taken(odd) -> None:
     wanted = {"strengths": [0.8, 0.8], "guidance": 3.0, "distilled": [3.5]}
-    assert all(store().alike(key, wanted, wanted) for key in wanted)
-    assert not any(store().alike(key, {key: odd}, wanted) for key in wanted)
+    assert all(calibration().alike(key, wanted, wanted) for key in wanted)
+    assert not any(calibration().alike(key, {key: odd}, wanted) for key in wanted)
 
 
 def test_a_run_from_a_higher_level_begins_with_the_hooks_at_their_first_keyframes() -> None:

@@ -293,7 +293,7 @@ def test_latents_of_several_kinds_are_refused_by_name_where_a_model_is_measured(
     told, shapes = patcher.model.extra_conds, comfy.conds.CONDConstant([[1, 4, 8, 8], [1, 4, 8]])
     patcher.model.extra_conds = lambda **more: {**told(**more), "latent_shapes": shapes}
     with pytest.raises(ValueError, match="nested .several in one, such as video.*Choose a sampler that needs none"):
-        sampled(guider(patcher, prompt(0.3), prompt(0.0)), listed("dpm_solver_v3"))
+        sampled(guider(patcher, prompt(0.3), prompt(0.0)), listed("lambda_v3"))
     assert not network.calls
 
 
@@ -326,11 +326,11 @@ def test_a_guidance_that_changes_from_step_to_step_is_sampled_and_refused_a_cali
     results = [sampled(scheduled(scales), listed("lambda_2m")) for scales in (cfg, FALLING)]
     assert torch.equal(*results)
     with pytest.raises(ValueError, match="guidance of this ScheduledCFG is .*, and statistics hold for one number"):
-        sampled(scheduled(cfg), listed("dpm_solver_v3"))
+        sampled(scheduled(cfg), listed("lambda_v3"))
     kind = part("nodes.kinds").STATISTICS_KIND
     described = part("nodes.calibration").described
     found = in_a_run(made(Network()), lambda run: kind.measure(run, described(kind, run), None))
-    given = sampled(scheduled(cfg), listed("dpm_solver_v3"), statistics=found)
+    given = sampled(scheduled(cfg), listed("lambda_v3"), statistics=found)
     assert given.isfinite().all()
     description = part("nodes.identity").description
     assert description(scheduled(cfg))["patches"] != description(scheduled([1.0] * 5))["patches"]

@@ -1,8 +1,10 @@
 """AMED in a real ComfyUI server: trained, saved, found again, given, refused, cancelled; and the first step that is skipped."""
 from __future__ import annotations
 
+import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -37,7 +39,8 @@ def schedule(graph: Graph, steps: int = 3, scheduler: str = "karras") -> list:
 
 def train(graph: Graph, **changes) -> list:
     inputs = dict(model=graph.model, positive=graph.positive, negative=graph.negative, cfg=3.0, latent_image=graph.latent,
-                  base="amed", form="table", afs=False, seed=0, samples=2, teacher=3)
+                  base="amed", form="table", afs=False, seed=0, samples=2, teacher=3,
+                  prompt="this", save=False)
     inputs |= {"sigmas": changes.pop("sigmas", None) or schedule(graph), **changes}
     return [graph.add("LambdaTrainAmed", **inputs), 0]
 
@@ -47,16 +50,16 @@ def sampler_node(graph: Graph, **options) -> Graph:
     return graph.family("amed", **{"measure": "never", **options})
 
 
-@pytest.mark.parametrize("name", ["amed", "amed_dpmpp_2m"])
-def test_from_nothing_it_is_trained_once_saved_and_found_again(server, folder, name: str) -> None:  # noqa: F811
+@pytest.mark.parametrize("name, kind", [("lambda_amed", "amed"), ("lambda_amed_2m", "amed_dpmpp_2m")])
+def test_from_nothing_it_is_trained_once_saved_and_found_again(server, folder, name: str, kind: str) -> None:  # noqa: F811
     graph = Graph("panda").counted().ksampler(name, steps=3, scheduler="karras")
     samples, run = graph.run(server)
     assert run.status == "success", run.error
     assert looks_like_an_image(samples)
     calls = len(graph.evaluations(server)) - 5
-    assert any(re.search(r"training AMED: evaluation \d+ of \d+, error [0-9.]+, \d+ s left", text) for text in run.texts)
+    assert any(re.search(r"training AMED: evaluation \d+ of \d+, as long as \d+ images, error [0-9.]+, \d+ s left", text) for text in run.texts)
     [file] = files(folder)
-    assert re.fullmatch(rf"TinyEmoji-[0-9a-f]{{12}}-{name}-3steps-[0-9a-f]{{6}}-cfg3\.safetensors", file)
+    assert re.fullmatch(rf"TinyEmoji-[0-9a-f]{{12}}-{kind}-3steps-[0-9a-f]{{6}}-cfg3\.safetensors", file)
     trained = Amed.load(folder / file)
     spent = trained.about["evaluations"]
     assert 20 < spent <= 15 * 5 and trained.about["guidance"] == 3.0
@@ -101,7 +104,7 @@ def test_the_picture_of_the_training_is_drawn(server, folder) -> None:  # noqa: 
     [shown] = run.outputs[node]["images"]
     with Image.open(server.file(shown)) as image:
         assert image.size == (480, 320) and len(image.convert("RGB").getcolors(100_000)) > 50
-    assert re.fullmatch(r"AMED trained in \d+ evaluations: error at the last step [0-9.]+ untrained, [0-9.]+ trained, on images "
+    assert re.fullmatch(r"AMED trained in \d+ s, as long as \d+ images: error at the last step [0-9.]+ untrained, [0-9.]+ trained, on images "
                         r"held out.*", run.texts[-1])
 
 
@@ -121,7 +124,7 @@ def test_the_wrong_schedule_base_or_file_is_refused_with_both_named(server, fold
     _, run = sampler_node(graph, calibration=[graph.add("LambdaLoadCalibration", name="broken.safetensors"), 0]).run(server)
     assert run.status == "error" and "is damaged or was cut short" in run.error["exception_message"]
     _, run = sampler_node(Graph()).run(server)
-    assert run.status == "error" and "Load AMED or Train AMED" in run.error["exception_message"]
+    assert run.status == "error" and "Load Calibration or Train AMED" in run.error["exception_message"]
 
 
 def test_amed_of_another_checkpoint_brings_a_warning_that_names_both(server, folder) -> None:  # noqa: F811
@@ -219,30 +222,63 @@ def test_half_precision_is_trained_and_sampled(base, server, folder, flag: str) 
 
 
 def test_the_first_step_is_skipped_by_a_node_or_an_option_and_refused_for_img2img(server, folder) -> None:  # noqa: F811
-    def wrapped(node: str | None, denoise: float = 1.0, **options):
+    def wrapped(mode: str | None, denoise: float = 1.0, **options):
         graph = Graph("panda").counted()
         family = graph.add("LambdaSamplerMultistep", **{**dict(order=2, prediction="data", rule="midpoint", lower_order_final="auto",
                                                                first_step="evaluate"), **options})
-        sampler = [graph.add(node, sampler=[family, 0]), 0] if node else [family, 0]
+        sampler = [graph.add("LambdaFirstStep", sampler=[family, 0], mode=mode), 0] if mode else [family, 0]
         sigmas = [graph.add("BasicScheduler", model=graph.model, scheduler="karras", steps=6, denoise=denoise), 0]
         graph.latent = [graph.add("SamplerCustom", model=graph.model, add_noise=True, noise_seed=7, cfg=3.0, positive=graph.positive,
                                   negative=graph.negative, sampler=sampler, sigmas=sigmas, latent_image=graph.latent), 0]
         samples, run = graph.run(server)
         return samples, run, len(graph.evaluations(server)) if run.status == "success" else None
 
-    for how in (("LambdaAnalyticFirstStep", {}), (None, {"first_step": "afs"})):
+    for how in (("afs", {}), (None, {"first_step": "afs"})):
         samples, run, count = wrapped(how[0], **how[1])
         assert run.status == "success" and count == 5 and samples.isfinite().all()
-    _, run, _ = wrapped("LambdaAnalyticFirstStep", denoise=0.5)
+    _, run, _ = wrapped("afs", denoise=0.5)
     assert run.status == "error" and re.search(r"starts at sigma = .* holds an image, and not at the model's highest, 14\.6",
                                                run.error["exception_message"])
-    counts = [wrapped("LambdaMeanFirstStep", order=order)[2] for order in (1, 2, 3)]
+    counts = [wrapped("mean", order=order)[2] for order in (1, 2, 3)]
     assert counts == [6, 5, 5]  # the first run fills the mean
     graph = Graph()
     core = graph.add("KSamplerSelect", sampler_name="euler")
-    node = graph.add("LambdaAnalyticFirstStep", sampler=[core, 0])
+    node = graph.add("LambdaFirstStep", sampler=[core, 0], mode="afs")
     sigmas = schedule(graph)
     graph.latent = [graph.add("SamplerCustom", model=graph.model, add_noise=True, noise_seed=7, cfg=3.0, positive=graph.positive,
                               negative=graph.negative, sampler=[node, 0], sigmas=sigmas, latent_image=graph.latent), 0]
     _, run = graph.run(server)
     assert run.status == "error" and "wraps samplers of this pack, and this is sample_euler" in run.error["exception_message"]
+
+
+def test_more_than_10_steps_are_refused_before_the_model_is_asked_and_a_training_for_them_is_used(server, folder) -> None:  # noqa: F811
+    told = "AMED is not trained for 11 steps.*choose at most 10 steps, or lambda_fitted"
+    graph = Graph("panda").counted().ksampler("lambda_amed", steps=11)
+    _, run = graph.run(server)
+    assert run.status == "error" and re.search(told, run.error["exception_message"])
+    assert not (server.base / "output" / f"{graph.counter}.count").exists()
+    graph = Graph("panda")
+    _, run = sampler_node(graph, calibration=train(graph, sigmas=schedule(graph, 11)), sigmas=schedule(graph, 11)).run(server)
+    assert run.status == "error" and re.search(told, run.error["exception_message"])
+    lam = np.log(1 / np.geomspace(14.6146, 0.03, 11))
+    Amed(np.append(lam, np.inf), np.tile([0.4, 1.0, 1.0], (11, 1)), "amed", "evaluate", about={}).save(folder / "eleven.safetensors")
+    graph = Graph("panda").counted()
+    sigmas = [graph.add("TestSigmas", sigmas=", ".join(f"{math.exp(-value):.7f}" for value in [*lam, math.inf])), 0]
+    samples, run = sampler_node(graph, sigmas=sigmas, calibration=[graph.add("LambdaLoadCalibration", name="eleven.safetensors"), 0]).run(server)
+    assert run.status == "success" and len(graph.evaluations(server)) == 21, run.error
+
+
+def test_train_amed_saves_what_the_sampler_then_finds(server, folder) -> None:  # noqa: F811
+    graph = Graph("panda")
+    [node, _] = train(graph, prompt="any", save=True)
+    run = server.run({key: value for key, value in graph.nodes.items()})
+    assert run.status == "success", run.error
+    [name] = files(folder)
+    assert f"saved as {name}; samplers find it by themselves" in run.texts
+    graph = Graph("strawberry").counted().ksampler("lambda_amed", steps=3, scheduler="karras")
+    _, run = graph.run(server)
+    assert run.texts == [f"AMED: {name}"] and len(graph.evaluations(server)) == 5 and files(folder) == [name]
+    graph = Graph("panda")
+    train(graph, prompt="any", form="predictor")
+    run = server.run(graph.nodes)
+    assert run.status == "error" and "set prompt to this, or form to table" in run.error["exception_message"]

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from samplers import FAMILIES, Statistics
 from test_server import Graph, base, server  # noqa: F401  (the fixtures)
-from test_server_v3 import NAME, estimate, files, folder, refit  # noqa: F401
+from test_server_v3 import NAME, files, folder, measure, tune  # noqa: F401
 
 FEW = 4
 
@@ -72,11 +72,11 @@ def test_levels_beyond_those_that_were_measured_are_measured_too(server, folder)
     assert spent(high(1), server) > FEW and spent(high(2), server) == FEW
 
 
-def guided(node: str, seed: int, name: str = NAME, calibration: str | None = None, **inputs) -> Graph:
+def guided(node: str, seed: int, name: str = NAME, measure: str | None = None, **inputs) -> Graph:
     """Through a guider, with the sampler of a name, or with the node that takes a rule."""
     graph = Graph("panda").counted()
     settings = {key: option.default for key, option in FAMILIES["v3"].options.items() if option.stand_in is None}
-    sampler = calibration and [graph.add("LambdaSamplerV3", calibration=calibration, **settings), 0]
+    sampler = measure and [graph.add("LambdaSamplerV3", measure=measure, **settings), 0]
     conds = {"BasicGuider": dict(conditioning=graph.positive),
              "DualCFGGuider": dict(cond1=graph.positive, cond2=graph.positive, negative=graph.negative, style="regular"),
              "PerpNegGuider": dict(positive=graph.positive, negative=graph.negative, empty_conditioning=graph.negative)}[node]
@@ -99,12 +99,12 @@ def test_a_guider_with_a_rule_of_its_own_is_measured_by_itself(server, folder) -
 
 
 def test_without_guidance_every_guider_takes_what_another_or_the_nodes_have_measured(server, folder) -> None:  # noqa: F811
-    """KSampler at cfg 1, BasicGuider, and Estimate Solver Statistics, which is of the prompt."""
+    """KSampler at cfg 1, BasicGuider, and Measure Model at a prompt."""
     graph = Graph("panda")
-    graph.add("LambdaSaveCalibration", calibration=estimate(graph, cfg=1.0), name="ours", overwrite=False)
+    graph.add("LambdaSaveCalibration", calibration=measure(graph, cfg=1.0), name="ours", overwrite=False)
     assert server.run(graph.nodes).status == "success"
     for rule in ("every prompt", "saved only"):
-        graph = guided("BasicGuider", 4, calibration=rule)
+        graph = guided("BasicGuider", 4, measure=rule)
         _, run = graph.run(server)
         assert run.status == "success" and run.texts == ["statistics: ours.safetensors"]
         assert len(graph.evaluations(server)) == FEW
@@ -218,7 +218,7 @@ def test_a_schedule_without_steps_measures_nothing(server, folder) -> None:  # n
 
 def test_a_refit_wants_statistics_of_its_own_model_and_an_image_for_every_prompt(server, folder) -> None:  # noqa: F811
     graph = Graph("panda")
-    plain = estimate(graph, fitted=True)
+    plain = measure(graph, fitted=True)
     graph.add("LambdaSaveCalibration", calibration=plain, name="plain", overwrite=False)
     assert server.run(graph.nodes).status == "success"
 
@@ -226,7 +226,7 @@ def test_a_refit_wants_statistics_of_its_own_model_and_an_image_for_every_prompt
         other = Graph("panda")
         loaded = [other.add("LambdaLoadCalibration", name="plain.safetensors"), 0]
         prompts = {name: content if name != "clip" else [other.checkpoint, 1] for name, content in changes.items()}
-        other.add("LambdaSaveCalibration", calibration=refit(other, loaded, **prompts), name="refitted", overwrite=False)
+        other.add("LambdaSaveCalibration", calibration=tune(other, loaded, **prompts), name="refitted", overwrite=False)
         run = server.run(other.nodes)
         assert run.status == "error" and files(folder) == ["plain.safetensors"]
         return run.error["exception_message"]

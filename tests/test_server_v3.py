@@ -33,15 +33,15 @@ def files(folder) -> list[str]:
     return sorted(path.name for path in folder.rglob("*") if path.is_file())
 
 
-def estimate(graph: Graph, **changes) -> list:
+def measure(graph: Graph, **changes) -> list:
     inputs = dict(model=graph.model, positive=graph.positive, negative=graph.negative, cfg=3.0, latent_image=graph.latent,
-                  seed=0, intervals=12, samples=2, pool="all")
+                  seed=0, intervals=12, samples=2, pool="all", fitted=False, prompt="this", save=False)
     return [graph.add("LambdaMeasureModel", **{**inputs, **changes}), 0]
 
 
-def refit(graph: Graph, statistics: list, **changes) -> list:
+def tune(graph: Graph, statistics: list, **changes) -> list:
     inputs = dict(model=graph.model, positive=graph.positive, negative=graph.negative, cfg=3.0, latent_image=graph.latent,
-                  calibration=statistics, steps=4, seed=0, samples=4)
+                  calibration=statistics, steps=4, seed=0, samples=4, save=False)
     return [graph.add("LambdaTuneFitted", **{**inputs, **changes}), 0]
 
 
@@ -56,7 +56,8 @@ def test_from_nothing_it_is_measured_once_saved_and_found_again(server, folder) 
     assert looks_like_an_image(samples)
     calls = len(graph.evaluations(server)) - STEPS
     assert any("measuring the model's statistics: evaluation" in text and "s left" in text for text in run.texts)
-    assert any("no saved statistics for TinyEmoji-" in text for text in run.texts)
+    told = f"serves this run: measuring once, as long as {round(IMAGES * 54 / STEPS)} images"
+    assert any("no saved statistics for TinyEmoji-" in text and text.endswith(told) for text in run.texts)
     [name] = files(folder)
     statistics = Statistics.load(folder / name)
     assert re.fullmatch(r"TinyEmoji-[0-9a-f]{12}-cfg3\.safetensors", name)
@@ -93,7 +94,7 @@ def test_the_fitted_solver_measures_a_file_of_its_own_beside_v3_s_once(server, f
 
 def test_fitted_sigmas_are_a_schedule_for_any_sampler(server, folder) -> None:  # noqa: F811
     graph = Graph("panda").counted()
-    statistics = estimate(graph, fitted=True)
+    statistics = measure(graph, fitted=True)
     sigmas = [graph.add("LambdaFittedScheduler", model=graph.model, calibration=statistics, steps=5, denoise=1.0), 0]
     graph.add("LambdaSaveCalibration", calibration=statistics, name="fit", overwrite=False)
     samples, run = graph.custom([graph.add("KSamplerSelect", sampler_name="dpmpp_2m"), 0], sigmas).run(server)
@@ -110,13 +111,13 @@ def test_fitted_sigmas_are_a_schedule_for_any_sampler(server, folder) -> None:  
 
 def test_a_refit_is_used_for_its_number_of_steps_alone(server, folder) -> None:  # noqa: F811
     graph = Graph("panda")
-    plain = estimate(graph, fitted=True)
-    refitted = refit(graph, plain, samples=3)
+    plain = measure(graph, fitted=True)
+    refitted = tune(graph, plain, samples=3)
     graph.add("LambdaSaveCalibration", calibration=plain, name="plain", overwrite=False)
     graph.add("LambdaSaveCalibration", calibration=refitted, name="refitted", overwrite=False)
     samples, run = graph.family("fitted", measure="never", nodes="chosen", calibration=refitted, steps=4).run(server)
     assert run.status == "success" and looks_like_an_image(samples), run.error
-    told = "refitted for 4 steps in [0-9]+ evaluations: error|the refit for 4 steps found nothing better"
+    told = "tuned for 4 steps in [0-9]+ s, as long as [0-9]+ images: error|tuning for 4 steps found nothing better"
     assert any(re.search(told, text) for text in run.texts)
     assert not any("may not fit" in text for text in run.texts)
     loaded = Statistics.load(folder / "refitted.safetensors")
@@ -134,12 +135,12 @@ def test_a_refit_is_used_for_its_number_of_steps_alone(server, folder) -> None: 
 
 def test_what_several_prompts_taught_is_used_for_every_prompt(server, folder) -> None:  # noqa: F811
     graph = Graph("panda")
-    statistics = estimate(graph, fitted=True)
+    statistics = measure(graph, fitted=True)
     clip = [graph.checkpoint, 1]
     lines = {"alone": "", "same": "panda\n\n  panda ", "several": "pizza\nred heart\nghost"}
     for name, prompts in lines.items():
         graph.add("LambdaSaveCalibration", name=name, overwrite=False,
-                  calibration=refit(graph, statistics, **({"clip": clip, "prompts": prompts} if prompts else {})))
+                  calibration=tune(graph, statistics, **({"clip": clip, "prompts": prompts} if prompts else {})))
     run = server.run(graph.nodes)
     assert run.status == "success", run.error
     found = {name: Statistics.load(folder / f"{name}.safetensors") for name in lines}
@@ -164,7 +165,7 @@ def test_what_several_prompts_taught_is_used_for_every_prompt(server, folder) ->
         assert run.status == "success" and run.texts[0].startswith(said)
 
     graph = Graph("panda")
-    graph.add("LambdaSaveCalibration", name="x", overwrite=False, calibration=refit(graph, estimate(graph, fitted=True), prompts="pizza"))
+    graph.add("LambdaSaveCalibration", name="x", overwrite=False, calibration=tune(graph, measure(graph, fitted=True), prompts="pizza"))
     run = server.run(graph.nodes)
     assert run.status == "error" and "connect the checkpoint's CLIP to clip" in run.error["exception_message"]
 
@@ -174,15 +175,15 @@ def test_a_cancelled_refit_goes_on_from_what_was_done(server, folder) -> None:  
         made = Graph("panda")
         loaded = [made.add("LambdaLoadCalibration", name="plain.safetensors"), 0]
         made.through("TestSlowModel", seconds=0.01).counted()
-        made.add("LambdaSaveCalibration", calibration=refit(made, loaded, steps=5), name=name, overwrite=False)
+        made.add("LambdaSaveCalibration", calibration=tune(made, loaded, steps=5), name=name, overwrite=False)
         return made
 
     async def watch(server, run):
-        if sum("refitting" in text for text in run.texts) == 100:
+        if sum("tuning" in text for text in run.texts) == 100:
             await server.interrupt()
 
     first = Graph("panda")
-    first.add("LambdaSaveCalibration", calibration=estimate(first, fitted=True), name="plain", overwrite=False)
+    first.add("LambdaSaveCalibration", calibration=measure(first, fitted=True), name="plain", overwrite=False)
     assert server.run(first.nodes).status == "success"
     cut = graph("cut")
     run = server.run(cut.nodes, watch)
@@ -199,7 +200,7 @@ def test_a_cancelled_refit_goes_on_from_what_was_done(server, folder) -> None:  
 def test_a_flow_model_is_fitted_and_refitted_from_pure_noise(server, folder) -> None:  # noqa: F811
     """The first evaluation, at sigma = 1, leads to the grid; the others are chosen."""
     graph = Graph("red heart").through("TinyEmojiAsFlow").counted()
-    refitted = refit(graph, estimate(graph, fitted=True), steps=6, samples=3)
+    refitted = tune(graph, measure(graph, fitted=True), steps=6, samples=3)
     graph.add("LambdaSaveCalibration", calibration=refitted, name="flow", overwrite=False)
     samples, run = graph.family("fitted", measure="never", nodes="chosen", calibration=refitted, steps=6).run(server)
     assert run.status == "success" and looks_like_an_image(samples), run.error
@@ -215,7 +216,7 @@ def test_a_flow_model_is_fitted_and_refitted_from_pure_noise(server, folder) -> 
 
 def test_the_fitted_solver_refuses_statistics_that_were_measured_for_v3(server, folder) -> None:  # noqa: F811
     graph = Graph("panda")
-    samples, run = graph.family("fitted", measure="never", calibration=estimate(graph)).run(server)
+    samples, run = graph.family("fitted", measure="never", calibration=measure(graph)).run(server)
     assert run.status == "error"
     assert "measure again with fitted = True" in run.error["exception_message"]
 
@@ -236,9 +237,9 @@ def test_another_guidance_is_measured_anew_and_a_near_one_is_not(server, folder)
     assert [re.search("-cfg[0-9]", name)[0] for name in files(folder)] == ["-cfg3", "-cfg6"]
 
 
-def test_estimate_save_load_and_apply_give_the_same_image(server, folder) -> None:  # noqa: F811
+def test_measure_save_load_and_apply_give_the_same_image(server, folder) -> None:  # noqa: F811
     graph = Graph("panda")
-    statistics = estimate(graph)
+    statistics = measure(graph)
     graph.add("LambdaSaveCalibration", calibration=statistics, name="shared/mine", overwrite=False)
     first = sampler_node(graph, calibration=statistics).samples(server)
     assert files(folder) == ["mine.safetensors"] and (folder / "shared" / "mine.safetensors").exists()
@@ -255,23 +256,43 @@ def test_estimate_save_load_and_apply_give_the_same_image(server, folder) -> Non
     assert torch.equal(graph.samples(server), first) and len(graph.evaluations(server)) == STEPS
 
 
+def test_measure_model_saves_what_lambda_v3_and_lambda_fitted_then_find(server, folder) -> None:  # noqa: F811
+    """With nothing behind it, and a second time under the same name."""
+    for seed, count in ((0, 1), (0, 1), (1, 2)):
+        graph = Graph("panda").through("TestSlowModel", seconds=0.0001 * count)
+        node, _ = measure(graph, prompt="any", fitted=True, save=True, seed=seed, intervals=24)
+        run = server.run(graph.nodes)
+        assert run.status == "success" and run.outputs[node]["images"], run.error
+        assert len(files(folder)) == count
+    saved = [re.fullmatch("saved as (.+); samplers find it by themselves", text) for text in run.texts]
+    [newest] = [found[1] for found in saved if found]
+    assert newest.endswith("-fitted-cfg3-2.safetensors")
+    for name in (NAME, "lambda_fitted"):
+        graph = Graph("strawberry").counted().ksampler(name, steps=5)
+        _, run = graph.run(server)
+        assert run.texts == [f"statistics: {newest}"] and len(graph.evaluations(server)) == 5
+    graph = Graph("panda")
+    measure(graph, save=True)
+    assert any("where `measure` is every prompt" in text for text in server.run(graph.nodes).texts)
+
+
 def test_the_picture_of_the_curves_is_drawn(server, folder) -> None:  # noqa: F811
     graph = Graph("panda")
-    node = estimate(graph)[0]
+    node = measure(graph)[0]
     graph.add("PreviewImage", images=[node, 1])
     run = server.run(graph.nodes)
     [shown] = run.outputs[node]["images"]
     with Image.open(server.file(shown)) as image:
         assert image.size == (480, 300) and len(image.convert("RGB").getcolors(100_000)) > 50
-    assert "measuring the model's statistics: evaluation 30 of 30, 0 s left" in run.texts
-    assert run.texts[-1] == "statistics measured in 30 evaluations"
+    assert "measuring the model's statistics: evaluation 30 of 30, as long as 3 images of 20 steps, 0 s left" in run.texts
+    assert re.fullmatch("statistics measured in [0-9]+ s, as long as 3 images of 20 steps", run.texts[-1])
 
 
 def test_statistics_of_another_checkpoint_or_guidance_bring_a_warning_that_names_both(server, folder) -> None:  # noqa: F811
     graph = Graph("panda")
     flow = graph.add("TestFlowModel")
     latent = [graph.add("EmptySD3LatentImage", width=64, height=64, batch_size=1), 0]
-    statistics = estimate(graph, model=[flow, 0], positive=[flow, 1], negative=[flow, 2], latent_image=latent)
+    statistics = measure(graph, model=[flow, 0], positive=[flow, 1], negative=[flow, 2], latent_image=latent)
     samples, run = sampler_node(graph, calibration=statistics).run(server)
     assert run.status == "success"
     [warning] = [text for text in run.texts if text.startswith("warning")]
@@ -279,14 +300,14 @@ def test_statistics_of_another_checkpoint_or_guidance_bring_a_warning_that_names
     assert warning.removeprefix("warning: ") in server.log.read_text()
 
     graph = Graph("panda")
-    _, run = sampler_node(graph, calibration=estimate(graph, cfg=8.0)).run(server)
+    _, run = sampler_node(graph, calibration=measure(graph, cfg=8.0)).run(server)
     [warning] = [text for text in run.texts if text.startswith("warning")]
     assert "measured for guidance 8.0, and this is 3" in warning
 
 
 def test_without_leave_to_measure_the_error_names_the_nodes_to_add(server, folder) -> None:  # noqa: F811
     _, run = sampler_node(Graph()).run(server)
-    assert run.status == "error" and "Load Solver Statistics or Estimate Solver Statistics" in run.error["exception_message"]
+    assert run.status == "error" and "Load Calibration or Measure Model" in run.error["exception_message"]
     _, run = sampler_node(Graph(), measure="saved only").run(server)
     assert run.status == "error" and "no saved statistics for TinyEmoji-" in run.error["exception_message"]
     assert files(folder) == []
@@ -319,7 +340,7 @@ def test_cancel_while_measuring_leaves_a_partial_file_from_which_the_next_run_go
 @pytest.mark.parametrize("name", ["../evil", "/tmp/evil", "a/../../evil", "..", "a\\..\\..\\evil", ".hidden", "a:b"])
 def test_a_name_that_would_leave_the_folder_is_refused(server, folder, name: str) -> None:  # noqa: F811
     graph = Graph()
-    save = graph.add("LambdaSaveCalibration", calibration=estimate(graph, intervals=4, samples=1), name=name, overwrite=True)
+    save = graph.add("LambdaSaveCalibration", calibration=measure(graph, intervals=4, samples=1), name=name, overwrite=True)
     run = server.run(graph.nodes)
     assert run.status == "error" and run.error["node_id"] == save and "cannot be a file in" in run.error["exception_message"]
     assert files(folder) == []
@@ -328,7 +349,7 @@ def test_a_name_that_would_leave_the_folder_is_refused(server, folder, name: str
 def test_saving_twice_needs_leave(server, folder) -> None:  # noqa: F811
     for seed, overwrite, status in ((0, False, "success"), (1, False, "error"), (2, True, "success")):
         graph = Graph()
-        graph.add("LambdaSaveCalibration", calibration=estimate(graph, intervals=4, samples=1, seed=seed), name="x",
+        graph.add("LambdaSaveCalibration", calibration=measure(graph, intervals=4, samples=1, seed=seed), name="x",
                   overwrite=overwrite)
         run = server.run(graph.nodes)
         assert run.status == status, run.error
@@ -339,7 +360,7 @@ def test_saving_twice_needs_leave(server, folder) -> None:  # noqa: F811
 def test_without_a_name_every_file_gets_one_of_its_own(server, folder) -> None:  # noqa: F811
     for seed in (40, 41, 42):
         graph = Graph()
-        save = graph.add("LambdaSaveCalibration", calibration=estimate(graph, intervals=4, samples=1, seed=seed), name="",
+        save = graph.add("LambdaSaveCalibration", calibration=measure(graph, intervals=4, samples=1, seed=seed), name="",
                          overwrite=False)
         run = server.run(graph.nodes)
         assert run.status == "success" and run.outputs[save]["text"] == [run.texts[-1]]

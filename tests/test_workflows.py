@@ -82,11 +82,11 @@ def test_an_example_runs_on_the_tiny_checkpoint_and_its_image_restores_it(server
 
 
 def test_a_calibration_s_name_is_restored_from_an_image(server, base) -> None:  # noqa: F811
-    """Estimate and save under a name; a workflow that loads it by this name carries the name in its images."""
+    """Measure and save under a name; a workflow that loads it by this name carries the name in its images."""
     folder = base / "models" / "solver_calibrations"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    prompt = workflows.tried(server, workflows.FOLDER / "calibrate_and_share.json", "panda")
+    prompt = workflows.tried(server, workflows.FOLDER / "measure_and_share.json", "panda")
     for node in nodes_of(prompt, "LambdaSaveCalibration"):
         node["name"] = "shared/panda"
     assert server.run(prompt).status == "success"
