@@ -9,10 +9,10 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..samplers import fitted_sigmas
-from ..samplers.amed import BASES
-from ..samplers.calibrate import INTERVALS
-from ..samplers.refit import FEWEST, LARGEST, refit_cost
-from ..samplers.train import TEACHER
+from ..samplers.learning.amed import BASES
+from ..samplers.learning.measure import INTERVALS
+from ..samplers.learning.refit import FEWEST, LARGEST, refit_cost
+from ..samplers.learning.train_amed import TEACHER
 from . import calibration, identity, picture, store
 from .calibration import Kind, Run
 from .host import path_of

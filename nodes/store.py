@@ -9,7 +9,7 @@ from typing import Any, Callable, Mapping
 
 import folder_paths
 
-from ..samplers.storage import Damaged, OtherKind
+from ..samplers.learning.storage import Damaged, OtherKind
 
 FOLDER = "solver_calibrations"
 ENDING = ".safetensors"

@@ -14,14 +14,14 @@ from typing import Annotated, Any, Callable, Mapping, NamedTuple, Sequence
 
 import numpy as np
 
-from .amed import BASES, Amed, Insertion
 from .first_step import CHOICES
-from .fitted import Fitted, Unmeasured
 from .integrand import PREDICTIONS, DataPrediction, NoisePrediction
+from .learning.amed import BASES, Amed, Insertion
+from .learning.fitted import Fitted, Unmeasured
+from .learning.statistics import EmpiricalPrediction, Statistics
 from .phi import RULES, adams, pseudo_weights, weights
 from .schedule import find_path, levels
 from .solver import HEUN, TABLEAUX, Adaptive, Churned, Grouped, Multistep, Singlestep
-from .statistics import EmpiricalPrediction, Statistics
 
 Solver = Multistep | Singlestep | Grouped | Adaptive | Churned | Insertion | Fitted
 

@@ -15,15 +15,15 @@ from safetensors.numpy import load_file, save_file
 
 from problems import Counted, Gaussian, reference_mixture, starting_noise
 from samplers import PATHS, SAMPLERS, Amed, CalibrationError, Statistics, fit_amed, k_diffusion_sampler, nfe
-from samplers.amed import BASES, Insertion
+from samplers.learning.amed import BASES, Insertion
 from samplers.families import FAMILIES
 from samplers.first_step import MeanAnswer
 from samplers.k_diffusion import k_diffusion_function
-from samplers.predictor import Predictor
+from samplers.learning.predictor import Predictor
 from samplers.sample import sample
 from samplers.schedule import levels
 from samplers.tensors import per_image
-from samplers.train import BUDGET, FLOOR, Student, _teacher, predictor_loss, training_cost, watched
+from samplers.learning.train_amed import BUDGET, FLOOR, Student, _teacher, predictor_loss, training_cost, watched
 
 NAMES = {sampler.fixed["base"]: name for name, sampler in SAMPLERS.items() if "trained" in sampler.options}
 SIGMAS = [60.0 * (0.02 / 60.0) ** (i / 4) for i in range(5)]

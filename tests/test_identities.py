@@ -10,9 +10,9 @@ from scipy.integrate import quad
 
 from problems import ADAPTIVE, FIXED, Counted, Gaussian, gaussian_statistics, needed, ode, reference_mixture, serving, starting_noise
 from samplers import FAMILIES, PATHS, SAMPLERS, Statistics, k_diffusion_sampler
-from samplers.amed import Insertion
+from samplers.learning.amed import Insertion
 from samplers.families import find
-from samplers.fitted import Fitted
+from samplers.learning.fitted import Fitted
 from samplers.k_diffusion import k_diffusion_function
 from samplers.solver import Multistep
 

@@ -12,8 +12,8 @@ from samplers.phi import pseudo_weights, weights
 from samplers.sample import advance, combine
 from samplers.schedule import levels
 from samplers.solver import Multistep
-from samplers.fitted import Fitted
-from samplers.statistics import EmpiricalPrediction
+from samplers.learning.fitted import Fitted
+from samplers.learning.statistics import EmpiricalPrediction
 
 START, END = -2.2, 1.8  # the range in lam: nowhere stiff, everywhere curved
 SPREAD = torch.tensor([0.2, 0.4, 0.8], dtype=torch.float64)  # of several kinds: error terms that cancel for one do not for all

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from problems import gaussian_statistics, smooth_statistics
 from samplers import Statistics, CalibrationError, k_diffusion_sampler
-from samplers.statistics import FORMAT
+from samplers.learning.statistics import FORMAT
 
 
 def small(**changes) -> Statistics:

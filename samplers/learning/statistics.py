@@ -22,8 +22,8 @@ from typing import Any, Mapping
 
 import numpy as np
 
-from .integrand import Evaluation, Stage, Update
-from .schedule import Level
+from ..integrand import Evaluation, Stage, Update
+from ..schedule import Level
 from .storage import CalibrationError, read_checked, write_checked
 
 FORMAT = "lambda-solvers statistics 1"

@@ -25,11 +25,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .integrand import DataPrediction, NoisePrediction, Stage
-from .phi import adams, midpoint
+from ..integrand import DataPrediction, NoisePrediction, Stage
+from ..phi import adams, midpoint
+from ..schedule import Level, Path
+from ..solver import Multistep, Singlestep, Step, Tableau, ddim, finite, joined
 from .predictor import Predictor, bounded, unbounded
-from .schedule import Level, Path
-from .solver import Multistep, Singlestep, Step, Tableau, ddim, finite, joined
 from .storage import CalibrationError, read_checked, write_checked
 
 FORMAT = "lambda-solvers amed 1"

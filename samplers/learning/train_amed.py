@@ -24,16 +24,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..first_step import afs, answered
+from ..integrand import DataPrediction
+from ..model import PROBE, latents
+from ..phi import midpoint
+from ..sample import Denoiser, advance, evaluate, on_device, sample
+from ..schedule import Level, Path, find_path, levels
+from ..solver import Multistep, finite
 from .amed import BASES, Amed, Inner, Insertion
 from .course import Course
-from .first_step import afs, answered
-from .integrand import DataPrediction
-from .model import PROBE, latents
-from .phi import midpoint
 from .predictor import Predictor, bounded, unbounded
-from .sample import Denoiser, advance, evaluate, on_device, sample
-from .schedule import Level, Path, find_path, levels
-from .solver import Multistep, finite
 
 PARTIAL = "lambda-solvers partial amed 3"
 LEARNED = ("r", "c", "a")

@@ -20,16 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..integrand import DataPrediction
+from ..model import PROBE, latents
+from ..sample import Denoiser, combine, evaluate, sample
+from ..schedule import Path, find_path
+from ..solver import Step, ddim
 from .course import Course, Sampled
 from .fitted import Plan, check, fit_multistep, planned
-from .integrand import DataPrediction
-from .model import PROBE, latents
-from .sample import Denoiser, combine, evaluate, sample
-from .schedule import Path, find_path
-from .solver import Step, ddim
 from .statistics import Statistics
 from .storage import digest
-from .train import FLOOR, typical
+from .train_amed import FLOOR, typical
 
 PARTIAL = "lambda-solvers partial refit 3"
 TEACHER = 40  # its evaluations
