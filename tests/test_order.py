@@ -22,7 +22,7 @@ SPREAD = torch.tensor([0.2, 0.4, 0.8], dtype=torch.float64)  # of several kinds:
 def order_of(name: str) -> int:
     """The order a solver has: its nominal one, but for the rules that give up a factor (phi.published) or a last step."""
     settings = SAMPLERS[name].settings(needed(name))
-    if SAMPLERS[name].family == "DPM-Solver Fast":
+    if settings.get("fast"):
         return 2  # its last step is of order 1: one local error of O(h^2)
     if SAMPLERS[name].family in ("iPNDM", "Heun (EDM)"):
         return 2  # iPNDM: these steps are equal in lam and not in sigma, where its coefficients are exact
