@@ -8,10 +8,10 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..samplers import fitted_sigmas
-from ..samplers.amed import BASES
-from ..samplers.calibrate import INTERVALS
-from ..samplers.refit import FEWEST, LARGEST
-from ..samplers.train import TEACHER
+from ..samplers.learning.amed import BASES
+from ..samplers.learning.measure import INTERVALS
+from ..samplers.learning.refit import FEWEST, LARGEST
+from ..samplers.learning.train_amed import TEACHER
 from . import canonical, identity, store
 from .calibration import Run, file_name, kept, measured, measuring_at
 from .events import say

@@ -15,7 +15,7 @@ from typing import Any, Callable, Iterator, Mapping, NamedTuple, Protocol
 
 from torch import Tensor
 
-from ..samplers.storage import digest
+from ..samplers.learning.storage import digest
 
 
 class Used(NamedTuple):

@@ -14,7 +14,7 @@ from comfy.controlnet import ControlBase
 from comfy.hooks import HookGroup
 from torch import Tensor
 
-from ..samplers.storage import plain
+from ..samplers.learning.storage import plain
 
 TENSORS, VALUES = 16, 64  # what is sampled: the signs of so many values of so many tensors
 LEVELS = (0.05, 0.3, 0.9, 3.0, 10.0)  # at which a sampling class is looked at

@@ -14,14 +14,14 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..samplers import Amed, Statistics, estimate_statistics, fit_amed, fitted_sigmas, refit_multistep
-from ..samplers.calibrate import INTERVALS, nodes
+from ..samplers.learning.measure import INTERVALS, nodes
 from ..samplers.first_step import FULL
-from ..samplers.fitted import Fitted
+from ..samplers.learning.fitted import Fitted
 from ..samplers.model import PROBE
-from ..samplers.refit import FEWEST, LARGEST
+from ..samplers.learning.refit import FEWEST, LARGEST
 from ..samplers.schedule import Level, find_path
 from ..samplers.solver import finite
-from ..samplers.train import training_cost
+from ..samplers.learning.train_amed import training_cost
 from . import canonical, picture
 from .calibration import Kind, Progress, Run, faults, resumable
 from .events import say

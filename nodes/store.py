@@ -11,7 +11,7 @@ from typing import Any, Callable
 import folder_paths
 
 from ..samplers import Amed, Statistics
-from ..samplers.storage import Damaged, OtherKind, digest
+from ..samplers.learning.storage import Damaged, OtherKind, digest
 
 KINDS = (Statistics, Amed)
 

@@ -3,11 +3,11 @@
     from samplers import k_diffusion_sampler
     x = k_diffusion_sampler("dpmpp_2m")(model, x, sigmas)
 
-Read in this order: schedule (noise levels and paths), phi (quadrature), integrand (what is interpolated), statistics
-(DPM-Solver-v3's own), solver (which evaluations a step uses), sample (the loop), families (the catalogue), k_diffusion and
-model (the host's convention). Beside them stand amed and predictor (a learned inner evaluation), fitted (nodes and weights from
-measured trajectories), first_step (the first evaluation, left out), noise; course (probed, counted, resumable) and on it
-calibrate, train and refit (measuring a model), storage (files).
+Read in this order: schedule (noise levels and paths), phi (quadrature), integrand (what is interpolated), solver (which
+evaluations a step uses), sample (the loop), families (the catalogue), k_diffusion and model (the host's convention).
+Beside them stand first_step (the first evaluation, left out) and noise. The folder learning holds what is learned of a model:
+statistics (DPM-Solver-v3's own), fitted (nodes and weights from measured trajectories), amed and predictor (a learned
+inner evaluation); course (probed, counted, resumable) and on it measure, train_amed and refit; storage (files).
 
 Symbols, the same everywhere:
 
@@ -20,17 +20,19 @@ Symbols, the same everywhere:
 
 The noise of image k of a batch is that of seed + k alone, whatever the batch, the device and the schedule.
 """
-from .amed import Amed
-from .calibrate import estimate_statistics
 from .families import FAMILIES, SAMPLERS, nfe
-from .fitted import Plan, fit_multistep, fitted_sigmas
 from .k_diffusion import k_diffusion_sampler
+from .learning.amed import Amed
+from .learning.fitted import Plan, fit_multistep, fitted_sigmas
+from .learning.measure import estimate_statistics
+from .learning.record import load_calibration
+from .learning.refit import refit_multistep
+from .learning.statistics import Statistics
+from .learning.storage import CalibrationError
+from .learning.train_amed import fit_amed
 from .model import UnsteadyModel
-from .refit import refit_multistep
 from .schedule import PATHS
-from .statistics import Statistics
-from .storage import CalibrationError
-from .train import fit_amed
 
 __all__ = ["Amed", "FAMILIES", "PATHS", "Plan", "SAMPLERS", "Statistics", "CalibrationError", "UnsteadyModel",
-           "estimate_statistics", "fit_amed", "fit_multistep", "fitted_sigmas", "k_diffusion_sampler", "nfe", "refit_multistep"]
+           "estimate_statistics", "fit_amed", "fit_multistep", "fitted_sigmas", "k_diffusion_sampler",
+           "load_calibration", "nfe", "refit_multistep"]

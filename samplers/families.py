@@ -14,14 +14,14 @@ from typing import Annotated, Any, Callable, Mapping, NamedTuple, Sequence
 
 import numpy as np
 
-from .amed import BASES, Amed, Insertion
 from .first_step import CHOICES
-from .fitted import Fitted, Unmeasured
 from .integrand import PREDICTIONS, DataPrediction, NoisePrediction
+from .learning.amed import BASES, Amed, Insertion
+from .learning.fitted import Fitted, Unmeasured
+from .learning.statistics import EmpiricalPrediction, Statistics
 from .phi import RULES, adams, pseudo_weights, weights
 from .schedule import find_path, levels
 from .solver import HEUN, TABLEAUX, Adaptive, Churned, Grouped, Multistep, Singlestep
-from .statistics import EmpiricalPrediction, Statistics
 
 Solver = Multistep | Singlestep | Grouped | Adaptive | Churned | Insertion | Fitted
 
@@ -246,36 +246,30 @@ def multistep(
     return Multistep(PREDICTIONS[prediction], order, RULES[rule], lower_order_final)
 
 
-@family("DPM-Solver Singlestep", f"{DPM_SOLVER}, Algorithms 1-2; {DPM_SOLVER_PP}, Algorithm 1", {
+@family("DPM-Solver Singlestep", f"{DPM_SOLVER}, Algorithms 1-2 and section 3.4; {DPM_SOLVER_PP}, Algorithm 1", {
     "dpmpp_2s": Preset("DPM-Solver++(2S)", "two evaluations a step and no history, so a run can be cut anywhere",
-                       {"order": 2, "prediction": "data"}),
+                       {"order": 2, "prediction": "data", "fast": False}),
     "dpmpp_3s": Preset("DPM-Solver++(3S)", "three evaluations a step and no history, for reference images",
-                       {"order": 3, "prediction": "data"}),
-    "dpm_2s": Preset("DPM-Solver-2", "many steps only: far behind dpmpp_2s in few", {"order": 2, "prediction": "noise"}),
-    "dpm_3s": Preset("DPM-Solver-3", "many steps only: far behind dpmpp_3s in few", {"order": 3, "prediction": "noise"}),
+                       {"order": 3, "prediction": "data", "fast": False}),
+    "dpm_2s": Preset("DPM-Solver-2", "many steps only: far behind dpmpp_2s in few",
+                     {"order": 2, "prediction": "noise", "fast": False}),
+    "dpm_3s": Preset("DPM-Solver-3", "many steps only: far behind dpmpp_3s in few",
+                     {"order": 3, "prediction": "noise", "fast": False}),
+    "dpmpp_fast": Preset("DPM-Solver++ fast", "singlestep methods that cost exactly one evaluation an interval",
+                         {"prediction": "data", "fast": True}, {"order": 3}),
+    "dpm_fast": Preset("DPM-Solver-fast", "as published, for many steps: in few it is far behind dpmpp_fast",
+                       {"fast": True}, {"order": 3, "prediction": "noise"}),
 })
 def singlestep(
-    order: Annotated[int, Option("Order of accuracy, and evaluations in each step", 1, 3)] = 2,
+    order: Annotated[int, Option("Order of accuracy, and evaluations in each step; if fast, in the longest", 1, 3)] = 2,
     prediction: Prediction = "data",
     rule: SinglestepRule = "midpoint",
+    fast: Annotated[bool, Option(
+        "Let a step take as many intervals of the schedule as it makes evaluations, so that steps = evaluations, exactly: of "
+        "order 3, 3, ... and the rest")] = False,
 ) -> Solver:
     """DPM-Solver and DPM-Solver++, singlestep: every step makes all its evaluations itself, 1, 2 or 3 of them."""
-    return Singlestep(PREDICTIONS[prediction], TABLEAUX[order, rule])
-
-
-@family("DPM-Solver Fast", f"{DPM_SOLVER}, section 3.4", {
-    "dpmpp_fast": Preset("DPM-Solver++ fast", "singlestep methods that cost exactly one evaluation an interval",
-                         {"prediction": "data"}),
-    "dpm_fast": Preset("DPM-Solver-fast", "as published, for many steps: in few it is far behind dpmpp_fast", {},
-                       {"prediction": "noise"}),
-})
-def fast(
-    order: Annotated[int, Option("Highest order, and the largest number of intervals a step takes at once", 1, 3)] = 3,
-    prediction: Prediction = "data",
-    rule: SinglestepRule = "midpoint",
-) -> Solver:
-    """Singlestep methods over groups of intervals: steps = evaluations, exactly, with orders 3, 3, ... and the rest."""
-    return Grouped(PREDICTIONS[prediction], order, rule)
+    return Grouped(PREDICTIONS[prediction], order, rule) if fast else Singlestep(PREDICTIONS[prediction], TABLEAUX[order, rule])
 
 
 @family("DPM-Solver Adaptive", f"{DPM_SOLVER}, appendix C", {

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .amed import Insertion
 from .families import Sampler, find
 from .first_step import MeanAnswer, afs, answered, check_full_noise
+from .learning.amed import Insertion
 from .model import answer, latents, not_finite
 from .noise import BrownianNoise
 from .sample import no_noise, sample, sample_adaptive

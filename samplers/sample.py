@@ -4,7 +4,7 @@ from __future__ import annotations
 import math
 from collections.abc import Set
 from itertools import count
-from typing import Callable, Mapping, Sequence
+from typing import Callable, Mapping, NamedTuple, Sequence
 
 import numpy as np
 from torch import Tensor
@@ -78,6 +78,28 @@ def advance(denoise: Denoiser, x: Tensor, step: Step, values: dict[int | Span, T
                 values[span] = noise(*span)
             y.add_(values[span], alpha=std)
     return y
+
+
+class Place(NamedTuple):
+    """A run that may be gone on with: the steps behind it, x, the values kept before it (latest first), and those of the
+    evaluations of the step that is next, as far as they were made."""
+
+    done: int
+    x: Tensor
+    past: tuple[Tensor, ...] = ()
+    values: Mapping[int, Tensor] = {}
+
+
+def onward(denoise: Denoiser, place: Place, step: Step, memory: int) -> tuple[Place, Place]:
+    """The place itself with all values of this step, and the place where the step leads, which remembers `memory` values.
+
+    What the place knows is not evaluated again.
+    """
+    values = {**{-k: m for k, m in enumerate(place.past, 1)}, **place.values}
+    own = range(len(step.evaluations))
+    landed = advance(denoise, place.x, step, values, {*values, *own})
+    past = (*(values[k] for k in reversed(own)), *place.past)[:memory]
+    return place._replace(values={k: values[k] for k in own}), Place(place.done + 1, landed, past)
 
 
 def _corrected(x: Tensor, step: Step, latest: Sequence[Tensor]) -> Tensor:

@@ -213,7 +213,7 @@ def test_install_goes_on_where_the_folder_cannot_be_made(tmp_path) -> None:
 # --- the calibration in the image's metadata --------------------------------------------------------------------------
 
 def test_the_calibration_of_a_run_is_noted_in_the_prompt_that_comfyui_writes_into_the_image(monkeypatch, noted, tmp_path) -> None:
-    drawn, storage = two_trajectories(), sys.modules[f"{pack().__name__}.samplers.storage"]
+    drawn, storage = two_trajectories(), sys.modules[f"{pack().__name__}.samplers.learning.storage"]
     drawn = module("kinds").Statistics(drawn.lam, **drawn.curves(), root=drawn.root)
     digest = storage.digest(drawn.arrays())
     drawn.save(tmp_path / "a.safetensors")

@@ -16,7 +16,7 @@ import torch
 
 from problems import Gaussian, Mixture, gaussian_statistics, starting_noise
 from samplers import PATHS, Statistics, estimate_statistics, fit_amed, k_diffusion_sampler, refit_multistep
-from samplers.calibrate import nodes
+from samplers.learning.measure import nodes
 from samplers.model import PROBE, UnsteadyModel
 
 ENDS = {"ve": [14.6, 0.03], "flow": [1.0, 0.97, 0.03], "vp": [0.998, 0.03]}

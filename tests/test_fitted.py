@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from problems import Gaussian, starting_noise
-from samplers import PATHS, Statistics, CalibrationError, calibrate, course, estimate_statistics, fit_multistep, fitted, k_diffusion_sampler
-from samplers.fitted import _candidates, _correction, _costs, _jumps, _last, _pooled, _rows, fit_weights, fitted_sigmas
+from samplers import PATHS, Statistics, CalibrationError, estimate_statistics, fit_multistep, k_diffusion_sampler
+from samplers.learning import course, fitted, measure
+from samplers.learning.fitted import _candidates, _correction, _costs, _jumps, _last, _pooled, _rows, fit_weights, fitted_sigmas
 from samplers.integrand import DataPrediction
 from samplers.phi import midpoint
 from samplers.sample import sample
@@ -62,7 +63,7 @@ def test_the_weights_of_a_polynomial_integrand_are_recovered() -> None:
     y = a + b * (lam[:, None, None] - 1) + c * np.exp(-lam)[:, None, None]
     pairs = [torch.as_tensor(np.stack(pair)) for pair in zip(y, denoised)]
     flat = np.ones_like(lam)
-    found = Statistics(lam, flat, 0.3 * flat, 0 * flat, damping=flat, root=calibrate._roots(pairs))
+    found = Statistics(lam, flat, 0.3 * flat, 0 * flat, damping=flat, root=measure._roots(pairs))
     nodes = [0, 2, 3, 6, 8]
     plan = fit_weights(found, lam[nodes], float(lam[-1]))
     exact = Multistep(DataPrediction(), 2, lower_order_final="off").steps(

@@ -10,9 +10,9 @@ from scipy.integrate import quad
 
 from problems import ADAPTIVE, FIXED, Counted, Gaussian, gaussian_statistics, needed, ode, reference_mixture, serving, starting_noise
 from samplers import FAMILIES, PATHS, SAMPLERS, Statistics, k_diffusion_sampler
-from samplers.amed import Insertion
+from samplers.learning.amed import Insertion
 from samplers.families import find
-from samplers.fitted import Fitted
+from samplers.learning.fitted import Fitted
 from samplers.k_diffusion import k_diffusion_function
 from samplers.solver import Multistep
 
@@ -84,8 +84,9 @@ def test_the_sde_without_noise_is_the_ode(name: str, path: str) -> None:
 @pytest.mark.parametrize("path", PATHS)
 def test_singlestep_of_order_one_is_multistep_of_order_one(path: str, prediction: str) -> None:
     x, sigmas = start(path, FULL[path][0]), torch.tensor(FULL[path], dtype=torch.float64)
-    results = [k_diffusion_function(FAMILIES[family], path, {"order": 1, "prediction": prediction})(
-        reference_mixture(path)[0], x, sigmas, disable=True) for family in ("singlestep", "multistep", "fast")]
+    results = [k_diffusion_function(FAMILIES[family], path, {"order": 1, "prediction": prediction, **fast})(
+        reference_mixture(path)[0], x, sigmas, disable=True)
+        for family, fast in (("singlestep", {}), ("multistep", {}), ("singlestep", {"fast": True}))]
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-13)
     torch.testing.assert_close(results[0], results[2], rtol=0, atol=1e-13)
 
@@ -156,7 +157,7 @@ def test_the_2s_midpoint_uses_only_the_middle_evaluation() -> None:
 def test_a_run_may_be_cut_anywhere_when_the_solver_has_no_memory(sigmas: list[float], name: str) -> None:
     """Leftover noise: two runs in a row are one run, for singlestep solvers and first order; the SDE's noise included."""
     sampler = SAMPLERS[name]
-    if sampler.family == "DPM-Solver Fast" or (
+    if sampler.fixed.get("fast") or (
             isinstance(solver := sampler.solver(**needed(name)), (Multistep, Fitted)) and solver.order > 1) or (
             isinstance(solver, Insertion) and isinstance(solver.base, Multistep) and solver.base.order > 1):
         return

@@ -10,7 +10,7 @@ from problems import FIXED, Gaussian, needed
 from samplers import SAMPLERS, estimate_statistics, fit_amed, k_diffusion_sampler, nfe, refit_multistep
 from samplers.first_step import MeanAnswer
 from samplers.schedule import VarianceExploding
-from samplers.storage import Partial
+from samplers.learning.storage import Partial
 from test_calibrate import mixture, noise
 from test_fitted import calibration
 

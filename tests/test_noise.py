@@ -13,7 +13,7 @@ from samplers.noise import BrownianNoise
 from samplers.sample import sample, sample_adaptive
 from samplers.solver import (
     DPM_2S, DPM_2S_TAYLOR, DPM_3S_TAYLOR, HEUN, Adaptive, Churned, Multistep, Singlestep)
-from samplers.statistics import EmpiricalPrediction
+from samplers.learning.statistics import EmpiricalPrediction
 
 STOCHASTIC = [name for name in SAMPLERS if "eta" in SAMPLERS[name].options]
 EVERY_STOCHASTIC = pytest.mark.parametrize("name", STOCHASTIC)

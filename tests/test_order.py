@@ -12,8 +12,8 @@ from samplers.phi import pseudo_weights, weights
 from samplers.sample import advance, combine
 from samplers.schedule import levels
 from samplers.solver import Multistep
-from samplers.fitted import Fitted
-from samplers.statistics import EmpiricalPrediction
+from samplers.learning.fitted import Fitted
+from samplers.learning.statistics import EmpiricalPrediction
 
 START, END = -2.2, 1.8  # the range in lam: nowhere stiff, everywhere curved
 SPREAD = torch.tensor([0.2, 0.4, 0.8], dtype=torch.float64)  # of several kinds: error terms that cancel for one do not for all
@@ -22,7 +22,7 @@ SPREAD = torch.tensor([0.2, 0.4, 0.8], dtype=torch.float64)  # of several kinds:
 def order_of(name: str) -> int:
     """The order a solver has: its nominal one, but for the rules that give up a factor (phi.published) or a last step."""
     settings = SAMPLERS[name].settings(needed(name))
-    if SAMPLERS[name].family == "DPM-Solver Fast":
+    if settings.get("fast"):
         return 2  # its last step is of order 1: one local error of O(h^2)
     if SAMPLERS[name].family in ("iPNDM", "Heun (EDM)"):
         return 2  # iPNDM: these steps are equal in lam and not in sigma, where its coefficients are exact

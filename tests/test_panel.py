@@ -15,7 +15,7 @@ from comfy_host import Model, pack, sampling_of
 from problems import smooth_statistics
 from samplers import FAMILIES, SAMPLERS, Statistics, fitted_sigmas, nfe
 from samplers.schedule import find_path, levels
-from samplers.train import training_cost
+from samplers.learning.train_amed import training_cost
 
 NAMES = {"lambda_2m": "dpmpp_2m", "lambda_3m": "dpmpp_3m", "lambda_2m_sde": "dpmpp_2m_sde", "lambda_3m_sde": "dpmpp_3m_sde",
          "lambda_v3": "dpm_solver_v3", "lambda_amed": "amed", "lambda_amed_2m": "amed_dpmpp_2m",

@@ -10,7 +10,7 @@ import torch
 
 from problems import Gaussian
 from samplers import CalibrationError, Statistics, fit_multistep, k_diffusion_sampler, refit_multistep
-from samplers.refit import DIFFERENCES, Shape, _Runs, refit_cost
+from samplers.learning.refit import DIFFERENCES, Shape, _Runs, refit_cost
 from samplers.schedule import PATHS
 from test_fitted import calibration, mixture, noise
 

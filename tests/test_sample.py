@@ -16,7 +16,7 @@ from samplers.integrand import DataPrediction
 from samplers.sample import sample
 from samplers.schedule import levels
 from samplers.solver import DPM_2S_TAYLOR, Multistep, Singlestep
-from samplers.statistics import EmpiricalPrediction
+from samplers.learning.statistics import EmpiricalPrediction
 
 EVERY = list(SAMPLERS)
 SCHEDULES = {

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from samplers import FAMILIES, Amed, Statistics
-from samplers.storage import digest
+from samplers.learning.storage import digest
 from test_server import Graph, base, server  # noqa: F401  (the fixtures)
 from test_server_compare import comparison
 from test_server_v3 import estimate, files, folder  # noqa: F401

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from problems import gaussian_statistics, smooth_statistics
 from samplers import Statistics, CalibrationError, k_diffusion_sampler
-from samplers.statistics import FORMAT
+from samplers.learning.statistics import FORMAT
 
 
 def small(**changes) -> Statistics:
@@ -44,7 +44,7 @@ def test_a_file_is_never_overwritten_silently(tmp_path) -> None:
 @pytest.mark.parametrize(("changes", "message"), [
     ({"lam": [0, 1, 2, 2, 3, 4]}, r"lam must increase, but lam\[3\] = 2 after lam\[2\] = 2"),
     ({"lam": [0]}, "lam has shape .*at least two"),
-    ({"l": np.ones(5)}, r"l has shape \[5\]: it must have 6 rows"),
+    ({"l": np.ones(5)}, r"l has shape \[5\]: it must be \[6, ...\]"),
     ({"s": np.ones((6, 3, 1, 1))}, "s has shape .*must agree"),
     ({"b": [1, np.nan, 1, 1, np.inf, 1]}, "b has 2 values that are not finite"),
 ])

@@ -15,8 +15,8 @@ from safetensors.numpy import save_file
 
 from problems import reference_mixture
 from samplers import Amed, CalibrationError, Statistics, fit_amed, refit_multistep
-from samplers import storage
-from samplers.storage import ABOUT, SHARE, Partial, plain
+from samplers.learning import storage
+from samplers.learning.storage import ABOUT, SHARE, Partial, plain
 from test_amed import SIGMAS, noises
 from test_calibrate import mixture, noise
 from test_fitted import calibration

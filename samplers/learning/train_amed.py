@@ -24,16 +24,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..first_step import afs, answered
+from ..integrand import DataPrediction
+from ..model import PROBE, latents
+from ..phi import midpoint
+from ..sample import Denoiser, Place, evaluate, on_device, onward, sample
+from ..schedule import Level, Path, find_path, levels
+from ..solver import Multistep, finite
 from .amed import BASES, Amed, Inner, Insertion
 from .course import Course
-from .first_step import afs, answered
-from .integrand import DataPrediction
-from .model import PROBE, latents
-from .phi import midpoint
 from .predictor import Predictor, bounded, unbounded
-from .sample import Denoiser, advance, evaluate, on_device, sample
-from .schedule import Level, Path, find_path, levels
-from .solver import Multistep, finite
 
 PARTIAL = "lambda-solvers partial amed 3"
 LEARNED = ("r", "c", "a")
@@ -41,6 +41,7 @@ TEACHER = 5        # its steps in every interval
 BUDGET = 15        # evaluations of the table's training in those of one run: learning together takes what the rest leaves
 ALONE = 2          # iterations of every step by itself
 MOST_TOGETHER = 3
+MEMORY = 4         # values that a base looks back on
 DAMPING = {"alone": 0.03, "together": 1.0}
 """In the curvature of each number: 1 halves a step, where more than one step learns. Figures in dev/NOTES.md."""
 GUESS = {"amed": 0.3}  # r to begin with, where it is not 1/2: AMED's own rule always went below, to 0.13-0.46
@@ -65,15 +66,6 @@ def typical(e: np.ndarray, floor: float) -> float:
     0.92 and 0.87 of ComfyUI's dpmpp_2m (guidance 1 and 4) with this, 1.16 and 1.02 with the plain mean.
     """
     return float(np.log(e + floor).mean())
-
-
-class Place(NamedTuple):
-    """Where a run stands at the start of an interval, what it remembers, and the evaluations it made from there."""
-
-    interval: int
-    x: Tensor
-    past: list[Tensor]
-    values: dict[int, Tensor]
 
 
 Choose = Callable[[int], np.ndarray]
@@ -215,7 +207,7 @@ class Student:
         self.before: Sequence[np.ndarray] = ()  # the u of every interval of the last run
 
     def start(self, x: Tensor) -> Place:
-        return Place(0, x, [], {})
+        return Place(0, x)
 
     def run(self, place: Place, choose: Choose, end: int, known: Mapping[int, Tensor] | None = None,
             before: Sequence[np.ndarray] | None = None) -> list[Place]:
@@ -223,20 +215,15 @@ class Student:
 
         before: the u of the intervals before the place, which a plugin of a multistep solver looks back on.
         """
-        places = [place._replace(values=dict(place.values if known is None else known))]
-        rows = list(self.before if before is None else before)[:place.interval]
-        for i in range(place.interval, end):
-            x, past, values = places[-1].x, places[-1].past, places[-1].values
-            if 0 not in values:
-                values[0] = self.open(i, x)
+        places = [place if known is None else place._replace(values=known)]
+        rows = list(self.before if before is None else before)[:place.done]
+        for i in range(place.done, end):
+            if 0 not in (here := places[-1]).values:
+                here = here._replace(values={0: self.open(i, here.x)})
             rows.append(np.asarray(choose(i)))
             inner = [[Inner(*map(float, row)) for row in bounded(part)] for part in rows]
-            step = on_device(self.solver.step_of_each(self.schedule, self.path, i, inner, x.ndim), x)
-            used = {**{-k: m for k, m in enumerate(past, 1)}, **values}
-            own = range(len(step.evaluations))
-            landed = advance(self.denoise, x, step, used, {*used, *own})
-            values.update({k: used[k] for k in own})
-            places.append(Place(i + 1, landed, [*(values[k] for k in reversed(own)), *past][:4], {}))
+            step = on_device(self.solver.step_of_each(self.schedule, self.path, i, inner, here.x.ndim), here.x)
+            places[-1:] = onward(self.denoise, here, step, MEMORY)
         self.before = rows
         return places
 
@@ -250,7 +237,7 @@ class Student:
 
     def error(self, place: Place) -> Tensor:
         """The residual in y, [B, elements]."""
-        return ((place.x - self.targets[place.interval]) / self.schedule[place.interval].alpha).flatten(1)
+        return ((place.x - self.targets[place.done]) / self.schedule[place.done].alpha).flatten(1)
 
     def squared(self, place: Place) -> np.ndarray:
         """The mean squared error of every image."""
@@ -265,17 +252,17 @@ class Student:
 
     def quadratic(self, places: Sequence[Place], us: Sequence[np.ndarray]) -> Quadratic:
         """The error at the last place around the u that led there, from a perturbed run for each number that is learned."""
-        end, start, before = places[-1].interval, places[0].interval, list(self.before)
+        end, start, before = places[-1].done, places[0].done, list(self.before)
         base = self.error(places[-1])
         slopes = []
         for j, place in enumerate(places[:-1]):
             for which, (name, difference) in enumerate(zip(LEARNED, self.differences)):
-                if name not in self.learn or place.interval not in self.trainable:
+                if name not in self.learn or place.done not in self.trainable:
                     slopes.append(torch.zeros_like(base).cpu())
                     continue
                 moved = us[j] + difference * np.eye(3)[which]
                 known = place.values if name == "c" else {0: place.values[0]}
-                ahead = self.run(place, lambda i: moved if i == place.interval else us[i - start], end, known, before)
+                ahead = self.run(place, lambda i: moved if i == place.done else us[i - start], end, known, before)
                 slopes.append(((self.error(ahead[-1]) - base) / difference).cpu())
         self.before = before
         jacobian, base = torch.stack(slopes, 1), base.cpu()
@@ -291,7 +278,7 @@ def _gauss_newton(student: Student, place: Place, us: Sequence[np.ndarray], trai
 
     known: the places that these u lead to, if they were run already.
     """
-    start, us = place.interval, list(us)
+    start, us = place.done, list(us)
     end, before = start + len(us), list(student.before)[:start]
     places = list(known) if known else student.run(place, lambda i: us[i - start], end, before=before)
     floor = FLOOR * student.squared(places[-1])[training].mean() + 1e-30

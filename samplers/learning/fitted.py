@@ -25,9 +25,9 @@ from typing import Literal, NamedTuple, Sequence
 
 import numpy as np
 
-from .integrand import DataPrediction, Evaluation, Stage, Update
-from .schedule import Level, Path, VarianceExploding, find_path, levels
-from .solver import LONG, SHORT_RUN, Step, ddim, finite
+from ..integrand import DataPrediction, Evaluation, Stage, Update
+from ..schedule import Level, Path, VarianceExploding, find_path, levels
+from ..solver import LONG, SHORT_RUN, Step, ddim, finite
 from .statistics import SLACK, EmpiricalPrediction, Statistics, integral
 
 REFINE = 2

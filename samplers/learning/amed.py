@@ -14,25 +14,24 @@ its own rule; c scales the last direction. With (r, c, a) = (1/2, 1, 1) AMED is 
 from __future__ import annotations
 
 import math
-import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise, zip_longest
-from pathlib import Path as File
 from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .integrand import DataPrediction, NoisePrediction, Stage
-from .phi import adams, midpoint
+from ..integrand import DataPrediction, NoisePrediction, Stage
+from ..phi import adams, midpoint
+from ..schedule import Level, Path
+from ..solver import Multistep, Singlestep, Step, Tableau, ddim, finite, joined
 from .predictor import Predictor, bounded, unbounded
-from .schedule import Level, Path
-from .solver import Multistep, Singlestep, Step, Tableau, ddim, finite, joined
-from .storage import CalibrationError, read_checked, write_checked
+from .record import Record, array, group, said
+from .storage import CalibrationError
 
-FORMAT = "lambda-solvers amed 1"
+FORMAT = "lambda-solvers amed 2"
 SLACK = 0.01  # in lam, between a schedule and the one that was trained
 
 
@@ -74,7 +73,7 @@ BASES: Mapping[str, Pair | Multistep] = {
 
 
 @dataclass(frozen=True, eq=False)
-class Amed:
+class Amed(Record, format=FORMAT):
     """What was learned for one schedule: a table, and on top of it perhaps a predictor that looks at the image.
 
     lam [n+1]: half-log-SNR of the schedule's levels, increasing, of which the first may be -inf and the last inf;
@@ -82,31 +81,26 @@ class Amed:
     features() -> [B, C, H, W], the model's middle block in its last call, or None; only a predictor asks for it.
     """
 
-    lam: np.ndarray
-    table: np.ndarray
-    base: str | None = None  # any
-    first_step: str = "evaluate"
-    predictor: Predictor | None = None
+    lam: np.ndarray = array(lambda n: (n,), infinite=True)
+    table: np.ndarray = array(lambda n: (n - 1, len(Inner._fields)))
+    base: str | None = said(None)  # any
+    first_step: str = said("evaluate")
+    predictor: Predictor | None = group("predictor", Predictor.arrays, Predictor.of_arrays, lambda: None)
     interpolate: bool = False
-    about: Mapping[str, Any] = field(default_factory=dict)
     features: Callable[[], Tensor | None] | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.base is not None and self.base not in BASES:
             raise CalibrationError(f"base = {self.base!r} is unknown: choose one of {', '.join(BASES)}")
         if self.first_step not in ("evaluate", "afs"):
             raise CalibrationError(f"first_step = {self.first_step!r} is unknown: choose evaluate or afs")
-        if self.lam.ndim != 1 or len(self.lam) < 2 or not (np.diff(self.lam) > 0).all() or np.isnan(self.lam).any():
-            raise CalibrationError(f"lam has shape {list(self.lam.shape)}: it must be a list of increasing numbers")
-        if self.table.shape != (len(self.lam) - 1, 3):
-            raise CalibrationError(f"table has shape {list(self.table.shape)}: it must have one row (r, c, a) for each of the "
-                                   f"{len(self.lam) - 1} intervals")
         errors = dict.fromkeys(filter(None, ("training", self.others)), len(self.table))
         told = self.about.get("losses", {}).values()
         if any({part: len(values) for part, values in each.items()} != errors for each in told):
             raise CalibrationError(f"about.losses must have {len(self.table)} errors of the same images in every part: train "
-                                  "anew, or get the file anew")
-        bad = ~np.isfinite(self.table) | (self.table <= 0) | (self.table >= (1, math.inf, math.inf))
+                                   "anew, or get the file anew")
+        bad = (self.table <= 0) | (self.table >= (1, math.inf, math.inf))
         if bad.any():
             i = int(bad.any(1).argmax())
             raise CalibrationError(f"table[{i}] = {self.table[i].tolist()}: r must be between 0 and 1, c and a above 0")
@@ -155,29 +149,6 @@ class Amed:
         with torch.no_grad():
             moved = self.predictor(seen, count, s.lam, t.lam, unbounded(np.array(inner)))
         return [Inner(*map(float, row)) for row in bounded(moved.double().cpu().numpy())]
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """All that a file of it holds."""
-        return {"lam": self.lam, "table": self.table, **(self.predictor.arrays() if self.predictor else {})}
-
-    def save(self, path: str | os.PathLike, overwrite: bool = False) -> None:
-        """Write the file whole or not at all; FileExistsError if it exists, unless told to overwrite."""
-        about = {**self.about, "base": self.base, "first_step": self.first_step}
-        write_checked(File(path), FORMAT, self.arrays(), about, overwrite)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike) -> Amed:
-        """Read and check a file; CalibrationError says what is wrong with it."""
-        tensors, about = read_checked(File(path), FORMAT)
-        missing = [name for name in ("lam", "table") if name not in tensors]
-        if missing:
-            raise CalibrationError(f"{path}: the tensor {missing[0]!r} is missing; it has {', '.join(sorted(tensors)) or 'none'}")
-        try:
-            weights = {name: value for name, value in tensors.items() if name not in ("lam", "table")}
-            return cls(tensors["lam"].astype(np.float64), tensors["table"].astype(np.float64), about.get("base", ""),
-                       about.get("first_step", ""), Predictor.of_arrays(weights) if weights else None, about=about)
-        except CalibrationError as fault:
-            raise CalibrationError(f"{path}: {fault}") from None
 
 
 def _middles(lam: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ import re
 import secrets
 import time
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -133,28 +133,21 @@ def _link_new(temporary: Path, path: Path) -> None:
         os.replace(temporary, path)
 
 
-def read_checked(path: Path, expected: str, largest: float = LARGEST) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The tensors and the description of one of our files; CalibrationError if it is none, or of another version."""
-    shown = plain(str(path), 1000)
+def read_checked(path: Path, expected: Sequence[str],
+                 largest: float = LARGEST) -> tuple[str, dict[str, np.ndarray], dict[str, Any]]:
+    """Format, tensors and description of a file of one of these formats; CalibrationError if it is none, or of another version."""
+    shown, kinds = plain(str(path), 1000), " or ".join(expected)
     try:
         if path.stat().st_size > largest:
-            raise CalibrationError(f"{shown} has {path.stat().st_size} bytes: files of {expected} have at most {largest:.0f}")
+            raise CalibrationError(f"{shown} has {path.stat().st_size} bytes: files of {kinds} have at most {largest:.0f}")
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-            found = plain(metadata.get("format", ""))
-            kind = expected.rpartition(" ")[0]
-            if not found.startswith(kind):
-                ours = found.startswith(kind.split()[0])
-                raise (OtherKind if ours else CalibrationError)(
-                    f"{shown} is not a file of {kind}" + (f", but of {found}" if found else ""))
-            if found != expected:
-                raise CalibrationError(f"{shown} has the format {found!r}, and this version reads {expected!r}: update the pack, "
-                                      "or estimate again")
+            found = _format(shown, metadata, expected)
             names = list(file.keys())
             if len(names) > MOST or not all(map(NAME.fullmatch, names)):
-                raise CalibrationError(f"{shown} has tensors that no file of {kind} has: measure again, or get it anew")
+                raise CalibrationError(f"{shown} has tensors that no file of {_kind(found)} has: measure again, or get it anew")
             about = json.loads(metadata.get("about", "{}"), parse_constant=_no_number)
-            return {name: file.get_tensor(name) for name in names}, checked(about, where=f"{shown}: about")
+            return found, {name: file.get_tensor(name) for name in names}, checked(about, where=f"{shown}: about")
     except FileNotFoundError:
         raise CalibrationError(f"{shown} does not exist") from None
     except OSError as fault:
@@ -163,6 +156,25 @@ def read_checked(path: Path, expected: str, largest: float = LARGEST) -> tuple[d
         raise
     except (SafetensorError, ValueError, TypeError, RecursionError) as fault:  # TypeError: a dtype that numpy lacks
         raise Damaged(f"{shown} is damaged or was cut short: {plain(str(fault))}") from None
+
+
+def _format(shown: str, metadata: Mapping[str, str], expected: Sequence[str]) -> str:
+    """Which of the expected formats a file has."""
+    found = plain(metadata.get("format", ""))
+    if found in expected:
+        return found
+    for one in expected:
+        if found.startswith(_kind(one)):
+            raise CalibrationError(f"{shown} has the format {found!r}, and this version reads {one!r}: update the pack, or "
+                                   "estimate again")
+    ours = found.startswith(expected[0].split()[0])
+    raise (OtherKind if ours else CalibrationError)(
+        f"{shown} is not a file of {' or '.join(map(_kind, expected))}" + (f", but of {found}" if found else ""))
+
+
+def _kind(format: str) -> str:
+    """A format without its version."""
+    return format.rpartition(" ")[0]
 
 
 def _no_number(name: str) -> float:
@@ -200,7 +212,7 @@ class Partial:
         """What was kept, and the first part that is not; nothing if there is no file of the same calibration."""
         if self.path and self.path.exists():
             try:
-                tensors, about = read_checked(self.path, self.format, math.inf)
+                _, tensors, about = read_checked(self.path, (self.format,), math.inf)
             except CalibrationError:
                 return {}, 0  # damaged, or of another version: measured again, and overwritten
             if about.get("key") == self.key:

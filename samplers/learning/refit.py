@@ -20,16 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..integrand import DataPrediction
+from ..model import PROBE, latents
+from ..sample import Denoiser, Place, onward, sample
+from ..schedule import Path, find_path
+from ..solver import Step, ddim
 from .course import Course, Sampled
 from .fitted import Plan, check, fit_multistep, planned
-from .integrand import DataPrediction
-from .model import PROBE, latents
-from .sample import Denoiser, combine, evaluate, sample
-from .schedule import Path, find_path
-from .solver import Step, ddim
 from .statistics import Statistics
 from .storage import digest
-from .train import FLOOR, typical
+from .train_amed import FLOOR, typical
 
 PARTIAL = "lambda-solvers partial refit 3"
 TEACHER = 40  # its evaluations
@@ -73,13 +73,6 @@ class Shape(NamedTuple):
             earlier[:len(step.terms) - 1] += step.terms[1:]
             weights.append(step._replace(terms=(float((1.0 + u[0]) * total - earlier.sum()), *earlier.tolist())))
         return replace(steps, weights=tuple(weights))
-
-
-class Place(NamedTuple):
-    """A run after the evaluation of a step: x, and the values kept of this evaluation and those before it."""
-
-    x: Tensor
-    past: tuple[Tensor, ...]
 
 
 @torch.no_grad()
@@ -202,7 +195,7 @@ class _Runs:
 
     def of(self, shape: Shape, x: Tensor) -> State:
         steps = shape.plan(self.calibration).steps(self.path)
-        return State(shape, *self._ahead(steps, 0, (Place(x, (evaluate(self.denoise, x, steps[0].evaluations[0]),)),)))
+        return State(shape, *self._ahead(steps, (Place(0, x),)))
 
     def tried(self, shape: Shape, x: Tensor) -> State | None:
         """The same for a shape that may be a bad one: None where it leads the model to answers that are not finite."""
@@ -218,17 +211,14 @@ class _Runs:
             by = DIFFERENCES[row] * (-1.0 if (row, k) == (0, len(state.shape.lam) - 1) else 1.0)  # the last level stays in the grid
             steps = state.shape.moved([(row, k)], [by]).plan(self.calibration).steps(self.path)
             first = k - (row == 0)
-            rows.append((self._ahead(steps, first, state.places[:first + 1])[1] - state.residual) / by)
+            rows.append((self._ahead(steps, state.places[:first + 1])[1] - state.residual) / by)
         return Slopes(tuple(free), np.stack(rows))
 
-    def _ahead(self, steps: Sequence[Step], first: int, places: tuple[Place, ...]) -> tuple[tuple[Place, ...], np.ndarray]:
-        """The places, with those of a run from the place of step `first` on, and the residual at its end."""
-        for step, following in zip(steps[first:], [*steps[first + 1:], None]):
-            x, past = places[-1]
-            x = combine(x, step.updates[0], {-k: value for k, value in enumerate(past)})
-            if following:
-                places += (Place(x, (evaluate(self.denoise, x, following.evaluations[0]), *past[:ORDER - 1])),)
-        return places, self.sampled.of(x - self.target)[0].double().numpy()
+    def _ahead(self, steps: Sequence[Step], places: tuple[Place, ...]) -> tuple[tuple[Place, ...], np.ndarray]:
+        """The places, with those of a run from the last of them to the end, and the residual there."""
+        for step in steps[places[-1].done:]:
+            places = (*places[:-1], *onward(self.denoise, places[-1], step, ORDER - 1))
+        return places, self.sampled.of(places[-1].x - self.target)[0].double().numpy()
 
 
 def _step(jacobian: np.ndarray, residual: np.ndarray, scale: np.ndarray) -> np.ndarray:

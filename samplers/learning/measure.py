@@ -17,15 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..integrand import DataPrediction
+from ..model import PROBE, check_own, latents, signs
+from ..phi import midpoint
+from ..sample import combine
+from ..schedule import Level, Path, find_path, levels
+from ..solver import Multistep, ddim, finite
+from ..tensors import lincomb, rms
 from .course import Course, Sampled
-from .integrand import DataPrediction
-from .model import PROBE, check_own, latents, signs
-from .phi import midpoint
-from .sample import combine
-from .schedule import Level, Path, find_path, levels
-from .solver import Multistep, ddim, finite
 from .statistics import Statistics
-from .tensors import lincomb, rms
 
 INTERVALS = 24
 """Of the grid. On the emoji model 16, 24 and 40 gave solvers of the same error; on exact digits (guidance 4, 10 steps uniform

@@ -16,87 +16,73 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Mapping
 
 import numpy as np
 
-from .integrand import Evaluation, Stage, Update
-from .schedule import Level
-from .storage import CalibrationError, read_checked, write_checked
+from ..integrand import Evaluation, Stage, Update
+from ..schedule import Level
+from .record import Record, array, group
+from .storage import CalibrationError
 
 FORMAT = "lambda-solvers statistics 1"
 CURVES = ("l", "s", "b")
-OPTIONAL_CURVES = ("gamma", "damping")
-PLAN = re.compile("plan[.][1-9][0-9]{0,3}")
+COUNT = re.compile("[1-9][0-9]{0,3}")
 SLACK = 0.01  # in lam: schedules are computed in float32, and end a little beside the model's own last level
 
 
+def _read_plans(arrays: Mapping[str, np.ndarray]) -> dict[int, np.ndarray]:
+    return {int(n): rows.astype(np.float64) for n, rows in arrays.items() if COUNT.fullmatch(n)}
+
+
 @dataclass(frozen=True, eq=False)
-class Statistics:
+class Statistics(Record, format=FORMAT):
     """Curves over an increasing grid in lam.
 
     lam [N+1]; l, s, b [N+1] or [N+1, ...] with trailing axes that broadcast over one latent (channels: [N+1, C, 1, 1]);
     gamma [N+1]: E[eps^2] per element, or None. All float64. about: what and how it was measured (model, guidance, ...).
 
-    Two more for the fitted solver, or None: damping [N+1], the rate - d log|error| / dlam at which a solver's own error dies out;
-    and root [K, M, M], M = 2N + 3, for each trajectory a matrix whose columns have the inner products (per element) of the
-    tensors y_0 .. y_N, D_0 .. D_N, 1, y = x / alpha: |V c|^2 = |root c|^2 for every combination c of them.
+    Two more for the fitted solver, or None: damping [N+1], the rate - d log|error| / dlam at which a solver's own error dies
+    out; and root [K, M, M], M = 2N + 3, for each trajectory a matrix whose columns have the inner products (per element) of
+    the tensors y_0 .. y_N, D_0 .. D_N, 1, y = x / alpha: |V c|^2 = |root c|^2 for every combination c of them.
 
     plans: for a number n of evaluations that was refitted, its steps, [n, 3 + order] (fitted.Plan has the columns).
     """
 
-    lam: np.ndarray
-    l: np.ndarray  # noqa: E741  (the paper's letter)
-    s: np.ndarray
-    b: np.ndarray
-    gamma: np.ndarray | None = None
-    damping: np.ndarray | None = None
-    root: np.ndarray | None = None
-    plans: Mapping[int, np.ndarray] = field(default_factory=dict)
-    about: Mapping[str, Any] = field(default_factory=dict)
+    lam: np.ndarray = array(lambda n: (n,))
+    l: np.ndarray = array(lambda n: (n, ...))  # noqa: E741  (the paper's letter)
+    s: np.ndarray = array(lambda n: (n, ...))
+    b: np.ndarray = array(lambda n: (n, ...))
+    gamma: np.ndarray | None = array(lambda n: (n, ...), optional=True)
+    damping: np.ndarray | None = array(lambda n: (n, ...), optional=True)
+    root: np.ndarray | None = array(lambda n: ("trajectories", 2 * n + 1, 2 * n + 1), optional=True)
+    plans: Mapping[int, np.ndarray] = group("plan", lambda plans: {str(n): rows for n, rows in plans.items()}, _read_plans, dict)
 
     def __post_init__(self) -> None:
-        if self.lam.ndim != 1 or len(self.lam) < 2:
-            raise CalibrationError(f"lam has shape {list(self.lam.shape)}: it must be a list of at least two grid points")
-        for name, curve in self.curves().items():
-            if len(curve) != len(self.lam) or curve.ndim == 0:
-                raise CalibrationError(f"{name} has shape {list(curve.shape)}: it must have {len(self.lam)} rows, one for "
-                                      "each grid point")
-            if curve.shape[1:] != self.l.shape[1:] and name in CURVES:
-                raise CalibrationError(f"{name} has shape {list(curve.shape)} and l has {list(self.l.shape)}: they must agree")
-        size = 2 * len(self.lam) + 1
-        if self.root is not None and (self.root.ndim != 3 or self.root.shape[1:] != (size, size)):
-            raise CalibrationError(f"root has shape {list(self.root.shape)}: it must be [trajectories, {size}, {size}]")
+        super().__post_init__()
+        for name in CURVES:
+            if (shape := getattr(self, name).shape) != self.l.shape:
+                raise CalibrationError(f"{name} has shape {list(shape)} and l has {list(self.l.shape)}: they must agree")
         for n, rows in self.plans.items():
-            if rows.ndim != 2 or rows.shape[0] != n or not 4 <= rows.shape[1] <= 3 + n:
-                raise CalibrationError(f"plan.{n} has shape {list(rows.shape)}: it must be [{n}, 4 to {3 + n}]")
-            if (np.diff(rows[:, 0]) <= 0).any() or rows[0, 0] < self.lam[0] - SLACK or rows[-1, 0] > self.lam[-1] + SLACK:
-                raise CalibrationError(f"plan.{n} has levels that do not rise within lam")
-        for name, curve in self.arrays().items():
-            if not np.isfinite(curve).all():
-                raise CalibrationError(f"{name} has {int((~np.isfinite(curve)).sum())} values that are not finite")
+            self._check_plan(n, rows)
         for n, told in self.about.get("refits", {}).items():
             if len(told.get("selection", ())) != 2:
                 raise CalibrationError(f"about.refits.{n} does not say the two errors of its selection: refit again")
-        for n, rows in self.plans.items():
-            _, decay, *terms, bias = rows[-1].tolist()
-            if decay or bias or any(terms[2:]) or abs(sum(terms) - 1.0) > 1e-9:
-                raise CalibrationError(f"plan.{n} does not end in the model's own images, as a weighted mean of the last two: "
-                                      "it would alter what inpainting keeps; refit again")
-        falls = np.flatnonzero(np.diff(self.lam) <= 0)
-        if len(falls):
-            i = int(falls[0])
-            raise CalibrationError(f"lam must increase, but lam[{i + 1}] = {self.lam[i + 1]:.6g} after "
-                                  f"lam[{i}] = {self.lam[i]:.6g}")
+
+    def _check_plan(self, n: int, rows: np.ndarray) -> None:
+        if rows.ndim != 2 or rows.shape[0] != n or not 4 <= rows.shape[1] <= 3 + n:
+            raise CalibrationError(f"plan.{n} has shape {list(rows.shape)}: it must be [{n}, 4 to {3 + n}]")
+        if (np.diff(rows[:, 0]) <= 0).any() or rows[0, 0] < self.lam[0] - SLACK or rows[-1, 0] > self.lam[-1] + SLACK:
+            raise CalibrationError(f"plan.{n} has levels that do not rise within lam")
+        _, decay, *terms, bias = rows[-1].tolist()
+        if decay or bias or any(terms[2:]) or abs(sum(terms) - 1.0) > 1e-9:
+            raise CalibrationError(f"plan.{n} does not end in the model's own images, as a weighted mean of the last two: "
+                                   "it would alter what inpainting keeps; refit again")
 
     def curves(self) -> dict[str, np.ndarray]:
-        return {name: getattr(self, name) for name in (*CURVES, *OPTIONAL_CURVES) if getattr(self, name) is not None}
-
-    def more(self) -> dict[str, np.ndarray]:
-        """What the fitted solver has beside the curves."""
-        return {**({} if self.root is None else {"root": self.root}), **{f"plan.{n}": rows for n, rows in self.plans.items()}}
+        return {name: curve for name in (*CURVES, "gamma", "damping") if (curve := getattr(self, name)) is not None}
 
     @classmethod
     def constant(cls, l: float = 1.0, s: float = 0.0, b: float = 0.0, lam: tuple[float, float] = (-40.0, 40.0)) -> Statistics:
@@ -142,28 +128,6 @@ class Statistics:
                 f"{np.exp(-self.lam[0]):.4g} to {np.exp(-self.lam[-1]):.4g}), but the schedule goes to lambda = "
                 f"{outside[0].lam:.3f} (sigma = {outside[0].sigma:.4g}): estimate them again over the whole schedule, "
                 "or use a schedule within their range")
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """All that a file of them holds."""
-        return {"lam": self.lam, **self.curves(), **self.more()}
-
-    def save(self, path: str | os.PathLike, overwrite: bool = False) -> None:
-        """Write the file whole or not at all; FileExistsError if it exists, unless told to overwrite."""
-        write_checked(Path(path), FORMAT, self.arrays(), self.about, overwrite)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike) -> Statistics:
-        """Read and check a file; CalibrationError says what is wrong with it."""
-        tensors, about = read_checked(Path(path), FORMAT)
-        missing = [name for name in ("lam", *CURVES) if name not in tensors]
-        if missing:
-            raise CalibrationError(f"{path}: the tensor {missing[0]!r} is missing; it has {', '.join(sorted(tensors)) or 'none'}")
-        try:
-            known = ("lam", *CURVES, *OPTIONAL_CURVES, "root")
-            return cls(**{name: tensors[name].astype(np.float64) for name in known if name in tensors}, about=about,
-                       plans={int(name[5:]): rows.astype(np.float64) for name, rows in tensors.items() if PLAN.fullmatch(name)})
-        except CalibrationError as fault:
-            raise CalibrationError(f"{path}: {fault}") from None
 
     @classmethod
     def from_npz(cls, folder: str | os.PathLike, lam: tuple[float, float], about: Mapping[str, Any] | None = None) -> Statistics:

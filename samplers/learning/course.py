@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .model import DELTA, Known, check_precision, finite_answer, probe
-from .schedule import Level, Path
-from .solver import finite
+from ..model import DELTA, Known, check_precision, finite_answer, probe
+from ..schedule import Level, Path
+from ..solver import finite
 from .storage import Partial
 
 ELEMENTS = 16_384
