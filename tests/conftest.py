@@ -15,6 +15,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path += [str(ROOT / "tests"), str(ROOT), str(ROOT / "dev")]
+from slow import slow  # noqa: E402
+
 torch.set_num_threads(1)  # the tensors here are small: threads would only wait for each other
 
 LONGEST = ["browser", "server_v3", "server_identity", "server_amed", "server_compare", "server_metadata", "server",
@@ -32,7 +34,10 @@ def pytest_collection_modifyitems(items: list) -> None:
         return "browser" if item.path.parent.name == "browser" else item.path.stem.removeprefix("test_")
 
     for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(group(item)))
+        if slow(item.name, group(item) == "browser"):
+            item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: LONGEST.index(group(item)) if group(item) in LONGEST else len(LONGEST))
 
 
