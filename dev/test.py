@@ -1,13 +1,46 @@
-"""Run all tests: `python dev/test.py [pytest's arguments]` on a fresh machine, in the same environment as the demo."""
+"""Run the tests on a fresh machine, in the same environment as the demo.
+
+    python dev/test.py                    the README's tests, in two processes: all but those marked slow
+    python dev/test.py --all              these, then the slow rest; how long each took is told at the end
+    python dev/test.py tests/x.py -k y    just that, marked slow or not: the arguments are pytest's
+"""
+from __future__ import annotations
+
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import environment  # noqa: E402
 
+PARTS = {"the README's tests": "not slow", "the slow rest": "slow"}
+TWO = ["-q", "-n", "2", "--dist", "loadgroup", "--no-loadscope-reorder"]  # in the order of tests/conftest.py
+
+
+def run(*arguments: str) -> int:
+    """pytest's exit status."""
+    return subprocess.run([sys.executable, "-m", "pytest", "--rootdir", str(environment.ROOT),
+                           "-c", str(environment.ROOT / "pyproject.toml"), *arguments]).returncode
+
+
+def timed(name: str, marks: str) -> tuple[int, str]:
+    """The exit status of a part of all tests, and a line on how it went."""
+    start = time.monotonic()
+    print(f"--- {name}", flush=True)
+    status = run(*TWO, "-m", marks, str(environment.ROOT / "tests"))
+    minutes, seconds = divmod(round(time.monotonic() - start), 60)
+    return status, f"{name}: {minutes} min {seconds:02} s, {'FAILED' if status else 'passed'}"
+
+
+def main(arguments: list[str]) -> int:
+    if arguments and arguments != ["--all"]:
+        return run(*arguments)
+    parts = [timed(*part) for part in list(PARTS.items())[:2 if arguments else 1]]
+    print("", *(line for _, line in parts), sep="\n")
+    return max(status for status, _ in parts)
+
+
 if __name__ == "__main__":
     environment.enter("test")
-    import pytest
-
-    raise SystemExit(pytest.main(["--rootdir", str(environment.ROOT), "-c", str(environment.ROOT / "pyproject.toml"),
-                                  *(sys.argv[1:] or [str(environment.ROOT / "tests")])]))
+    raise SystemExit(main(sys.argv[1:]))

@@ -4,16 +4,12 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Callable
 
 import folder_paths
 
-from ..samplers import Amed, Statistics
 from ..samplers.learning.storage import Damaged, OtherKind, digest
-
-KINDS = (Statistics, Amed)
 
 FOLDER = "solver_calibrations"
 ENDING = ".safetensors"
@@ -91,15 +87,6 @@ def _gives_way(path: Path, content: Any) -> bool:
         return True
     except ValueError:  # of another kind or version
         return False
-
-
-def load(path: Path) -> Any:
-    """A calibration of any kind; CalibrationError if the file holds none."""
-    *others, last = KINDS
-    for kind in others:
-        with suppress(OtherKind):
-            return kind.load(path)
-    return last.load(path)
 
 
 def read(kind: type, name: str) -> Any | None:

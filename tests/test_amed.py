@@ -2,11 +2,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +10,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from problems import Counted, Gaussian, reference_mixture, starting_noise
+from processes import EVERY_PLACE, IN_PLACE, KILLED, NEEDS_FORK, copy, ended, kill_within_write, slow
 from samplers import PATHS, SAMPLERS, Amed, CalibrationError, Statistics, fit_amed, k_diffusion_sampler, nfe
 from samplers.learning.amed import BASES, Insertion
 from samplers.families import FAMILIES
@@ -427,38 +424,23 @@ def test_a_planned_list_of_steps_serves_one_x_after_another(base: str) -> None:
         assert torch.equal(one, other)
 
 
-KILLED = """
-import sys, time
-sys.path[:0] = [{root!r}, {tests!r}]
-from test_amed import SIGMAS, noises, reference_mixture
-from samplers import fit_amed
+@NEEDS_FORK
+@EVERY_PLACE
+def test_a_training_killed_within_a_write_goes_on_from_what_it_had_saved(tmp_path, place: str) -> None:
+    partial, model = tmp_path / "x.part", reference_mixture("ve")[0]
+    whole = fit_amed(model, noises(8), SIGMAS, base="dpmpp_2m")
 
-def slow(x, sigma):
-    time.sleep(0.01)
-    return reference_mixture("ve")[0](x, sigma)
+    def until_killed(write: int) -> None:
+        kill_within_write(write, place)
+        fit_amed(slow(model), noises(8), SIGMAS, base="dpmpp_2m", partial=partial)
 
-fit_amed(slow, noises(8), SIGMAS, base="dpmpp_2m", partial={partial!r}, partial_seconds=0.0)
-"""
-
-
-def test_a_killed_training_goes_on_from_what_it_had_saved(tmp_path) -> None:
-    """SIGKILL at several moments of real processes."""
-    root = Path(__file__).resolve().parent.parent
-    whole = fit_amed(reference_mixture("ve")[0], noises(8), SIGMAS, base="dpmpp_2m")
-    for wait in (0.0, 0.15, 0.4):
-        partial = tmp_path / f"{wait}.part"
-        code = KILLED.format(root=str(root), tests=str(root / "tests"), partial=str(partial))
-        process = subprocess.Popen([sys.executable, "-c", code])
-        try:
-            while not partial.exists() and process.poll() is None:
-                time.sleep(0.01)
-            time.sleep(wait)
-        finally:
-            process.kill()
-            process.wait()
-        if not partial.exists():
-            continue  # it was done
-        model = Counted(reference_mixture("ve")[0])
-        resumed = fit_amed(model, noises(8), SIGMAS, base="dpmpp_2m", partial=partial)
-        np.testing.assert_allclose(resumed.table, whole.table, rtol=1e-9)
-        assert model.calls <= whole.about["evaluations"] - 20 and not partial.exists()  # the teacher at least was kept
+    for write in (2, 1):
+        assert ended(copy(lambda: until_killed(write))) == KILLED
+        left = [path for path in tmp_path.iterdir() if path != partial]
+        assert len(left) == (place != IN_PLACE)  # the kill came within a write
+        for path in left:
+            path.unlink()
+    counted = Counted(model)
+    resumed = fit_amed(counted, noises(8), SIGMAS, base="dpmpp_2m", partial=partial)
+    np.testing.assert_allclose(resumed.table, whole.table, rtol=1e-9)
+    assert counted.calls <= whole.about["evaluations"] - 20 and not partial.exists()  # the teacher at least was kept

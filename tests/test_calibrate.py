@@ -5,16 +5,14 @@ import math
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from problems import Gaussian, Mixture, gaussian_statistics, starting_noise
+from processes import EVERY_PLACE, IN_PLACE, KILLED, NEEDS_FORK, copy, ended, kill_within_write, slow
 from samplers import PATHS, Statistics, estimate_statistics, fit_amed, k_diffusion_sampler, refit_multistep
 from samplers.learning.measure import nodes
 from samplers.model import PROBE, UnsteadyModel
@@ -193,41 +191,54 @@ def test_what_was_kept_of_another_estimation_is_not_taken_up(tmp_path, other: st
         assert np.array_equal(getattr(found, name), getattr(expected, name))
 
 
-KILLED = """
-import sys, torch
-sys.path[:0] = sys.argv[2:]
-torch.set_num_threads(1)
-from test_calibrate import mixture, noise
-from samplers import estimate_statistics
-print("started", flush=True)
-estimate_statistics(mixture(), noise(8), [14.6, 0.03], intervals=60, partial=sys.argv[1] + ".part",
-                    partial_seconds=0.0).save(sys.argv[1], overwrite=True)
-"""
+@NEEDS_FORK
+@EVERY_PLACE
+def test_an_estimation_killed_within_a_write_goes_on_from_what_was_kept(tmp_path, place: str) -> None:
+    partial, counts = tmp_path / "x.part", []
+    expected = estimate_statistics(mixture(), noise(4), [14.6, 0.03], intervals=12)
 
+    def until_killed(write: int) -> None:
+        kill_within_write(write, place)
+        estimate_statistics(slow(mixture()), noise(4), [14.6, 0.03], intervals=12, partial=partial)
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
-def test_an_estimation_killed_at_any_moment_leaves_nothing_that_loads_wrongly_and_goes_on(tmp_path) -> None:
-    path, root = tmp_path / "x.safetensors", Path(__file__).parent.parent
-    command = [sys.executable, "-c", KILLED, str(path), str(root), str(root / "tests")]
-    chance = random.Random(0)
-    expected = estimate_statistics(mixture(), noise(8), [14.6, 0.03], intervals=60)
-    finished = 0
-    for _ in range(20):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        assert process.stdout.readline() == "started\n"
-        time.sleep(chance.uniform(0.0, 0.25))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        if path.exists():
-            finished += 1
-            assert np.allclose(Statistics.load(path).l, expected.l, rtol=1e-12)
+    for write in (3, 2, 4):
+        assert ended(copy(lambda: until_killed(write))) == KILLED
+        left = [path for path in tmp_path.iterdir() if path != partial]
+        assert len(left) == (place != IN_PLACE)  # the kill came within a write
+        for path in left:
             path.unlink()
-    subprocess.run(command, check=True, capture_output=True)
-    found = Statistics.load(path)
-    for name in ("l", "s", "b"):
-        assert np.allclose(getattr(found, name), getattr(expected, name), rtol=1e-12, atol=1e-12)
+    found = estimate_statistics(mixture(), noise(4), [14.6, 0.03], intervals=12, partial=partial,
+                                progress=lambda done, total: counts.append(done))
+    assert counts[PROBE] > 8 and counts[-1] == 30 and list(tmp_path.iterdir()) == []
+    for name in ("l", "s", "b", "gamma"):
+        assert np.array_equal(getattr(found, name), getattr(expected, name))
+
+
+@NEEDS_FORK
+def test_an_estimation_killed_at_any_moment_leaves_nothing_that_loads_wrongly_and_goes_on(tmp_path) -> None:
+    path, partial, chance = tmp_path / "x.safetensors", tmp_path / "x.part", random.Random(0)
+    expected = estimate_statistics(mixture(), noise(8), [14.6, 0.03], intervals=60)
+
+    def work() -> None:
+        estimate_statistics(mixture(), noise(8), [14.6, 0.03], intervals=60, partial=partial,
+                            partial_seconds=0.0).save(path, overwrite=True)
+
+    def of_the_exact(found: Statistics) -> None:
+        for name in ("l", "s", "b"):
+            assert np.allclose(getattr(found, name), getattr(expected, name), rtol=1e-12, atol=1e-12)
+
+    ends = []
+    while len(ends) < 10 or ends.count(KILLED) < 3:
+        process = copy(work)
+        time.sleep(chance.uniform(0.0, 0.25))
+        os.kill(process, signal.SIGKILL)
+        ends.append(ended(process))
+        if path.exists():
+            of_the_exact(Statistics.load(path))
+            path.unlink()
+    assert ended(copy(work)) == 0
+    of_the_exact(Statistics.load(path))
     assert [p.name for p in tmp_path.iterdir() if not p.name.startswith(".")] == ["x.safetensors"]
-    print(f"finished before the kill: {finished} of 20")
 
 
 # --- caches -----------------------------------------------------------------------------------------------------------

@@ -2,9 +2,9 @@
 from __future__ import annotations
 
 import io
-import itertools
 import json
 import re
+import secrets
 
 import pytest
 import torch
@@ -12,7 +12,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import demo
-import environment
 from samplers import FAMILIES, SAMPLERS, nfe
 from comfyui_server import PromptRefused, Server
 
@@ -22,20 +21,6 @@ EVERY_NAME = pytest.mark.parametrize("name", NAMES)
 SHOWN = ["multistep", "singlestep", "adaptive", "sde", "v3", "fitted", "amed"]
 EVERY_FAMILY = pytest.mark.parametrize("family", SHOWN[:4])  # the others: test_server_v3, _amed
 STEPS = 8
-unique = itertools.count()
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    path = environment.base_directory(tmp_path_factory.mktemp("comfyui"))
-    environment.link_to(path / "custom_nodes" / "doubles", environment.ROOT / "tests" / "doubles")
-    return path
-
-
-@pytest.fixture(scope="module")
-def server(base):
-    with Server(environment.ensure(), base) as running:
-        yield running
 
 
 class Graph:
@@ -60,7 +45,7 @@ class Graph:
         return self
 
     def counted(self) -> "Graph":
-        self.counter = f"count{next(unique)}"
+        self.counter = f"count{secrets.token_hex(6)}"
         return self.through("TestCounter", name=self.counter)
 
     def ksampler(self, name: str, steps: int = STEPS, **other) -> "Graph":
@@ -87,7 +72,7 @@ class Graph:
 
     def run(self, server: Server, watch=None):
         """The result as a tensor, and what happened."""
-        name = f"latent{next(unique)}"
+        name = f"latent{secrets.token_hex(6)}"
         self.add("TestSaveLatent", latent=self.latent, name=name)
         run = server.run(self.nodes, watch)
         path = server.base / "output" / f"{name}.safetensors"
@@ -352,12 +337,12 @@ def test_an_option_out_of_range_is_refused_before_anything_runs(server) -> None:
 
 
 @pytest.mark.parametrize("flag", ["--fp16-unet", "--bf16-unet", "--fp8_e4m3fn-unet"])
-def test_checkpoints_in_low_precision_sample_as_in_float32(base, server, flag: str) -> None:
+def test_checkpoints_in_low_precision_sample_as_in_float32(servers, server, flag: str) -> None:
     expected = {name: Graph("red heart").ksampler(name).samples(server) for name in NAMES}
-    with Server(environment.ensure(), base, flag, log=base / f"server{flag}.log") as low:
-        for name in NAMES:
-            samples = Graph("red heart").ksampler(name).samples(low)
-            core = Graph("red heart").ksampler("dpmpp_2m").samples(low)
-            assert looks_like_an_image(samples)
-            limit = 2 * (core - expected["lambda_2m"]).abs().mean() + 0.02
-            assert (samples - expected[name]).abs().mean() < 3 * limit, json.dumps(flag)
+    low = servers(flag)
+    core = Graph("red heart").ksampler("dpmpp_2m").samples(low)
+    for name in NAMES:
+        samples = Graph("red heart").ksampler(name).samples(low)
+        assert looks_like_an_image(samples)
+        limit = 2 * (core - expected["lambda_2m"]).abs().mean() + 0.02
+        assert (samples - expected[name]).abs().mean() < 3 * limit, json.dumps(flag)

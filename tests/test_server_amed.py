@@ -9,11 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-import environment
-from comfyui_server import Server
 from samplers import Amed
-from test_server import Graph, base, looks_like_an_image, server  # noqa: F401  (the fixtures)
-from test_server_v3 import files, folder  # noqa: F401
+from test_server import Graph, looks_like_an_image
+from test_server_v3 import files
 
 
 IMAGES = 10  # that the emoji model is trained and tested on, each of which takes a call in a run of one image
@@ -212,9 +210,8 @@ def test_other_sizes_single_conds_and_batches_work_with_one_training(server, fol
 
 
 @pytest.mark.parametrize("flag", ["--fp16-unet", "--bf16-unet"])
-def test_half_precision_is_trained_and_sampled(base, server, folder, flag: str) -> None:  # noqa: F811
-    with Server(environment.ensure(), base, flag, log=base / f"server-amed{flag}.log") as low:
-        samples, run = batched(Graph("panda")).ksampler("lambda_amed", steps=3, scheduler="karras").run(low)
+def test_half_precision_is_trained_and_sampled(servers, folder, flag: str) -> None:
+    samples, run = batched(Graph("panda")).ksampler("lambda_amed", steps=3, scheduler="karras").run(servers(flag))
     assert run.status == "success", run.error
     assert looks_like_an_image(samples)
     losses = Amed.load(folder / files(folder)[0]).about["losses"]

@@ -7,7 +7,7 @@ import shutil
 import pytest
 from PIL import Image
 
-from test_server import Graph, base, looks_like_an_image, server  # noqa: F401  (the fixtures)
+from test_server import Graph, looks_like_an_image
 
 REFERENCE = 40
 

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from samplers import FAMILIES, Statistics
-from test_server import Graph, base, server  # noqa: F401  (the fixtures)
-from test_server_v3 import NAME, files, folder, measure, tune  # noqa: F401
+from test_server import Graph
+from test_server_v3 import NAME, files, measure, tune
 
 FEW = 4
 

@@ -11,9 +11,9 @@ from PIL import Image
 
 from samplers import FAMILIES, Amed, Statistics
 from samplers.learning.storage import digest
-from test_server import Graph, base, server  # noqa: F401  (the fixtures)
+from test_server import Graph
 from test_server_compare import comparison
-from test_server_v3 import estimate, files, folder  # noqa: F401
+from test_server_v3 import estimate, files
 
 KEY, EVENT = "lambda_solvers", "lambda_solvers.run"
 

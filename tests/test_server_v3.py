@@ -3,30 +3,19 @@ from __future__ import annotations
 
 import math
 import re
-import shutil
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-import environment
-from comfyui_server import PromptRefused, Server
+from comfyui_server import PromptRefused
 from samplers import Statistics, fitted_sigmas
-from test_server import STEPS, Graph, base, looks_like_an_image, server  # noqa: F401  (the fixtures)
+from test_server import STEPS, Graph, looks_like_an_image
 
 NAME = "lambda_v3"
 MOST = 100  # evaluations that a default estimation may cost
 IMAGES = 2  # trajectories of the emoji model, each of which takes a call in a run of one image
-
-
-@pytest.fixture
-def folder(base):  # noqa: F811
-    """An empty folder of calibrations."""
-    path = base / "models" / "solver_calibrations"
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(parents=True)
-    return path
 
 
 def files(folder) -> list[str]:
@@ -439,9 +428,8 @@ def test_a_lora_is_another_model_of_the_same_checkpoint(base, server, folder) ->
 
 
 @pytest.mark.parametrize("flag", ["--fp16-unet", "--fp8_e4m3fn-unet"])
-def test_the_fingerprint_is_the_same_in_every_precision(base, server, folder, flag: str) -> None:  # noqa: F811
+def test_the_fingerprint_is_the_same_in_every_precision(servers, server, folder, flag: str) -> None:
     Graph().ksampler(NAME, steps=4, seed=len(flag)).samples(server)  # a seed of its own: not what the server remembers
     [name] = files(folder)
-    with Server(environment.ensure(), base, flag, log=base / f"server-v3{flag}.log") as low:
-        samples, run = Graph().ksampler(NAME, steps=4).run(low)
+    samples, run = Graph().ksampler(NAME, steps=4).run(servers(flag))
     assert run.status == "success" and run.texts == [f"statistics: {name}"] and samples.isfinite().all()

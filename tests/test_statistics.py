@@ -2,9 +2,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
+import os
 
 import numpy as np
 import pytest
@@ -12,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from problems import gaussian_statistics, smooth_statistics
+from processes import EVERY_PLACE, HALF, IN_PLACE, KILLED, NEEDS_FORK, copy, ended, kill_within_write
 from samplers import Statistics, CalibrationError, k_diffusion_sampler
 from samplers.learning.statistics import FORMAT
 
@@ -96,28 +95,50 @@ def test_every_truncation_of_a_file_is_refused(tmp_path) -> None:
             Statistics.load(tmp_path / "y.safetensors")
 
 
+@NEEDS_FORK
 def test_of_two_processes_that_save_one_name_one_wins_whole(tmp_path) -> None:
-    code = """
-import sys, numpy as np
-from samplers import Statistics
-n = int(sys.argv[2])
-curve = np.full(20_000, float(n))
-try:
-    Statistics(np.linspace(-1, 1, 20_000), curve, curve, curve).save(sys.argv[1])
-    print("won")
-except FileExistsError:
-    print("lost")
-"""
-    for _ in range(3):
-        path = tmp_path / "x.safetensors"
+    """Each waits until the other too has written all it has and would put it in place."""
+    path, fsync = tmp_path / "x.safetensors", os.fsync
+
+    def save(n: int, here: int, there: int) -> None:
+        def together(file: int) -> None:
+            fsync(file)
+            os.write(there, b".")
+            os.read(here, 1)
+
+        os.fsync = together
+        curve = np.full(2_000, float(n))
+        try:
+            Statistics(np.linspace(-1, 1, 2_000), curve, curve, curve).save(path)
+        except FileExistsError:
+            os._exit(3)
+
+    for _ in range(20):
         path.unlink(missing_ok=True)
-        racers = [subprocess.Popen([sys.executable, "-c", code, str(path), str(n)], stdout=subprocess.PIPE, text=True,
-                                   cwd=Path(__file__).parent.parent) for n in (1, 2)]
-        said = sorted(racer.communicate()[0].strip() for racer in racers)
-        assert said == ["lost", "won"]
+        (a, to_a), (b, to_b) = os.pipe(), os.pipe()
+        racers = [copy(lambda: save(1, a, to_b)), copy(lambda: save(2, b, to_a))]
+        ends = [ended(racer) for racer in racers]
+        for end in (a, to_a, b, to_b):
+            os.close(end)
+        assert sorted(ends) == [0, 3]
         found = Statistics.load(path)
-        assert len({*found.l, *found.s, *found.b}) == 1
+        assert {*found.l, *found.s, *found.b} == {ends.index(0) + 1}
         assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+@NEEDS_FORK
+@EVERY_PLACE
+def test_a_kill_within_a_write_leaves_the_old_file_or_the_new_one_and_never_a_part(tmp_path, place: str) -> None:
+    path, new = tmp_path / "x.safetensors", small()
+    old = Statistics(new.lam, new.l + 1, new.s, new.b)
+    old.save(path)
+    assert ended(copy(lambda: (kill_within_write(0, place), new.save(path, overwrite=True)))) == KILLED
+    assert np.array_equal(Statistics.load(path).l, (new if place == IN_PLACE else old).l)
+    [left] = [p for p in tmp_path.iterdir() if p != path] or [None]
+    assert (left is None) == (place == IN_PLACE)
+    if place == HALF:
+        with pytest.raises(CalibrationError):
+            Statistics.load(left)
 
 
 def test_published_npz_folders_are_read(tmp_path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import slow
 from comfy_host import pack
 from samplers import SAMPLERS
 
@@ -112,3 +113,15 @@ def test_every_help_page_has_an_equation_a_picture_and_says_when_to_use_the_node
         with Image.open(page.parent / picture) as image:
             assert image.width > 500 and len(image.convert("L").getcolors()) > 20, f"{page.name}: {image.size}"
     assert pictures == {path for path in published() if path.parent.name == "pictures"}, "run python dev/pictures.py"
+
+
+def test_what_only_the_long_run_tests_has_a_test_in_every_run() -> None:
+    """tests/slow.py names a test that exists and is not slow itself, or leaves some of its own cases."""
+    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    for key, sibling in slow.SLOW.items():
+        kept = slow.function(key) if sibling == "other cases" else sibling
+        assert f"def {slow.function(key)}(" in code and f"def {kept}(" in code, key
+        assert ("[" in key) if sibling == "other cases" else kept not in map(slow.function, slow.SLOW) or any(
+            slow.function(other) == kept and "[" in other for other in slow.SLOW), key
+    for key in slow.BOTH_ENDS:
+        assert f"def {slow.function(key)}(" in code, key

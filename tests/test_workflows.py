@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 
 import workflows
-from test_server import base, server  # noqa: F401  (the fixtures)
 from test_tree import published
 from workflow import load, nodes_of
 

@@ -1,0 +1,51 @@
+"""What only `python dev/test.py --all` runs, and what of the same is tested without it."""
+from __future__ import annotations
+
+import re
+
+SLOW = {  # a test's name, or of its cases those whose id this expression finds: a test that is not slow, or other cases
+    "test_the_example_workflows_run_with_every_sampler": "test_an_example_runs_on_the_tiny_checkpoint_and_its_image_restores_it",
+    "test_an_example_runs_on_the_tiny_checkpoint_and_its_image_restores_it[few_steps|compare]": "other cases",
+    "test_checkpoints_in_low_precision_sample_as_in_float32[bf16|fp8]": "other cases",
+    "test_the_fingerprint_is_the_same_in_every_precision[fp8]": "other cases",
+    "test_half_precision_is_trained_and_sampled": "test_models_in_half_precision_are_measured_refitted_and_trained",
+    "test_another_schedule_guidance_or_base_is_trained_anew": "test_another_guidance_is_measured_anew_and_a_near_one_is_not",
+    "test_from_nothing_it_is_trained_once_saved_and_found_again[2m]": "other cases",
+    "test_a_predictor_sees_the_conditional_half_of_a_batch":
+        "test_the_middle_block_is_seen_for_the_conditional_half_however_conds_are_evaluated",
+    "test_a_predictor_reads_conds_that_are_evaluated_together_or_not":
+        "test_a_predictor_is_trained_on_a_model_that_takes_the_run_s_batch_and_no_more",
+    "test_cancel_while_training_leaves_a_partial_file_from_which_the_next_run_goes_on":
+        "test_cancel_while_measuring_leaves_a_partial_file_from_which_the_next_run_goes_on",
+    "test_what_several_prompts_taught_is_used_for_every_prompt": "test_but_not_without_what_several_prompts_taught",
+    "test_a_cancelled_refit_goes_on_from_what_was_done": "test_cut_short_it_goes_on_from_the_last_part_that_was_done",
+    "test_a_flow_model_is_fitted_and_refitted_from_pure_noise": "test_flow_learns_what_ve_does",
+    "test_a_cache_does_not_answer_for_the_model_while_it_is_measured[amed]": "other cases",
+    "test_the_run_that_measures_makes_the_image_of_all_later_ones_under_hook_keyframes_too[amed]": "other cases",
+}
+INTERFACE = "newest-nodes2"
+BOTH_ENDS = ("test_an_edited_step_count_is_seen_at_once_on_the_sampler", "test_ksampler_shows_a_panel_for_our_names_only",
+             "test_every_example_runs_by_the_run_button_and_shows_its_evaluations[ksampler]",
+             "test_a_collapsed_sampler_hides_its_panel_and_shows_it_again")
+"""What the kind of nodes makes a difference to: in the pinned interface with classic nodes too. All else of the browser is
+tested in INTERFACE, the newest with Nodes 2.0; in all four with --all."""
+RUNS_LONG = ("few_steps", "compare_samplers", "amed", "share")
+
+
+def function(key: str) -> str:
+    return key.partition("[")[0]
+
+
+def matches(key: str, name: str) -> bool:
+    """Whether a key of SLOW, or a name of BOTH_ENDS, means the test of this name."""
+    cases = key.partition("[")[2].removesuffix("]")
+    case = name.partition("[")[2]
+    return function(key) == function(name) and bool(re.search(cases, case))
+
+
+def slow(name: str, browser: bool) -> bool:
+    if not browser:
+        return any(matches(key, name) for key in SLOW)
+    if INTERFACE in name:
+        return "by_the_run_button" in name and any(example in name for example in RUNS_LONG)
+    return not ("pinned-classic" in name and any(matches(key, name) for key in BOTH_ENDS))
