@@ -1,7 +1,7 @@
 """Measurements, side by side in one run: `python dev/benchmark.py overhead` (ratios, never absolute times).
 
 overhead   time, peak memory and operations per step without the model's own, ours against ComfyUI's
-accuracy   error to the converged solution at equal model evaluations, every deterministic sampler (see accuracy.py)
+the others error to the converged solution at equal model evaluations, every deterministic sampler (see accuracy/__init__.py)
 """
 from __future__ import annotations
 
@@ -22,31 +22,25 @@ PAIRS = [  # label, our name and options, ComfyUI's function and options
     ("3M SDE / dpmpp_3m_sde", ("dpmpp_3m_sde", {}), ("sample_dpmpp_3m_sde", {})),
 ]
 STEPS = 20
+ROUNDS = 15  # timed, in turn
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["overhead", "accuracy"])
-    parser.add_argument("--rounds", type=int, default=15, help="timed runs of each, taken in turn (default 15)")
-    parser.add_argument("--few", action="store_true", help="accuracy: every budget from 3 to 10, with AMED, on two schedulers")
-    parser.add_argument("--best", action="store_true", help="accuracy: ComfyUI's samplers and ours that calibrate, many images")
-    parser.add_argument("--ours", action="store_true", help="accuracy: mostly our samplers, three schedulers, about 25 minutes")
-    parser.add_argument("--quick", action="store_true", help="accuracy: a small part of it, about 3 minutes instead of over an hour")
-    parser.add_argument("--out", type=Path, default=environment.HOME / "accuracy", help="accuracy: folder (default .dev/accuracy)")
-    parser.add_argument("--resume", action="store_true", help="accuracy: go on in --out where a run of the same size and code was cut short")
+    parser.add_argument("what", choices=["overhead", "quick", "steps", "ours", "few", "accuracy", "best"])
+    parser.add_argument("--out", type=Path, default=environment.HOME / "accuracy", help="a folder (default .dev/accuracy)")
+    parser.add_argument("--against", type=Path, help="the folder of a run of the same size: print how far they are apart")
     options = parser.parse_args()
     environment.enter("test")
     sys.path += [str(environment.ROOT), str(environment.ROOT / "tests")]
-    if options.what == "accuracy":
-        from accuracy import BEST, FEW, FULL, OURS, QUICK, accuracy
-        size = next((size for name, size in (("quick", QUICK), ("few", FEW), ("best", BEST), ("ours", OURS))
-                     if getattr(options, name)), FULL)
-        accuracy(size, options.out, options.resume)
+    if options.what == "overhead":
+        overhead()
     else:
-        overhead(options.rounds)
+        from accuracy import accuracy
+        accuracy(options.what, options.out, options.against)
 
 
-def overhead(rounds: int) -> None:
+def overhead() -> None:
     import torch
     from comfy_host import Model, comfy_sampling, sampling_of
     from samplers import k_diffusion_sampler
@@ -54,7 +48,7 @@ def overhead(rounds: int) -> None:
     torch.set_num_threads(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sampling = comfy_sampling()
-    print(f"ours / ComfyUI's, {device}, {STEPS} steps, median of {rounds} runs in turn; latents = peak memory in latents\n\n"
+    print(f"ours / ComfyUI's, {device}, {STEPS} steps, median of {ROUNDS} runs in turn; latents = peak memory in latents\n\n"
           "| shape | samplers | time | operations on latents a step | latents |\n|---|---|---|---|---|")
     for shape_name, shape in SHAPES.items():
         answer = torch.zeros(shape, device=device)
@@ -64,7 +58,7 @@ def overhead(rounds: int) -> None:
         for label, (name, ours), (function, theirs) in PAIRS:
             runs = [lambda: k_diffusion_sampler(name, **ours)(model, x, sigmas, extra_args={"seed": 1}, disable=True),
                     lambda: getattr(sampling, function)(model, x, sigmas, extra_args={"seed": 1}, disable=True, **theirs)]
-            times = [[seconds(run, device) for run in runs] for _ in range(rounds + 1)][1:]
+            times = [[seconds(run, device) for run in runs] for _ in range(ROUNDS + 1)][1:]
             ratio = statistics.median(a / b for a, b in times)
             traces = [trace(run, x) for run in runs]
             operations = " / ".join(f"{t.operations / STEPS:.1f}" for t in traces)

@@ -1,7 +1,7 @@
 """Run the pack in a real ComfyUI: `python dev/demo.py` on a fresh machine makes pictures and a table.
 
-Makes the environment (environment.py), starts ComfyUI with this pack and the tiny emoji checkpoint, queues the example
-workflows once with each of our samplers and with two of ComfyUI's own beside them, and writes
+Makes the environment (environment.py), starts ComfyUI with this pack and the tiny emoji checkpoint, queues the
+example workflows once with each of our samplers and with two of ComfyUI's own beside them, and writes
     .dev/demo/few_steps.png       what so few evaluations make, and how far each is from the converged image
     .dev/demo/contact_sheet.png   every sampler: a row a sampler, a column a prompt
     .dev/demo/table.md            sampler, steps, model evaluations, seconds
@@ -21,13 +21,13 @@ import environment  # noqa: E402
 WORKFLOWS = environment.ROOT / "example_workflows"
 CHECKPOINT = "tiny_emoji.safetensors"
 PROMPTS = ("red heart", "panda", "strawberry", "doughnut")
-LEARNED = ("ghost", "pizza", "green heart", "sun", "crying face", "penguin", "hamburger", "cactus", "tomato", "clown face",
-           "evergreen tree")  # where an example asks for several
+LEARNED = ("ghost", "pizza", "green heart", "sun", "crying face", "penguin", "hamburger", "cactus", "tomato",
+           "clown face", "evergreen tree")  # where an example asks for several
 SEED, GUIDANCE, SIZE = 7, 3.0, 256
 CORE = ("euler", "dpmpp_2m")
 FEW, CONVERGED, SEEDS = 5, 100, 4  # of the few, the first seed is shown, and the errors are of all
-FEW_STEPS = (("euler", "beta"), ("dpmpp_2m", "karras"), ("dpmpp_2m", "sgm_uniform"), ("lms", "beta"), ("dpm_solver_v3", "sgm_uniform"),
-             ("lambda_fitted", "karras"))
+FEW_STEPS = (("euler", "beta"), ("dpmpp_2m", "karras"), ("dpmpp_2m", "sgm_uniform"), ("lms", "beta"),
+             ("lambda_v3", "sgm_uniform"), ("lambda_fitted", "karras"))
 
 
 def main() -> None:
@@ -51,7 +51,8 @@ def main() -> None:
         (home / "table.md").write_text(table(rows, options.steps))
         print(f"\n{table(rows, options.steps)}", flush=True)
         converged, *few = [produce(server, job, steps, SEEDS) for job, steps in few_steps(server)]
-        contact_sheet([converged, *(row | {"error": distance(row, converged)} for row in few)]).save(home / "few_steps.png")
+        few = [row | {"error": distance(row, converged)} for row in few]
+        contact_sheet([converged, *few]).save(home / "few_steps.png")
         print(f"\npictures: {home / 'few_steps.png'}, contact_sheet.png", flush=True)
         if options.keep:
             print(f"\nopen {server.url} in a browser; Ctrl-C here stops it", flush=True)
@@ -71,29 +72,33 @@ def jobs(server) -> list[tuple[str, str | None, dict]]:
     from samplers import FAMILIES, SAMPLERS
 
     result = []
-    ours = runpy.run_path(str(environment.ROOT / "nodes" / "names.py"))["NAMES"]
+    chosen = runpy.run_path(str(environment.ROOT / "nodes" / "names.py"))
+    ours = chosen["NAMES"]
     missing = set(ours) - set(listed)
     if missing:
-        raise SystemExit(f"the server does not list {', '.join(sorted(missing))}: the pack did not load, see its log")
+        missing = ", ".join(sorted(missing))
+        raise SystemExit(f"the server does not list {missing}: the pack did not load, see its log")
     for name in (*CORE, *ours):
         prompt = load(WORKFLOWS / "ksampler.json", info)
         for sampler in nodes_of(prompt, "KSampler"):
             sampler["sampler_name"] = name
         result.append((name, ours.get(name), prompt))
-    for family in FAMILIES.values():
+    for family in map(FAMILIES.get, chosen["NODES"]):
         prompt = load(WORKFLOWS / "sampler_node.json", info)
         [node] = [node for node in prompt.values() if node["class_type"].startswith("LambdaSampler")]
-        node["class_type"] = "LambdaSampler" + family.name.capitalize()
-        node["inputs"] = {key: option.default for key, option in family.options.items() if option.stand_in is None}
+        node["class_type"] = chosen["node_id"](family.name)
+        node["inputs"] = {key: option.default for key, option in family.options.items()
+                          if option.stand_in is None}
         if family.stand_ins:
             node["inputs"]["measure"] = "auto"
-        result.append((family.title, next(name for name, sampler in SAMPLERS.items() if sampler.family == family.title
-                                          and sampler.fixed.items() <= node["inputs"].items()), prompt))
+        stands = (name for name, sampler in SAMPLERS.items()
+                  if sampler.family == family.title and sampler.fixed.items() <= node["inputs"].items())
+        result.append((family.title, next(stands), prompt))
     return result
 
 
 def few_steps(server) -> list[tuple[tuple[str, None, dict], int]]:
-    """Jobs, and their steps: the converged images, KSampler at FEW steps, and the example that learns FEW steps from other prompts."""
+    """Jobs and their steps: the converged images, KSampler at FEW, and the example that learns FEW."""
     from workflow import load, nodes_of
 
     info = server.get("/object_info")
@@ -108,24 +113,31 @@ def few_steps(server) -> list[tuple[tuple[str, None, dict], int]]:
     *_, measured = nodes_of(learned, "CLIPTextEncode")
     measured["text"] = "fox"
     learned = {key: node for key, node in learned.items() if node["class_type"] != "LambdaSaveCalibration"}
+    for node in (*nodes_of(learned, "LambdaMeasureModel"), *nodes_of(learned, "LambdaTuneFitted")):
+        node["save"] = False  # other rows would find it
     own = copy.deepcopy(learned)
     [sampled] = nodes_of(own, "KSampler")
     for node in (*nodes_of(own, "LambdaMeasureModel"), *nodes_of(own, "LambdaTuneFitted")):
         node["positive"] = sampled["positive"]
+    for node in nodes_of(own, "LambdaMeasureModel"):
+        node["prompt"] = "this"
     for node in nodes_of(own, "LambdaTuneFitted"):
         node["prompts"] = ""
-    labels = {"lambda_fitted": "lambda_fitted,\nmeasured by auto", "dpm_solver_v3": "dpm_solver_v3, sgm_uniform,\nmeasured by auto"}
+    labels = {"lambda_fitted": "lambda_fitted,\nmeasured by auto",
+              "lambda_v3": "lambda_v3, sgm_uniform,\nmeasured by auto"}
     return [(ksampler("converged", "dpmpp_2m", "karras"), CONVERGED),
-            *((ksampler(labels.get(sampler, f"{sampler}, {scheduler}"), sampler, scheduler), FEW) for sampler, scheduler in FEW_STEPS),
-            ((f"lambda_fitted, refitted on\n{len(LEARNED) + 1} other prompts", None, learned), FEW),
-            (("lambda_fitted,\nrefitted on the prompt", None, own), FEW)]
+            *((ksampler(labels.get(sampler, f"{sampler}, {scheduler}"), sampler, scheduler), FEW)
+              for sampler, scheduler in FEW_STEPS),
+            ((f"lambda_fitted, tuned on\n{len(LEARNED) + 1} other prompts", None, learned), FEW),
+            (("lambda_fitted,\ntuned on the prompt", None, own), FEW)]
 
 
 def distance(row: dict, converged: dict) -> float:
     """The rms between the images of two rows, of a range from -1 to 1."""
     import numpy as np
 
-    pixels = [np.stack([np.asarray(image, dtype=float) for images in part["images"] for image in images]) / 127.5 for part in (row, converged)]
+    pixels = [np.stack([np.asarray(image, dtype=float) / 127.5 for images in part["images"] for image in images])
+              for part in (row, converged)]
     return float(np.sqrt(np.square(pixels[0] - pixels[1]).mean()))
 
 
@@ -141,12 +153,14 @@ def produce(server, job: tuple[str, str | None, dict], steps: int, seeds: int = 
         run = server.run(prompt)
         if run.status != "success":
             raise SystemExit(f"{label}: {run.status}: {run.error.get('exception_message')}")
-        saved = next(output["images"] for key, output in run.outputs.items() if prompt[key]["class_type"] == "SaveImage")
+        saved = next(output["images"] for key, output in run.outputs.items()
+                     if prompt[key]["class_type"] == "SaveImage")
         images.append([Image.open(server.file(shown)).convert("RGB") for shown in saved])
         seconds += run.seconds
     evaluations = steps if name is None else nfe(name, steps)
     print(f"{' '.join(label.split()):44} {seconds / len(PROMPTS) / seeds:6.2f} s an image", flush=True)
-    return {"label": label, "evaluations": evaluations, "seconds": seconds / len(PROMPTS) / seeds, "images": images}
+    seconds /= len(PROMPTS) * seeds
+    return {"label": label, "evaluations": evaluations, "seconds": seconds, "images": images}
 
 
 def fill_in(prompt: dict, words: str, steps: int, batch: int = 1) -> None:
@@ -161,7 +175,8 @@ def fill_in(prompt: dict, words: str, steps: int, batch: int = 1) -> None:
         node.update(width=SIZE, height=SIZE, batch_size=batch)
     for node in nodes_of(prompt, "KSampler"):
         node.update(seed=SEED, steps=steps, cfg=GUIDANCE)
-    for kind in ("CFGGuider", "SamplerCustom", "LambdaMeasureModel", "LambdaTuneFitted", "LambdaTrainAmed", "LambdaCompareSamplers"):
+    for kind in ("CFGGuider", "SamplerCustom", "LambdaMeasureModel", "LambdaTuneFitted", "LambdaTrainAmed",
+                 "LambdaCompareSamplers"):
         for node in nodes_of(prompt, kind):
             node["cfg"] = GUIDANCE
     for node in nodes_of(prompt, "LambdaTuneFitted"):
@@ -174,7 +189,8 @@ def fill_in(prompt: dict, words: str, steps: int, batch: int = 1) -> None:
 
 def table(rows: list[dict], steps: int) -> str:
     lines = ["| sampler | steps | model evaluations | seconds an image |", "|---|---|---|---|"]
-    lines += [f"| {row['label']} | {steps} | {row['evaluations'] or 'adaptive'} | {row['seconds']:.2f} |" for row in rows]
+    lines += [f"| {row['label']} | {steps} | {row['evaluations'] or 'adaptive'} | {row['seconds']:.2f} |"
+              for row in rows]
     return "\n".join(lines) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""What a piece of PyTorch code does: how many operations it runs on large tensors, and how much memory they need at most."""
+"""What a piece of PyTorch code does: its operations on large tensors, and the memory they need at most."""
 from __future__ import annotations
 
 import weakref
@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Trace(TorchDispatchMode):
-    """Counts, over tensors of at least `least` elements on `device`: operations that read one, and bytes alive at once.
+    """Counts, over tensors of at least `least` elements on `device`: operations that read one, and bytes alive.
 
     Memory is what the traced code has made and still holds; views and in-place results are nothing new.
     """
@@ -34,7 +34,8 @@ class Trace(TorchDispatchMode):
         return result
 
     def _counts(self, value: object) -> bool:
-        return isinstance(value, torch.Tensor) and value.numel() >= self.least and value.device.type == self.device
+        large = isinstance(value, torch.Tensor) and value.numel() >= self.least
+        return large and value.device.type == self.device
 
     def _gone(self, size: int) -> None:
         self.alive -= size

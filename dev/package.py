@@ -8,6 +8,7 @@ Everything happens in .dev/package: a virtual environment with those tools that 
 installs packages as it likes, so it gets none of the development environment), a copy of ComfyUI, and a clone of the
 repository, served on a loopback port, because the Manager takes no file:// address. After each of its steps a real server is
 started and asked for our nodes; after the last, the files that are left are held against those before the first.
+A registry needs the repository's address too: while [project.urls] of pyproject.toml is empty, this says so, first and last.
 tests/test_package.py has what of this is quick.
 """
 from __future__ import annotations
@@ -16,6 +17,7 @@ import functools
 import http.server
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -38,10 +40,22 @@ THEIRS = ("user/", "temp/", "input/3d", "server.log", "custom_nodes/.disabled") 
 
 def main() -> None:
     place = environment.enter("test")
+    addressed()
     tools(place)
     archive = packed()
     static(place, archive)
-    cycle(place)
+    left = cycle(place)
+    print(f"files left behind: {left or 'none'}")
+    addressed()
+    raise SystemExit(bool(left))
+
+
+def addressed() -> None:
+    """Say loudly that nobody has filled in the repository's address."""
+    declared = (environment.ROOT / "pyproject.toml").read_text()
+    if not re.search(r'^\[project\.urls\]\n(?:#.*\n)*Repository = "https?://', declared, re.M):
+        print(f"\n{'!' * 100}\nNOT READY TO PUBLISH: [project.urls] in pyproject.toml is empty. Fill in\n"
+              f"    Repository = \"https://...\"\nwith this repository's address. All else is checked.\n{'!' * 100}\n", flush=True)
 
 
 def tools(place: environment.Environment) -> None:
@@ -89,8 +103,8 @@ def static(place: environment.Environment, archive: Path) -> None:
                        env={**os.environ, "HOME": str(logs), "TMPDIR": str(logs), "COMFY_TEST_LOGS_DIR": str(logs)})
 
 
-def cycle(place: environment.Environment) -> None:
-    """Install to uninstall, and what is left."""
+def cycle(place: environment.Environment) -> list[str]:
+    """Install to uninstall: the files that are left."""
     comfyui = fresh(place)
     shutil.rmtree(HOME / "served", ignore_errors=True)
     subprocess.run(["git", "clone", "-q", "--bare", environment.ROOT, HOME / "served" / NAME], check=True)
@@ -108,9 +122,8 @@ def cycle(place: environment.Environment) -> None:
                                    ("uninstall", "uninstalled", False)):
             manager(comfyui, step, NAME)
             check(place, comfyui, done, listed)
-    left = sorted(name for name in files(comfyui) - before if not name.startswith((*THEIRS, "models/solver_calibrations")))
-    print(f"files left behind: {left or 'none'}")
-    raise SystemExit(bool(left))
+    own = (*THEIRS, "models/solver_calibrations")
+    return sorted(name for name in files(comfyui) - before if not name.startswith(own))
 
 
 def fresh(place: environment.Environment) -> Path:

@@ -1,8 +1,9 @@
-"""Write the pictures of the help pages: python dev/pictures.py [node ...], each a node in the real interface after a real run.
+"""Write the pictures of the help pages: python dev/pictures.py [node ...], each a node in the real interface after a run.
 
-A node is laid between what it needs and what uses it, by the types of its slots, so a new node needs nothing here. It is
-photographed alone if it shows something itself (a panel, a picture), and otherwise with the neighbours that do. All of it runs
-on the tiny emoji checkpoint. `user_interface` is the README's picture. tests/test_tree.py asks for one of every node.
+A node is laid between what it needs and what uses it, by the types of its slots, so a new node needs nothing here. It
+is photographed alone if it shows something itself (a panel, a picture), and otherwise with the neighbours that do. All
+of it runs on the tiny emoji checkpoint. `user_interface` is a picture of docs/solvers.md. tests/test_tree.py asks for
+one of every node.
 """
 from __future__ import annotations
 
@@ -18,21 +19,23 @@ import environment  # noqa: E402
 import workflows  # noqa: E402
 
 FOLDER = environment.ROOT / "web" / "docs" / "pictures"
-README = "user_interface"
+INTERFACE = "user_interface"
 SCALE, MARGIN, STEPS, WIDTH = 2, 8, 8, 360
-MAKERS = {"SAMPLER": "LambdaSamplerMultistep", "LAMBDA_STATISTICS": "LambdaEstimateStatistics", "LAMBDA_AMED": "LambdaTrainAmed"}
-USERS = {"SAMPLER": ("SamplerCustom", "sampler"), "SIGMAS": ("SamplerCustom", "sigmas"), "MODEL": ("KSampler", "model"),
-         "LATENT": ("VAEDecode", "samples"), "IMAGE": ("PreviewImage", "images")}
+MAKERS = {"SAMPLER": "LambdaSamplerMultistep", "LAMBDA_CALIBRATION": "LambdaMeasureModel"}
+USERS = {"SAMPLER": ("SamplerCustom", "sampler"), "SIGMAS": ("SamplerCustom", "sigmas"),
+         "MODEL": ("KSampler", "model"), "LATENT": ("VAEDecode", "samples"), "IMAGE": ("PreviewImage", "images")}
 WIDE = {"LambdaCompareSamplers": 560}  # with a plot whose thin lines must keep their colours
 SHOWS = """(id) => {  // whether a node shows something of its own
     const node = app.graph.getNodeById(id)
-    return !!node.imgs?.length || (node.widgets ?? []).some((widget) => widget.name === 'lambda_solvers_panel' && !widget.hidden)
+    const panel = (widget) => widget.name === 'lambda_solvers_panel' && !widget.hidden
+    return !!node.imgs?.length || (node.widgets ?? []).some(panel)
 }"""
 FRAME = """([ids, nodes2]) => {  // left, top, right and bottom of nodes on the page
     const at = (id) => {
         const drawn = nodes2 && document.querySelector(`[data-node-id="${id}"]`)?.getBoundingClientRect()
         if (drawn) return [drawn.left, drawn.top, drawn.right, drawn.bottom]
-        const [x, y, w, h] = app.graph.getNodeById(id).getBounding(), page = app.canvas.canvas.getBoundingClientRect()
+        const [x, y, w, h] = app.graph.getNodeById(id).getBounding()
+        const page = app.canvas.canvas.getBoundingClientRect()
         const [left, top] = app.canvas.ds.convertOffsetToCanvas([x, y]), scale = app.canvas.ds.scale
         return [left + page.left, top + page.top, left + page.left + w * scale, top + page.top + h * scale]
     }
@@ -42,8 +45,9 @@ FRAME = """([ids, nodes2]) => {  // left, top, right and bottom of nodes on the 
 LOOK = """(ids) => {  // these nodes at full size, away from the bars of the interface; without links to others
     const boxes = ids.map((id) => app.graph.getNodeById(id).getBounding()), ds = app.canvas.ds
     ds.scale = 1
+    const among = (id) => ids.some((one) => String(one) === String(id))
     for (const [key, link] of [...app.graph.links])
-        if (![link.origin_id, link.target_id].every((id) => ids.some((one) => String(one) === String(id)))) app.graph.links.delete(key)
+        if (![link.origin_id, link.target_id].every(among)) app.graph.links.delete(key)
     ds.offset = [0, 1].map((k) => 110 - Math.min(...boxes.map((box) => box[k])))
     app.canvas.setDirty(true, true)
 }"""
@@ -61,19 +65,21 @@ def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         base = environment.base_directory(Path(folder))
-        with Server(place, base, "--disable-api-nodes", "--front-end-root", str(environment.newest_frontend())) as server:
+        frontend = str(environment.newest_frontend())
+        with Server(place, base, "--disable-api-nodes", "--front-end-root", frontend) as server:
             info = server.get("/object_info")
-            kinds = sorted((kind for kind in info if kind.startswith("Lambda")), key=lambda kind: "Load" in kind)  # after Save
-            if unknown := {*options.names} - {*kinds, README}:
+            kinds = [kind for kind in info if kind.startswith("Lambda")]
+            kinds.sort(key=lambda kind: "Load" in kind)  # after Save
+            if unknown := {*options.names} - {*kinds, INTERFACE}:
                 parser.error(f"there is no node {', '.join(sorted(unknown))}; there are {', '.join(kinds)}")
             with browser() as chromium:
                 ui = Interface(chromium, server, nodes2=True, pictures=FOLDER, scale=SCALE)
                 ui.page.set_viewport_size({"width": 1900, "height": 1500})
                 ui.set(**{"Comfy.Node.AlwaysShowAdvancedWidgets": True})
-                for kind in options.names or [*kinds, README]:
-                    picture = of_readme(ui, info) if kind == README else of_node(ui, kind, info)
-                    path = environment.ROOT / "dev" / f"{README}.png" if kind == README else FOLDER / f"{kind}.webp"
-                    how = {"optimize": True} if kind == README else {"quality": 80 if kind in WIDE else 30, "method": 6}
+                for kind in options.names or [*kinds, INTERFACE]:
+                    picture = of_interface(ui, info) if kind == INTERFACE else of_node(ui, kind, info)
+                    path = environment.ROOT / "dev" / f"{INTERFACE}.png" if kind == INTERFACE else FOLDER / f"{kind}.webp"
+                    how = {"optimize": True} if kind == INTERFACE else {"quality": 80 if kind in WIDE else 30, "method": 6}
                     picture.save(path, **how)
                     print(f"{path.relative_to(environment.ROOT)}: {path.stat().st_size} bytes", flush=True)
 
@@ -83,23 +89,25 @@ def of_node(ui, kind: str, info: dict):
     ui.open()  # nothing of the last node is kept, and lists have the files that were saved
     ui.load(workflow)
     ui.run()
-    if kind == "LambdaMeanFirstStep":  # the second seed is the first to use the mean
+    if kind == "LambdaFirstStep":  # the second seed is the first to use the mean
         ui.put(ui.node("SamplerCustom"), "noise_seed", demo.SEED + 1)
         ui.run()
     ui.page.wait_for_timeout(1500)
     picture = photograph(ui, [node] if neighbour is None or ui.do(SHOWS, node) else [node, neighbour])
-    return picture.resize((picture.width * 3 // 4, picture.height * 3 // 4))  # all are shipped: together some 300 kB
+    return picture.resize((picture.width * 3 // 4, picture.height * 3 // 4))  # all are shipped: some 300 kB
 
 
 def laid(kind: str, info: dict) -> tuple[dict, int, int | None]:
     """A workflow around a node, the node's id, and that of the neighbour which shows what the node does."""
     canvas = workflows.Canvas(kind, info)
     got = workflows.start(canvas, demo.CHECKPOINT, size=demo.SIZE)
-    for node, text in zip((node for node in canvas.nodes if node["type"] == "CLIPTextEncode"), (demo.PROMPTS[1], "")):
+    texts = [node for node in canvas.nodes if node["type"] == "CLIPTextEncode"]
+    for node, text in zip(texts, (demo.PROMPTS[1], "")):
         node["widgets_values"] = [text]
     amed = "Amed" in kind
-    chosen = {"cfg": demo.GUIDANCE, "fitted": True, "noise_seed": demo.SEED, "seed": [*info].index(kind),  # one's own: nothing comes from a cache
-              "scheduler": "karras", "steps": 3 if amed else STEPS, "sampler_name": "amed" if amed else "dpm_solver_v3",
+    chosen = {"cfg": demo.GUIDANCE, "fitted": True, "noise_seed": demo.SEED, "mode": "mean", "scheduler": "karras",
+              "seed": [*info].index(kind),  # one's own: nothing comes from a cache
+              "steps": 3 if amed else STEPS, "sampler_name": "lambda_amed" if amed else "lambda_v3",
               "name": ("amed" if amed else "statistics") + "-panda" + (".safetensors" if "Load" in kind else "")}
     known = {**got._asdict(), "MODEL": got.model, "LATENT": got.latent, "VAE": got.vae}
 
@@ -112,10 +120,12 @@ def laid(kind: str, info: dict) -> tuple[dict, int, int | None]:
                 links[name] = known.get(name, known.get(type_))
             elif name in required and type_ in MAKERS:
                 links[name] = known[type_] = add(MAKERS[type_])[0]
-        return canvas.add(kind, **{name: chosen[name] for name in chosen if name in {**required, **optional}}, **links)
+        widgets = {name: chosen[name] for name in chosen if name in {**required, **optional}}
+        return canvas.add(kind, **widgets, **links)
 
     known["SIGMAS"] = add("BasicScheduler")[0]
-    makers = [MAKERS[type_] for type_, *_ in info[kind]["input"].get("required", {}).values() if str(type_) in MAKERS]
+    needs = [type_ for type_, *_ in info[kind]["input"].get("required", {}).values()]
+    makers = [MAKERS[type_] for type_ in needs if str(type_) in MAKERS]
     if makers:
         canvas.column("2  What it needs", WIDTH)
         [maker] = (add(maker) for maker in makers)
@@ -124,15 +134,17 @@ def laid(kind: str, info: dict) -> tuple[dict, int, int | None]:
     node = last = add(kind)
     users, current = [], kind
     while not info[current]["output_node"]:
-        slot, (current, name) = next((slot, USERS[type_]) for slot, type_ in enumerate(info[current]["output"]) if type_ in USERS)
+        slots = enumerate(info[current]["output"])
+        slot, (current, name) = next((slot, USERS[type_]) for slot, type_ in slots if type_ in USERS)
         canvas.column("4  What uses it", WIDTH)
         last = add(current, **{name: last[slot]})
         users.append((current, last.id))
-    neighbour = users[0][1] if users and users[0][0] in ("KSampler", "PreviewImage") else maker.id if makers else None
+    shown = users and users[0][0] in ("KSampler", "PreviewImage")
+    neighbour = users[0][1] if shown else maker.id if makers else None
     return {**canvas.saved(), "groups": []}, node.id, neighbour
 
 
-def of_readme(ui, info: dict):
+def of_interface(ui, info: dict):
     """All of a workflow around DPM-Solver-v3 after a run, in four columns, at half the scale."""
     workflow, *_ = laid("LambdaSamplerV3", info)
     nodes = {node["type"]: node for node in workflow["nodes"]}
@@ -153,7 +165,8 @@ def photograph(ui, nodes: list[int]):
     ui.do(LOOK, nodes)
     ui.page.wait_for_timeout(700)
     left, top, right, bottom = ui.do(FRAME, [nodes, ui.nodes2])
-    area = {"x": left - MARGIN, "y": top - MARGIN, "width": right - left + 2 * MARGIN, "height": bottom - top + 2 * MARGIN}
+    width, height = (far - near + 2 * MARGIN for near, far in ((left, right), (top, bottom)))
+    area = {"x": left - MARGIN, "y": top - MARGIN, "width": width, "height": height}
     return Image.open(io.BytesIO(ui.page.screenshot(clip=area))).convert("RGB")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from comfy_api.latest import io, ui
 
-from ..samplers import fitted_sigmas
+from ..samplers import fitted_sigmas, load_calibration
 from ..samplers.learning.amed import BASES
 from ..samplers.learning.measure import INTERVALS
 from ..samplers.learning.refit import FEWEST, LARGEST
@@ -233,7 +233,7 @@ class LoadCalibration(io.ComfyNode):
 
     @classmethod
     def execute(cls, name: str) -> io.NodeOutput:
-        loaded = store.load(store.existing(name))
+        loaded = load_calibration(store.existing(name))
         return io.NodeOutput(loaded, kind_of(loaded).draw(loaded))
 
     @classmethod

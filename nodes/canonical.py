@@ -3,7 +3,7 @@
 What one prompt was measured for would else depend on which one came first: the same workflow and seed made other images,
 0.16 of their standard deviation apart, in another folder. A prompt's place is taken by random numbers of a text's size, a
 negative's by zeros, and the guidance by the nearest of a few. Of the fixed choices tried on the emoji model (4 prompts, 5 and 8
-evaluations, dev/NOTES.md) this one was the best with guidance, and behind statistics of another prompt by a tenth to a
+evaluations, docs/notes.md) this one was the best with guidance, and behind statistics of another prompt by a tenth to a
 fifth, without guidance too. Who wants more measures every prompt, or one by hand.
 """
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The catalogue: every solver by name, with its options, their ranges, and where it comes from.
 
 A family is one function. Its signature gives the options with their defaults and ranges, its docstring what it is, its
-presets the names; nodes, tests, the README table and `nfe` all iterate over SAMPLERS, so a new solver is one function
+presets the names; nodes, tests, the table of docs/solvers.md and `nfe` all iterate over SAMPLERS, so a new solver is one function
 here (or a preset of one that exists).
 """
 from __future__ import annotations

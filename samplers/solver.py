@@ -127,7 +127,7 @@ sigma 0.03, the error of v3 was 0.68 without and 0.05 with it, that of 2M 0.18 a
 
 SHORT_RUN, LONG = 15, 1.7
 """Steps of a run that still lowers its order, as the authors advise; and from what length in lambda, a factor 5.5 in sigma / alpha,
-the last step is of order 1. Figures in dev/NOTES.md."""
+the last step is of order 1. Figures in docs/notes.md."""
 
 CORRECTOR_HALF = -0.5
 """Where the time of the usual models is 1/2: lam = -0.48 for Stable Diffusion (sigma 1.62), 0 for unshifted flow."""

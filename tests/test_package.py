@@ -54,7 +54,7 @@ def test_the_registry_s_ruff_rules_find_nothing() -> None:
 def test_what_the_archive_leaves_out_are_whole_folders_and_nothing_it_needs() -> None:
     kept = {path.relative_to(ROOT).as_posix() for path in published()}
     assert {"README.md", "requirements.txt", "install.py", "pyproject.toml", "web/docs/LambdaCompareSamplers.md"} <= kept
-    assert not [name for name in kept if re.match(r"(dev|tests|\.ci|\.dev)/|\.git", name)]
+    assert not [name for name in kept if re.match(r"(dev|docs|tests|\.ci|\.dev)/|\.git", name)]
 
 
 def test_the_archive_works_alone(alone) -> None:

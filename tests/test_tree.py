@@ -20,7 +20,8 @@ TRACKED = [ROOT / name for name in subprocess.run(
     ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True,
     text=True).stdout.splitlines() if (ROOT / name).is_file()]
 PYTHON = [path for path in TRACKED if path.suffix == ".py"]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README, SOLVERS, DEVELOPMENT = ((ROOT / name).read_text(encoding="utf-8")
+                                for name in ("README.md", "docs/solvers.md", "docs/development.md"))
 
 
 def published() -> list[Path]:
@@ -69,7 +70,7 @@ def test_the_archive_is_small_and_has_no_tests_and_starts_no_processes() -> None
     assert {"__init__.py", "nodes/host.py", "samplers/solver.py", "LICENSE", "pyproject.toml"} <= {
         path.relative_to(ROOT).as_posix() for path in files}
     for path in files:
-        assert path.relative_to(ROOT).parts[0] not in ("dev", "tests", ".ci")
+        assert path.relative_to(ROOT).parts[0] not in ("dev", "docs", "tests", ".ci")
         if path.suffix == ".py":
             text = path.read_text(encoding="utf-8")
             assert not re.search(r"subprocess|os\.system|\beval\(|\bexec\(|__import__|pickle|requests|urllib", text), path
@@ -81,14 +82,21 @@ def test_nothing_is_required_at_run_time() -> None:
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_the_readme_s_table_has_every_sampler_with_its_evaluations(name: str) -> None:
+def test_the_table_of_solvers_has_every_sampler_with_its_evaluations(name: str) -> None:
     evaluations = SAMPLERS[name].evaluations_per_step
     row = [f"`{name}`", SAMPLERS[name].title, "adaptive" if evaluations is None else str(evaluations), SAMPLERS[name].help]
-    assert "| " + " | ".join(row) + " |" in README.splitlines()
+    assert "| " + " | ".join(row) + " |" in SOLVERS.splitlines()
 
 
-def test_the_readme_s_example_runs() -> None:
-    [code] = re.findall(r"```python\n(.*?)```", README, re.S)
+def test_the_readme_is_one_screen_and_all_that_documents_link_to_is_there() -> None:
+    assert len(README.encode()) <= 8192
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_example_without_comfyui_runs() -> None:
+    [code] = re.findall(r"```python\n(.*?)```", DEVELOPMENT, re.S)
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)
 
 

@@ -5,6 +5,7 @@ import math
 from contextlib import suppress
 from typing import Any, Callable, Mapping
 
+from ...samplers import load_calibration
 from .. import calibration, store
 from ..calibration import Kind
 from ..registry import kind_of
@@ -183,7 +184,7 @@ def _giver(graph: Graph, job: Job, kind: Kind | None) -> Mapping[str, Any] | Non
         option = MAKERS.get(giver["class_type"])
         with suppress(ValueError):  # what is wrong with a file is said by _given
             if file := _file(giver):
-                found = store.load(store.existing(file))
+                found = load_calibration(store.existing(file))
                 option = kind.option if isinstance(found, kind.type) else ""
         if option in (None, kind.option) or linked and k == 0:
             return giver

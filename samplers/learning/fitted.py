@@ -15,7 +15,7 @@ of itself at the end, with the damping measured on errors like a solver's own. B
 The last step goes to x0 = D_0 + c (D_-1 - D_0), whatever y is: where the model knows the answer, as in what inpainting
 keeps, so does the result. Without y it loses up to 3 % (rms, emoji model), with D_0 alone up to 6 %.
 
-All of it is host arithmetic. What was measured on the way, and what did not help, is in dev/NOTES.md.
+All of it is host arithmetic. What was measured on the way, and what did not help, is in docs/notes.md.
 """
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ GRADED = 10.0
 for a quarter longer, 122 for twice as long. The error of one step from exact values says nothing of what a multistep method
 makes of values that are not: it multiplies their errors where the length jumps (the classical bound of BDF2 is a ratio of 2.4).
 With a factor 1 lengths jumped eightfold, and the runs erred 10 to 40 times as much as was predicted. rms and median against that, in
-dev/NOTES.md: two thirds and 1.0 on exact Gaussians, 0.7 and 0.5 on exact digits; rms 0.85 on the emoji model without guidance."""
+docs/notes.md: two thirds and 1.0 on exact Gaussians, 0.7 and 0.5 on exact digits; rms 0.85 on the emoji model without guidance."""
 NEAR = 1e-9
 """In lam: levels this close to one another are one."""
 

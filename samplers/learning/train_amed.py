@@ -43,7 +43,7 @@ ALONE = 2          # iterations of every step by itself
 MOST_TOGETHER = 3
 MEMORY = 4         # values that a base looks back on
 DAMPING = {"alone": 0.03, "together": 1.0}
-"""In the curvature of each number: 1 halves a step, where more than one step learns. Figures in dev/NOTES.md."""
+"""In the curvature of each number: 1 halves a step, where more than one step learns. Figures in docs/notes.md."""
 GUESS = {"amed": 0.3}  # r to begin with, where it is not 1/2: AMED's own rule always went below, to 0.13-0.46
 ROUNDS, EPOCHS = 4, 300  # for the predictor: how often the run is linearised, and steps of Adam on each
 FLOOR = 0.3  # in mean squared errors
