@@ -27,9 +27,9 @@ from ..schedule import Path, find_path
 from ..solver import Step, ddim
 from .course import Course, Sampled
 from .fitted import Plan, check, fit_multistep, planned
+from .gauss_newton import FLOOR, Quadratic, damped_step, typical
 from .statistics import Statistics
 from .storage import digest
-from .train_amed import FLOOR, typical
 
 PARTIAL = "lambda-solvers partial refit 3"
 TEACHER = 40  # its evaluations
@@ -132,7 +132,8 @@ def refit_multistep(model: Callable[..., Tensor], x: Tensor, calibration: Statis
             start_of_round, slopes = now, run.slopes(now)
             for again in range(1 + AGAIN):
                 course.loss = float(np.sqrt(now.squares[training].mean()))
-                u = _step(slopes.values[:, training], now.residual[training], now.squares[training] + floor)
+                around = Quadratic.of(torch.from_numpy(now.residual), torch.from_numpy(slopes.values).transpose(0, 1))
+                u = damped_step(around, training, floor, lambda G, e: np.full(len(G), DAMPING * e), MOST)  # noqa: N803
                 tried = (run.tried(now.shape.moved(slopes.of, share * u), x) for share in ((1.0,) if again else (1.0, 0.5, 0.25)))
                 found = next((state for state in tried if state and left(state, training) < left(now, training)), None)
                 if found is None:
@@ -219,12 +220,3 @@ class _Runs:
         for step in steps[places[-1].done:]:
             places = (*places[:-1], *onward(self.denoise, places[-1], step, ORDER - 1))
         return places, self.sampled.of(places[-1].x - self.target)[0].double().numpy()
-
-
-def _step(jacobian: np.ndarray, residual: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """u of the least  sum_m |R_m + J_m u|^2 / scale_m + DAMPING |u|^2 (the first term at u = 0),  within +-MOST."""
-    weight = 1.0 / scale / residual.shape[1]
-    normal = np.einsum("pme,qme,m->pq", jacobian, jacobian, weight)
-    slope = np.einsum("pme,me,m->p", jacobian, residual, weight)
-    damping = DAMPING * float(np.einsum("me,me,m->", residual, residual, weight))
-    return np.clip(-np.linalg.lstsq(normal + damping * np.eye(len(slope)), slope, rcond=None)[0], -MOST, MOST)

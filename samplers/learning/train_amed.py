@@ -2,9 +2,9 @@
 
 Where a run ends depends on three numbers of each step and image, u = (u_r, u_c, u_a). One perturbed run gives the derivative
 in each of them; that in u_c of the last step is free. With the residual R = (x - teacher) / alpha they make a quadratic model
-of the squared error,
+of the squared error (gauss_newton),
 
-    |R(u + d)|^2 = e + 2 g d + d G d,          e = R R,   g = J R,   G = J J^T,   J = dR/du  [numbers, elements]
+    |R(u + d)|^2 = e + 2 g d + d G d,
 
 which is all that training needs: damped Gauss-Newton for one u a step (the table), and gradient steps on the small network
 that predicts u from the image (the predictor), whose chain rule ends at g + G d. First every step learns by itself to land
@@ -33,6 +33,7 @@ from ..schedule import Level, Path, find_path, levels
 from ..solver import Multistep, finite
 from .amed import BASES, Amed, Inner, Insertion
 from .course import Course
+from .gauss_newton import FLOOR, Quadratic, damped_step, typical
 from .predictor import Predictor, bounded, unbounded
 
 PARTIAL = "lambda-solvers partial amed 3"
@@ -46,26 +47,8 @@ DAMPING = {"alone": 0.03, "together": 1.0}
 """In the curvature of each number: 1 halves a step, where more than one step learns. Figures in docs/notes.md."""
 GUESS = {"amed": 0.3}  # r to begin with, where it is not 1/2: AMED's own rule always went below, to 0.13-0.46
 ROUNDS, EPOCHS = 4, 300  # for the predictor: how often the run is linearised, and steps of Adam on each
-FLOOR = 0.3  # in mean squared errors
 DIFFERENCES = (0.15, 0.05, 0.1)
 """In u. ComfyUI rounds sigma to one of 1000 timesteps: smaller differences in r and a would measure the rounding."""
-
-
-class Quadratic(NamedTuple):
-    """The mean squared error of every image around u: value e [B], slope g [B, 3 n], curvature G [B, 3 n, 3 n]. float64."""
-
-    e: np.ndarray
-    g: np.ndarray
-    G: np.ndarray  # noqa: N815  (the letter of the equation)
-
-
-def typical(e: np.ndarray, floor: float) -> float:
-    """What training lowers: the mean of log(e + floor) over the images.
-
-    The plain mean is ruled by the few images that end in another place altogether. On exact digits, AMED on 2M: median error
-    0.92 and 0.87 of ComfyUI's dpmpp_2m (guidance 1 and 4) with this, 1.16 and 1.02 with the plain mean.
-    """
-    return float(np.log(e + floor).mean())
 
 
 Choose = Callable[[int], np.ndarray]
@@ -222,8 +205,8 @@ class Student:
                 here = here._replace(values={0: self.open(i, here.x)})
             rows.append(np.asarray(choose(i)))
             inner = [[Inner(*map(float, row)) for row in bounded(part)] for part in rows]
-            step = on_device(self.solver.step_of_each(self.schedule, self.path, i, inner, here.x.ndim), here.x)
-            places[-1:] = onward(self.denoise, here, step, MEMORY)
+            taken = self.solver.step_of_each(self.schedule, self.path, i, inner, here.x.ndim)
+            places[-1:] = onward(self.denoise, here, on_device(taken, here.x), MEMORY)
         self.before = rows
         return places
 
@@ -265,11 +248,7 @@ class Student:
                 ahead = self.run(place, lambda i: moved if i == place.done else us[i - start], end, known, before)
                 slopes.append(((self.error(ahead[-1]) - base) / difference).cpu())
         self.before = before
-        jacobian, base = torch.stack(slopes, 1), base.cpu()
-        n = base.shape[1]
-        parts = (base.square().mean(1), torch.einsum("bkn,bn->bk", jacobian, base) / n,
-                 torch.einsum("bkn,bln->bkl", jacobian, jacobian) / n)
-        return Quadratic(*(part.double().numpy() for part in parts))
+        return Quadratic.of(base.cpu(), torch.stack(slopes, 1))
 
 
 def _gauss_newton(student: Student, place: Place, us: Sequence[np.ndarray], training: slice, iterations: int,
@@ -286,10 +265,8 @@ def _gauss_newton(student: Student, place: Place, us: Sequence[np.ndarray], trai
     for _ in range(iterations):
         student.before = [*before, *us]
         quadratic = quadratic or student.quadratic(places, us)
-        weight = 1.0 / (quadratic.e[training] + floor)
-        g, G = (np.tensordot(weight, part[training], 1) for part in (quadratic.g, quadratic.G))  # noqa: N806
-        d = -np.linalg.solve(G + np.diag(damping * np.diag(G) + 1e-12), g)
-        moved = [u + part for u, part in zip(us, np.clip(d, -1.0, 1.0).reshape(-1, 1, 3))]
+        d = damped_step(quadratic, training, floor, lambda G, e: damping * np.diag(G), 1.0)  # noqa: B023, N803
+        moved = [u + part for u, part in zip(us, d.reshape(-1, 1, 3))]
         try:
             ahead = student.run(place, lambda i: moved[i - start], end, {0: places[0].values[0]}, before)
         except FloatingPointError:  # so far away that the model's answers are not finite
