@@ -186,7 +186,7 @@ def test_churn_keeps_the_distribution_of_normal_data(path: str) -> None:
     """Of N(0.7, 0.4^2), over many draws; without churn the same run is the ODE's."""
     from problems import Gaussian, sigmas_between, starting_noise
     sigmas = sigmas_between(-3.0, 4.0, 40, path)
-    x = starting_noise((400, 4, 4), float(sigmas[0]), path)
+    x = starting_noise((4, 40, 40), float(sigmas[0]), path)  # elements stand for draws: every image has its own noise to make
     runs = [k_diffusion_sampler("heun", path, s_churn=churn)(Gaussian(path), x, sigmas, extra_args={"seed": 1}, disable=True)
             for churn in (0.0, 40.0)]
     assert (runs[0] - runs[1]).std() > 0.2  # other images

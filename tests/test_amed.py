@@ -70,6 +70,10 @@ def error(what: Amed, base: str, model=None) -> float:
     return float((result - k_diffusion_sampler("dpmpp_2m")(model, x, fine, disable=True)).square().mean().sqrt())
 
 
+SHARE_LEFT = {"ipndm": 1.0, "ipndm_3": 1.0, "dpm_3m": 0.95}
+"""Of the untrained error at most, and of other bases 0.8; for the first two nothing better is found, and nothing is changed."""
+
+
 @pytest.mark.parametrize("first_step", ["evaluate", "afs"])
 @pytest.mark.parametrize("base", BASES)
 def test_training_lowers_the_error_at_the_end_and_spends_its_budget_at_most(base: str, first_step: str) -> None:
@@ -79,8 +83,9 @@ def test_training_lowers_the_error_at_the_end_and_spends_its_budget_at_most(base
     assert losses["trained"]["training"][-1] <= losses["untrained"]["training"][-1]
     generation = nfe(NAMES.get(base, "amed"), SIGMAS, first_step=first_step, trained=replace(trained, base=None))
     assert model.calls == trained.about["evaluations"] <= BUDGET * generation
-    assert losses["trained"]["held out"][-1] <= 1.15 * max(losses["trained"]["training"][-1], losses["untrained"]["training"][-1])
-    assert error(trained, base) < 1.1 * error(Amed.untrained(levels(SIGMAS, PATHS["ve"]), base, first_step), base)
+    share = SHARE_LEFT.get(base, 0.8) + 1e-9
+    assert losses["trained"]["held out"][-1] <= share * losses["untrained"]["held out"][-1]
+    assert error(trained, base) <= share * error(Amed.untrained(levels(SIGMAS, PATHS["ve"]), base, first_step), base)
 
 
 def test_amed_trained_is_far_better_than_untrained() -> None:
