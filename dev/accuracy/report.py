@@ -153,8 +153,8 @@ def oracle_table(rows: Sequence[Row], size: Size) -> str:
             mine = [row for row in rows if row["guidance"] == guidance and row[what] > 0]
             parts.append(f"By {what}, guidance {guidance:g}:\n\n" + _oracle(mine, best, what, budgets))
     return ("Every sampler on the one scheduler that suited it best over all these budgets, as a ratio to "
-            "the best sampler x scheduler of ComfyUI's in each cell, which nobody knows beforehand; geometric "
-            "mean over prompts:\n\n"
+            "the best sampler x scheduler of ComfyUI's in each cell, which nobody knows beforehand; "
+            "geometric mean over prompts:\n\n"
             + "\n\n".join(parts))
 
 
