@@ -7,12 +7,12 @@ and those evaluations are not counted.
 """
 from __future__ import annotations
 
-import math
 import statistics
 from collections import defaultdict
 from typing import Iterable, Sequence
 
 from .cells import Bench, Cell, Row
+from .report import markdown, mean
 from .solvers import BASELINE
 
 USUAL = "karras", 20
@@ -32,14 +32,15 @@ def steps(benches: Iterable[Bench], cells: Sequence[Cell]) -> str:
         both = ", ".join(f"{mean(row[kind] for row in base):.4f} ({kind})" for kind in KINDS)
         errors.append(f"guidance {bench.guidance:g}: {both}")
         columns += [(bench.guidance, kind) for kind in KINDS]
-        for (sampler, scheduler, kind), answer in search(bench, cells, base).items():
-            answers[sampler, scheduler][bench.guidance, kind] = answer
+        for trained in (False, True):  # training takes longest
+            part = [cell for cell in cells if bool(cell.entry.train) == trained]
+            for (sampler, scheduler, kind), answer in search(bench, part, base).items():
+                answers[sampler, scheduler][bench.guidance, kind] = answer
     ranked = sorted(answers.items(), key=lambda item: statistics.fmean(n for n, _ in item[1].values()))
     lines = [[f"`{NAMES.get(sampler, sampler.removeprefix('comfy/'))}`", scheduler,
               *(found[column][1] for column in columns)] for (sampler, scheduler), found in ranked]
     head = ["sampler", "scheduler", *(f"guidance {guidance:g}, {kind}" for guidance, kind in columns)]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
-    return f"{table}\n\nThe error of dpmpp_2m on karras in 20 steps: {'; '.join(errors)}.\n"
+    return f"{markdown(head, lines)}\n\nThe error of dpmpp_2m on karras in 20 steps: {'; '.join(errors)}.\n"
 
 
 def search(bench: Bench, cells: Sequence[Cell], base: Sequence[Row]) -> dict[Key, tuple[int, str]]:
@@ -78,8 +79,3 @@ def told(cell: Cell, ratio: float) -> tuple[int, str]:
     if ratio <= 1.0:
         return cell.budget, f"{cell.steps}{evaluations}"
     return 100, f"more than {cell.steps}{evaluations}: {ratio:.2f} of the error"
-
-
-def mean(values: Iterable[float]) -> float:
-    """Geometric."""
-    return math.exp(statistics.fmean(map(math.log, values)))
