@@ -1,7 +1,7 @@
 """Measurements, side by side in one run: `python dev/benchmark.py overhead` (ratios, never absolute times).
 
 overhead   time, peak memory and operations per step without the model's own, ours against ComfyUI's
-the others error to the converged solution at equal model evaluations, every deterministic sampler (see accuracy/__init__.py)
+the others error to the converged solution at equal model evaluations (see accuracy/__init__.py)
 """
 from __future__ import annotations
 
@@ -26,10 +26,13 @@ ROUNDS = 15  # timed, in turn
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["overhead", "quick", "steps", "ours", "few", "accuracy", "best"])
-    parser.add_argument("--out", type=Path, default=environment.HOME / "accuracy", help="a folder (default .dev/accuracy)")
-    parser.add_argument("--against", type=Path, help="the folder of a run of the same size: print how far they are apart")
+    parser.add_argument("--out", type=Path, default=environment.HOME / "accuracy",
+                        help="a folder (default .dev/accuracy)")
+    parser.add_argument("--against", type=Path,
+                        help="the folder of a run of the same size: print how far they are apart")
     options = parser.parse_args()
     environment.enter("test")
     sys.path += [str(environment.ROOT), str(environment.ROOT / "tests")]
@@ -48,16 +51,19 @@ def overhead() -> None:
     torch.set_num_threads(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sampling = comfy_sampling()
-    print(f"ours / ComfyUI's, {device}, {STEPS} steps, median of {ROUNDS} runs in turn; latents = peak memory in latents\n\n"
+    print(f"ours / ComfyUI's, {device}, {STEPS} steps, median of {ROUNDS} runs in turn; latents = peak "
+          "memory in latents\n\n"
           "| shape | samplers | time | operations on latents a step | latents |\n|---|---|---|---|---|")
     for shape_name, shape in SHAPES.items():
         answer = torch.zeros(shape, device=device)
         model = Model(lambda x, sigma: answer, sampling_of("EPS"))
         x = torch.randn(shape, device=device) * 14.6
-        sigmas = torch.tensor([14.5 * 2 ** (-9 * i / (STEPS - 1)) for i in range(STEPS)] + [0.0], device=device)
+        levels = (14.5 * 2 ** (-9 * i / (STEPS - 1)) for i in range(STEPS))
+        sigmas = torch.tensor([*levels, 0.0], device=device)
+        usual = {"extra_args": {"seed": 1}, "disable": True}
         for label, (name, ours), (function, theirs) in PAIRS:
-            runs = [lambda: k_diffusion_sampler(name, **ours)(model, x, sigmas, extra_args={"seed": 1}, disable=True),
-                    lambda: getattr(sampling, function)(model, x, sigmas, extra_args={"seed": 1}, disable=True, **theirs)]
+            runs = [lambda: k_diffusion_sampler(name, **ours)(model, x, sigmas, **usual),
+                    lambda: getattr(sampling, function)(model, x, sigmas, **usual, **theirs)]
             times = [[seconds(run, device) for run in runs] for _ in range(ROUNDS + 1)][1:]
             ratio = statistics.median(a / b for a, b in times)
             traces = [trace(run, x) for run in runs]

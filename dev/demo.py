@@ -1,7 +1,7 @@
 """Run the pack in a real ComfyUI: `python dev/demo.py` on a fresh machine makes pictures and a table.
 
-Makes the environment (environment.py), starts ComfyUI with this pack and the tiny emoji checkpoint, queues the
-example workflows once with each of our samplers and with two of ComfyUI's own beside them, and writes
+Makes the environment (environment.py), starts ComfyUI with this pack and the tiny emoji checkpoint, queues
+the example workflows once with each of our samplers and with two of ComfyUI's own beside them, and writes
     .dev/demo/few_steps.png       what so few evaluations make, and how far each is from the converged image
     .dev/demo/contact_sheet.png   every sampler: a row a sampler, a column a prompt
     .dev/demo/table.md            sampler, steps, model evaluations, seconds
@@ -136,8 +136,8 @@ def distance(row: dict, converged: dict) -> float:
     """The rms between the images of two rows, of a range from -1 to 1."""
     import numpy as np
 
-    pixels = [np.stack([np.asarray(image, dtype=float) / 127.5 for images in part["images"] for image in images])
-              for part in (row, converged)]
+    flat = [[image for images in part["images"] for image in images] for part in (row, converged)]
+    pixels = [np.stack([np.asarray(image, dtype=float) for image in images]) / 127.5 for images in flat]
     return float(np.sqrt(np.square(pixels[0] - pixels[1]).mean()))
 
 

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Trace(TorchDispatchMode):
-    """Counts, over tensors of at least `least` elements on `device`: operations that read one, and bytes alive.
+    """Counts, over tensors of at least `least` elements on `device`: operations that read one; bytes alive.
 
     Memory is what the traced code has made and still holds; views and in-place results are nothing new.
     """

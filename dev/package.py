@@ -1,15 +1,16 @@
-"""What the registry and ComfyUI-Manager do with this repository, done by their own tools: python dev/package.py
+"""What the registry and ComfyUI-Manager do with this repository, by their own tools: python dev/package.py
 
-    archive   comfy-cli reads pyproject.toml, packs the archive (git's files but for .comfyignore), and runs its ruff rules
+    archive   comfy-cli reads pyproject.toml, packs the archive (git but .comfyignore), runs its ruff rules
     static    comfy-test's levels that need no network, on the unpacked archive in a running server
-    manager   ComfyUI-Manager's command line installs, updates, disables, enables and uninstalls the last commit
+    manager   the Manager's command line installs, updates, disables, enables, uninstalls the last commit
 
-Everything happens in .dev/package: a virtual environment with those tools that sees the packages of .dev/venv (the Manager
-installs packages as it likes, so it gets none of the development environment), a copy of ComfyUI, and a clone of the
-repository, served on a loopback port, because the Manager takes no file:// address. After each of its steps a real server is
-started and asked for our nodes; after the last, the files that are left are held against those before the first.
-A registry needs the repository's address too: while [project.urls] of pyproject.toml is empty, this says so, first and last.
-tests/test_package.py has what of this is quick.
+Everything happens in .dev/package: a virtual environment with those tools that sees the packages of .dev/venv
+(the Manager installs packages as it likes, so it gets none of the development environment), a copy of
+ComfyUI, and a clone of the repository, served on a loopback port, because the Manager takes no file://
+address. After each of its steps a real server is started and asked for our nodes; after the last, the files
+that are left are held against those before the first. A registry needs the repository's address too: while
+[project.urls] of pyproject.toml is empty, this says so, first and last. tests/test_package.py has what of
+this is quick.
 """
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ NAME = "lambda-solvers"
 NAMES = runpy.run_path(str(environment.ROOT / "nodes" / "names.py"))["NAMES"]
 HOME = environment.HOME / "package"
 BIN = HOME / "venv" / "bin"
-THEIRS = ("user/", "temp/", "input/3d", "server.log", "custom_nodes/.disabled")  # ComfyUI's and the Manager's own
+THEIRS = ("user/", "temp/", "input/3d", "server.log", "custom_nodes/.disabled")  # not ours
 
 
 def main() -> None:
@@ -54,8 +55,11 @@ def addressed() -> None:
     """Say loudly that nobody has filled in the repository's address."""
     declared = (environment.ROOT / "pyproject.toml").read_text()
     if not re.search(r'^\[project\.urls\]\n(?:#.*\n)*Repository = "https?://', declared, re.M):
-        print(f"\n{'!' * 100}\nNOT READY TO PUBLISH: [project.urls] in pyproject.toml is empty. Fill in\n"
-              f"    Repository = \"https://...\"\nwith this repository's address. All else is checked.\n{'!' * 100}\n", flush=True)
+        frame = "!" * 100
+        print(f"\n{frame}\nNOT READY TO PUBLISH: [project.urls] in pyproject.toml is empty. Fill in\n"
+              f"    Repository = \"https://...\"\nwith this repository's address. All else is checked.\n"
+              f"{frame}\n",
+              flush=True)
 
 
 def tools(place: environment.Environment) -> None:
@@ -73,7 +77,8 @@ def packed() -> Path:
     archive = HOME / "node.zip"
     code = ("import sys; from comfy_cli.registry.config_parser import extract_node_configuration as read;"
             "from comfy_cli.file_utils import zip_files; config = read();"
-            "assert config.project.name and config.project.version and config.tool_comfy.publisher_id, config;"
+            "project = config.project;"
+            "assert project.name and project.version and config.tool_comfy.publisher_id, config;"
             "print(config); zip_files(sys.argv[1])")
     subprocess.run([BIN / "python", "-c", code, archive], cwd=environment.ROOT, check=True)
     print(f"archive: {archive.stat().st_size} bytes", flush=True)
@@ -85,8 +90,8 @@ def packed() -> Path:
 def static(place: environment.Environment, archive: Path) -> None:
     """comfy-test on the unpacked archive, attached to a server of ours.
 
-    The server's log is not shown to it: it would take core's audio nodes, which miss torchaudio here, for a fault of the
-    pack. That ours are there, `offered` sees.
+    The server's log is not shown to it: it would take core's audio nodes, which miss torchaudio here, for a
+    fault of the pack. That ours are there, `offered` sees.
     """
     from comfyui_server import Server
 
@@ -97,10 +102,11 @@ def static(place: environment.Environment, archive: Path) -> None:
     (pack / "comfy-test.toml").write_text(f"[test]\nlevels = {json.dumps(LEVELS)}\n")
     logs = HOME / "comfy-test"
     logs.mkdir(exist_ok=True)
+    homes = dict.fromkeys(("HOME", "TMPDIR", "COMFY_TEST_LOGS_DIR"), str(logs))
     with Server(place._replace(comfyui=comfyui), comfyui) as server:
         offered(server, "unpacked", listed=True)
         subprocess.run([BIN / "comfy-test", "run", "--server-url", server.url], cwd=pack, check=True,
-                       env={**os.environ, "HOME": str(logs), "TMPDIR": str(logs), "COMFY_TEST_LOGS_DIR": str(logs)})
+                       env={**os.environ, **homes})
 
 
 def cycle(place: environment.Environment) -> list[str]:
@@ -144,7 +150,8 @@ class served:
             def log_message(self, *arguments):
                 pass
 
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder))
+        handler = functools.partial(Quiet, directory=folder)
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
 
     def __enter__(self) -> str:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
@@ -187,12 +194,13 @@ def offered(server, what: str, listed: bool) -> None:
     nodes = [name for name in info if name.startswith("Lambda")]
     names = [name for name in info["KSampler"]["input"]["required"]["sampler_name"][0] if name in NAMES]
     if bool(nodes) != listed or len(names) != len(NAMES) * listed:
-        raise SystemExit(f"{what}: {len(nodes)} nodes and {len(names)} names are offered; the log is {server.log}")
+        raise SystemExit(f"{what}: {len(nodes)} nodes and {len(names)} names are offered; see {server.log}")
     print(f"{what}: {len(nodes)} nodes, {len(names)} names", flush=True)
 
 
 def files(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if "__pycache__" not in path.parts}
+    found = (path for path in folder.rglob("*") if "__pycache__" not in path.parts)
+    return {path.relative_to(folder).as_posix() for path in found}
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Write the pictures of the help pages: python dev/pictures.py [node ...], each a node in the real interface after a run.
+"""Write the pictures of the help pages: python dev/pictures.py [node ...], each a node after a real run.
 
-A node is laid between what it needs and what uses it, by the types of its slots, so a new node needs nothing here. It
-is photographed alone if it shows something itself (a panel, a picture), and otherwise with the neighbours that do. All
-of it runs on the tiny emoji checkpoint. `user_interface` is a picture of docs/solvers.md. tests/test_tree.py asks for
-one of every node.
+A node is laid between what it needs and what uses it, by the types of its slots, so a new node needs nothing
+here. It is photographed alone if it shows something itself (a panel, a picture), and otherwise with the
+neighbours that do. All of it runs on the tiny emoji checkpoint. `user_interface` is a picture of
+docs/solvers.md. tests/test_tree.py asks for one of every node.
 """
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ INTERFACE = "user_interface"
 SCALE, MARGIN, STEPS, WIDTH = 2, 8, 8, 360
 MAKERS = {"SAMPLER": "LambdaSamplerMultistep", "LAMBDA_CALIBRATION": "LambdaMeasureModel"}
 USERS = {"SAMPLER": ("SamplerCustom", "sampler"), "SIGMAS": ("SamplerCustom", "sigmas"),
-         "MODEL": ("KSampler", "model"), "LATENT": ("VAEDecode", "samples"), "IMAGE": ("PreviewImage", "images")}
+         "MODEL": ("KSampler", "model"), "LATENT": ("VAEDecode", "samples"),
+         "IMAGE": ("PreviewImage", "images")}
 WIDE = {"LambdaCompareSamplers": 560}  # with a plot whose thin lines must keep their colours
 SHOWS = """(id) => {  // whether a node shows something of its own
     const node = app.graph.getNodeById(id)
@@ -42,7 +43,7 @@ FRAME = """([ids, nodes2]) => {  // left, top, right and bottom of nodes on the 
     const boxes = ids.map(at)
     return [0, 1, 2, 3].map((k) => (k < 2 ? Math.min : Math.max)(...boxes.map((box) => box[k])))
 }"""
-LOOK = """(ids) => {  // these nodes at full size, away from the bars of the interface; without links to others
+LOOK = """(ids) => {  // these nodes at full size, away from the interface's bars; without links to others
     const boxes = ids.map((id) => app.graph.getNodeById(id).getBounding()), ds = app.canvas.ds
     ds.scale = 1
     const among = (id) => ids.some((one) => String(one) === String(id))
@@ -55,7 +56,7 @@ LOOK = """(ids) => {  // these nodes at full size, away from the bars of the int
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="node", help="ids of nodes, or user_interface (default: all)")
+    parser.add_argument("names", nargs="*", metavar="node", help="ids of nodes, or user_interface; else all")
     options = parser.parse_args()
     place = environment.enter("test")
     sys.path.append(str(environment.ROOT / "tests" / "browser"))
@@ -78,8 +79,9 @@ def main() -> None:
                 ui.set(**{"Comfy.Node.AlwaysShowAdvancedWidgets": True})
                 for kind in options.names or [*kinds, INTERFACE]:
                     picture = of_interface(ui, info) if kind == INTERFACE else of_node(ui, kind, info)
-                    path = environment.ROOT / "dev" / f"{INTERFACE}.png" if kind == INTERFACE else FOLDER / f"{kind}.webp"
-                    how = {"optimize": True} if kind == INTERFACE else {"quality": 80 if kind in WIDE else 30, "method": 6}
+                    path, how = FOLDER / f"{kind}.webp", {"quality": 80 if kind in WIDE else 30, "method": 6}
+                    if kind == INTERFACE:
+                        path, how = environment.ROOT / "dev" / f"{kind}.png", {"optimize": True}
                     picture.save(path, **how)
                     print(f"{path.relative_to(environment.ROOT)}: {path.stat().st_size} bytes", flush=True)
 
@@ -105,10 +107,10 @@ def laid(kind: str, info: dict) -> tuple[dict, int, int | None]:
     for node, text in zip(texts, (demo.PROMPTS[1], "")):
         node["widgets_values"] = [text]
     amed = "Amed" in kind
-    chosen = {"cfg": demo.GUIDANCE, "fitted": True, "noise_seed": demo.SEED, "mode": "mean", "scheduler": "karras",
-              "seed": [*info].index(kind),  # one's own: nothing comes from a cache
+    chosen = {"cfg": demo.GUIDANCE, "fitted": True, "noise_seed": demo.SEED, "mode": "mean",
+              "scheduler": "karras", "seed": [*info].index(kind),  # one's own: nothing comes from a cache
               "steps": 3 if amed else STEPS, "sampler_name": "lambda_amed" if amed else "lambda_v3",
-              "name": ("amed" if amed else "statistics") + "-panda" + (".safetensors" if "Load" in kind else "")}
+              "name": f"{'amed' if amed else 'statistics'}-panda{'.safetensors' if 'Load' in kind else ''}"}
     known = {**got._asdict(), "MODEL": got.model, "LATENT": got.latent, "VAE": got.vae}
 
     def add(kind: str, **links: workflows.Output) -> workflows.Node:

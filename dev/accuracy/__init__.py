@@ -1,21 +1,23 @@
-"""Error to the converged solution at equal model evaluations: every deterministic sampler, ours and ComfyUI's, in one run.
+"""Error to the converged solution at equal model evaluations: all deterministic samplers, side by side.
 
-    python dev/benchmark.py quick       three schedulers, two prompts, 5, 8 and 10 evaluations: about 3 minutes
+    python dev/benchmark.py quick       three schedulers, two prompts, 5, 8, 10 evaluations: about 3 minutes
     python dev/benchmark.py steps       how many steps replace 20 of dpmpp_2m karras
-    python dev/benchmark.py ours        the samplers that changed most beside three of ComfyUI's: about 25 minutes
+    python dev/benchmark.py ours        those that changed most beside three of ComfyUI's: about 25 minutes
     python dev/benchmark.py few         two schedulers, every budget from 3 to 10, and AMED: about 70 minutes
     python dev/benchmark.py accuracy    every sampler of the catalogue on every scheduler: more than an hour
-    python dev/benchmark.py best        many images of ComfyUI's samplers and ours that calibrate: about five hours
+    python dev/benchmark.py best        many images: ComfyUI's and ours that calibrate, about five hours
 
-A cell is problem, prompt, guidance, scheduler, budget and sampler. Its error is taken to the converged solution from the
-same starting noise: the rms, and the median of |error|, over all pixels of its images. All cells are run with the core
-schedulers' sigmas as KSampler makes them (dpm_2 and uni_pc without the last but one), and every run is counted: a sampler
-of ours spends the budget exactly or the cell is left out; ComfyUI's heun, heunpp2 and dpm_2 take as many steps as fit. The
-main schedulers (karras, sgm_uniform, exponential, which is uniform in lambda) get all budgets and all variants of options;
-the others get fewer budgets and defaults only. ddim_uniform starts below sigma_max, at a sigma that depends on its steps:
-its converged picture is another one, so it is left out of the list of best cells.
+A cell is problem, prompt, guidance, scheduler, budget and sampler. Its error is taken to the converged
+solution from the same starting noise: the rms, and the median of |error|, over all pixels of its images. All
+cells are run with the core schedulers' sigmas as KSampler makes them (dpm_2 and uni_pc without the last but
+one), and every run is counted: a sampler of ours spends the budget exactly or the cell is left out; ComfyUI's
+heun, heunpp2 and dpm_2 take as many steps as fit. The main schedulers (karras, sgm_uniform, exponential,
+which is uniform in lambda) get all budgets and all variants of options; the others get fewer budgets and
+defaults only. ddim_uniform starts below sigma_max, at a sigma that depends on its steps: its converged
+picture is another one, so it is left out of the list of best cells.
 
-Read in this order: problems (what is solved), solvers (what is measured), cells (how), steps and report (what is told).
+Read in this order: problems (what is solved), solvers (what is measured), cells (how), steps and report (what
+is told).
 """
 from __future__ import annotations
 
@@ -50,7 +52,7 @@ class Size:
     exact_noises: int = 32                             # 0: without the exact problems
     kinds: tuple[str, ...] = CATALOGUE
     names: tuple[str, ...] = ()                        # of samplers; all if empty
-    stride: int = 2                                    # timesteps from one to the next in the emoji's converged solution
+    stride: int = 2                                    # timesteps of the emoji's converged solution
 
 
 SIZES = {
@@ -58,18 +60,18 @@ SIZES = {
     "steps": Size(("karras", "beta"), budgets=tuple(range(3, 21)), other_budgets=tuple(range(3, 21)),
                   guidances=(3.0, 7.0), noises=2, exact_noises=0, stride=5,
                   kinds=("core", "plain", "calibrated", "trained"),
-                  names=("comfy/dpmpp_2m", "comfy/lms", "comfy/uni_pc_bh2", "comfy/ipndm_v", "comfy/deis", "lambda/dpmpp_2m",
-                         "lambda/dpmpp_3m", "lambda/dpm_solver_v3", "lambda/fitted_chosen", "lambda/amed",
-                         "lambda/amed_dpmpp_2m")),
+                  names=("comfy/dpmpp_2m", "comfy/lms", "comfy/uni_pc_bh2", "comfy/ipndm_v", "comfy/deis",
+                         "lambda/dpmpp_2m", "lambda/dpmpp_3m", "lambda/dpm_solver_v3", "lambda/fitted_chosen",
+                         "lambda/amed", "lambda/amed_dpmpp_2m")),
     "ours": Size(noises=3, exact_noises=128, stride=5,
-                 names=("comfy/dpmpp_2m", "comfy/lms", "comfy/ipndm_v", "lambda/dpmpp_2m", "lambda/dpmpp_3m", "lambda/ipndm",
-                        "lambda/dpm_solver_v3", "lambda/fitted", "lambda/fitted_chosen"),
+                 names=("comfy/dpmpp_2m", "comfy/lms", "comfy/ipndm_v", "lambda/dpmpp_2m", "lambda/dpmpp_3m",
+                        "lambda/ipndm", "lambda/dpm_solver_v3", "lambda/fitted", "lambda/fitted_chosen"),
                  kinds=tuple(kind for kind in CATALOGUE if kind != "plain variant")),
     "few": Size(("karras", "sgm_uniform"), PROMPTS[:2], tuple(range(3, 11)), noises=2, exact_noises=16,
                 kinds=(*CATALOGUE, "trained", "trained variant")),
     "accuracy": Size(SCHEDULERS, budgets=(4, 5, 6, 8, 10, 15, 20), other_budgets=(4, 5, 6, 8, 10)),
-    "best": Size(tuple(name for name in SCHEDULERS if name != MOVING_START), other_budgets=(4, 5, 6, 8, 10), noises=8,
-                 exact_noises=512, kinds=BEYOND),
+    "best": Size(tuple(name for name in SCHEDULERS if name != MOVING_START), other_budgets=(4, 5, 6, 8, 10),
+                 noises=8, exact_noises=512, kinds=BEYOND),
 }
 
 
@@ -97,12 +99,13 @@ def benches(size: Size, folder: Path) -> Iterator[Bench]:
 
 
 def accuracy(name: str, out: Path, against: Path | None) -> None:
-    """The whole measurement of a size, written to out; then, if asked, how far it is from another run's table."""
+    """The whole measurement of a size, written to out; if asked, how far it is from another run's table."""
     torch.set_num_threads(1)
     size, started = SIZES[name], time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     solvers = entries(size.kinds, size.names)
-    print(f"{len(solvers)} samplers, {len(size.schedulers)} schedulers, evaluations {', '.join(map(str, size.budgets))}")
+    budgets = ", ".join(map(str, size.budgets))
+    print(f"{len(solvers)} samplers, {len(size.schedulers)} schedulers, evaluations {budgets}")
     with torch.inference_mode():
         if name == "steps":
             (out / "steps.md").write_text(text := steps(benches(size, out), list(grid(size, solvers))))

@@ -1,8 +1,9 @@
-"""Cells: one sampler on one schedule at one budget of evaluations, its error for every prompt, kept between runs.
+"""Cells: one sampler, schedule and budget of evaluations, its error for every prompt, kept between runs.
 
-What was measured is kept in folder/kept: a file for each problem and for all that its cells depend on. ComfyUI's samplers
-depend on its version, PyTorch's and the problem; ours on this pack's code too. So a second run measures ours anew, if they
-changed, and a run that was cut short goes on where it was. The folder can be deleted at any time.
+What was measured is kept in folder/kept: a file for each problem and for all that its cells depend on.
+ComfyUI's samplers depend on its version, PyTorch's and the problem; ours on this pack's code too. So a second
+run measures ours anew, if they changed, and a run that was cut short goes on where it was. The folder can be
+deleted at any time.
 """
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import hashlib
 import json
 import math
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any, Callable, Iterable, Mapping, NamedTuple, Sequence
 
@@ -21,15 +22,16 @@ import environment
 import torch
 from torch import Tensor
 
-from .problems import VERSION, Problem, Reference, model_sampling, reference, rms, schedule, starting_noise, starting_x
+from .problems import (VERSION, Problem, Reference, model_sampling, reference, rms, schedule, starting_noise,
+                       starting_x)
 from .solvers import REFIT_PROMPTS, Entry, Options, fitted_statistics, refitted
 
 HERE = Path(__file__).resolve().parent
 THEIRS = [HERE / "problems.py", HERE / "cells.py"]
 OURS = [HERE / "solvers.py", *sorted((environment.ROOT / "samplers").rglob("*.py")),
         *sorted((environment.ROOT / "nodes").rglob("*.py"))]
-COLUMNS = ("problem", "prompt", "guidance", "scheduler", "budget", "evaluations", "steps", "sampler", "variant", "start",
-           "rms", "median", "images", "reason")
+COLUMNS = ("problem", "prompt", "guidance", "scheduler", "budget", "evaluations", "steps", "sampler",
+           "variant", "start", "rms", "median", "images", "reason")
 PLACE = ("prompt", "guidance", "scheduler", "budget", "sampler")  # of a row among those of its problem
 Row = dict[str, Any]
 Say = Callable[[str], None]
@@ -53,8 +55,9 @@ class Cell(NamedTuple):
         return schedule(self.scheduler, self.steps, self.entry.discards, problem.dtype)
 
     def row(self, problem: Problem, guidance: float) -> Row:
-        return {"problem": problem.name, "guidance": guidance, "scheduler": self.scheduler, "budget": self.budget,
-                "sampler": self.entry.label, "variant": int(self.entry.variant), "steps": self.steps}
+        return {"problem": problem.name, "guidance": guidance, "scheduler": self.scheduler,
+                "budget": self.budget, "sampler": self.entry.label, "steps": self.steps,
+                "variant": int(self.entry.variant)}
 
 
 def read(path: Path) -> list[Row]:
@@ -82,7 +85,8 @@ class Kept:
         ours = digest(OURS, {"theirs": theirs})
         folder.mkdir(parents=True, exist_ok=True)
         self.begins = folder / f"{problem.name}-{theirs}"
-        self.files = {False: folder / f"{problem.name}-comfy-{theirs}.csv", True: folder / f"{problem.name}-lambda-{ours}.csv"}
+        self.files = {False: folder / f"{problem.name}-comfy-{theirs}.csv",
+                      True: folder / f"{problem.name}-lambda-{ours}.csv"}
         rows = [row for file in self.files.values() if file.exists() for row in read(file)]
         self.rows = {place(row): row for row in rows}
 
@@ -109,27 +113,31 @@ def place(row: Row) -> tuple:
 
 
 class Counted(comfy_host.Model):
-    """A model that counts its calls, and computes anew only what it was not asked before.
+    """A model that counts its calls, and computes what it was not asked before (to 1e-6 of a pixel's most).
 
-    All samplers share their first evaluation, and variants of one sampler many more. What is shared counts for each.
+    Nearly all samplers share their first two evaluations, and variants of one sampler many more. What is
+    shared counts for each of them; so an error can differ by some 1e-6 of itself with the samplers that were
+    measured before.
     """
 
     def __init__(self, model: comfy_host.Model, remembers: bool) -> None:
         super().__init__(model.denoiser, model.inner_model.inner_model.model_sampling)
-        self.remembers, self.known, self.calls = remembers, {}, 0
+        self.remembers, self.known, self.calls = remembers, defaultdict(list), 0
 
     def __call__(self, x: Tensor, sigma: Tensor, **extra) -> Tensor:
         self.calls += 1
         if not self.remembers:
             return self.denoiser(x, sigma)
-        asked = hashlib.sha256(sigma.numpy().tobytes() + x.contiguous().numpy().tobytes()).digest()
-        if asked not in self.known:
-            self.known[asked] = self.denoiser(x, sigma)
-        return self.known[asked]
+        known = self.known[float(sigma[0])]
+        for earlier, denoised in known:
+            if (x - earlier).abs().max() <= 1e-6 * earlier.abs().max():
+                return denoised
+        known.append((x.clone(), self.denoiser(x, sigma)))
+        return known[-1][1]
 
 
 class Bench:
-    """A problem at one guidance: it measures cells that are not kept, and calibrates and trains what they need, once."""
+    """A problem at one guidance: measures cells that are not kept, and once what they learn beforehand."""
 
     def __init__(self, problem: Problem, guidance: float, kept: Kept, say: Say) -> None:
         self.problem, self.guidance, self.kept, self._say = problem, guidance, kept, say
@@ -145,22 +153,25 @@ class Bench:
     def measure(self, cells: Sequence[Cell]) -> list[Row]:
         """The rows of these cells, one for each prompt."""
         cells = [cell for cell in cells if self.several or not cell.entry.own_prompt]
-        missing = [cell for cell in cells if not self.kept.has(cell.row(self.problem, self.guidance), self.problem.prompts)]
-        shared, own = ([cell for cell in missing if cell.entry.own_prompt == apart] for apart in (False, True))
+        missing = self._missing(cells, self.problem.prompts)
+        shared, own = ([cell for cell in missing if cell.entry.own_prompt == own] for own in (False, True))
         if missing:
             self._converge(missing)
         if shared:
-            self._session([None if self.several else self.prompts[0]], self.prompts, self.noise, shared, self.references)
+            learn_from = [None if self.several else self.prompts[0]]
+            self._session(learn_from, self.prompts, self.noise, shared, self.references)
         for prompt in dict.fromkeys(self.prompts) if own else ():
             at = [i for i, name in enumerate(self.prompts) if name == prompt]
             known = {start: Reference(found.x[at], None) for start, found in self.references.items()}
-            left = [cell for cell in own if not self.kept.has(cell.row(self.problem, self.guidance), [prompt])]
-            self._session([prompt], [prompt] * len(at), self.noise[at], left, known)
+            self._session([prompt], [prompt] * len(at), self.noise[at], self._missing(own, [prompt]), known)
         return [self.kept.rows[place({**cell.row(self.problem, self.guidance), "prompt": prompt})]
                 for cell in cells for prompt in self.problem.prompts]
 
+    def _missing(self, cells: Sequence[Cell], prompts: Sequence[str]) -> list[Cell]:
+        return [cell for cell in cells if not self.kept.has(cell.row(self.problem, self.guidance), prompts)]
+
     def agreement(self) -> float | None:
-        """How far two solutions converged from the highest sigma are apart, made differently; None before they are made."""
+        """How far two solutions from the highest sigma are apart, made differently; None before that."""
         path = self.kept.solution(self.guidance, round(float(model_sampling().sigma_max), 4))
         return torch.load(path)[1] if path.exists() else None
 
@@ -182,8 +193,8 @@ class Bench:
                 self.say(f"converged from sigma {key:g}")
             self.references[key] = Reference(*torch.load(path))
 
-    def _session(self, learn_from: Sequence[str | None], prompts: Sequence[str], noise: Tensor, cells: Sequence[Cell],
-                 references: Mapping[float, Reference]) -> None:
+    def _session(self, learn_from: Sequence[str | None], prompts: Sequence[str], noise: Tensor,
+                 cells: Sequence[Cell], references: Mapping[float, Reference]) -> None:
         for entry in dict.fromkeys(cell.entry for cell in cells):
             if entry.calibrate:
                 self._calibrated(entry, learn_from)
@@ -204,8 +215,9 @@ class Bench:
                 self.say(f"{cell.scheduler}, {cell.budget} evaluations")
             options = self.learned.get(learned_key(cell, learn_from, self.several), {})
             looks = isinstance(options, Mapping) and getattr(options.get("trained"), "predictor", None)
-            counted = Counted(model, remembers=False) if looks else shared  # what is remembered has no middle block
-            rows = errors(cell, self.problem, options, counted, noise, prompts, references, same if cell.entry.chooses else {})
+            counted = Counted(model, remembers=False) if looks else shared  # memories have no middle block
+            again = same if cell.entry.chooses else {}
+            rows = errors(cell, self.problem, options, counted, noise, prompts, references, again)
             beginning = cell.row(self.problem, self.guidance)
             self.kept.add([{**beginning, **row} for row in rows], cell.entry.ours)
 
@@ -226,21 +238,22 @@ class Bench:
             return
         calibrate, seen = key
         sigmas = model_sampling().sigmas.flip(0).to(self.problem.dtype)
-        noise = starting_noise(self.problem, count, seed=7)
+        noise, samples = starting_noise(self.problem, count, seed=7), self.problem.calibration_noises
 
         def body(model):
-            counted = Counted(model, remembers=False)
+            counted, x = Counted(model, remembers=False), starting_x(model, noise, sigmas[0])
             try:
-                found = dict(calibrate(counted, starting_x(model, noise, sigmas[0]), sigmas, self.problem.calibration_noises,
-                                       len(seen), measured))
+                found = dict(calibrate(counted, x, sigmas, samples, len(seen), measured))
                 if self.several and (None in seen or len(seen) > 1):
                     found["statistics"] = found["statistics"].for_another_prompt()
-            except Exception as error:  # a solver in the making must not end the run: its cells say why they are empty
+            except Exception as error:  # must not end the run: its cells say why they are empty
                 found = error
-            self.say(f"{calibrate.__name__} of {', '.join(map(str, seen))}, {counted.calls} evaluations of {count} images")
+            prompts = ", ".join(map(str, seen))
+            self.say(f"{calibrate.__name__} of {prompts}: {counted.calls} evaluations of {count} images")
             return found
 
-        self.learned[key] = self.problem.session([seen[k % len(seen)] for k in range(count)], self.guidance, body)
+        prompts = [seen[k % len(seen)] for k in range(count)]
+        self.learned[key] = self.problem.session(prompts, self.guidance, body)
 
     def _trained(self, cell: Cell, learn_from: Sequence[str | None], block: Any) -> None:
         key = learned_key(cell, learn_from, self.several)
@@ -256,8 +269,8 @@ class Bench:
                 found = cell.entry.train(name.removeprefix("lambda/"), counted, x, sigmas, block)
             except Exception as error:  # its cell says why it is empty
                 found = error
-            self.say(f"{cell.entry.label} trained for {cell.scheduler}, {cell.budget} evaluations: {counted.calls} evaluations "
-                     f"of {len(noise)} images")
+            self.say(f"{cell.entry.label} trained for {cell.scheduler}, {cell.budget} evaluations: "
+                     f"{counted.calls} evaluations of {len(noise)} images")
             return found
 
         self.learned[key] = self.problem.session([*learn_from] * len(noise), self.guidance, body)
@@ -273,8 +286,9 @@ def learned_key(cell: Cell, learn_from: Sequence[str | None], several: bool) -> 
     return cell.entry.calibrate, seen_by(cell.entry, learn_from, several)
 
 
-def errors(cell: Cell, problem: Problem, options: Options | Exception, model: Counted, noise: Tensor, prompts: Sequence[str],
-           references: Mapping[float, Reference], same: dict[tuple, Tensor]) -> list[Row]:
+def errors(cell: Cell, problem: Problem, options: Options | Exception, model: Counted, noise: Tensor,
+           prompts: Sequence[str], references: Mapping[float, Reference],
+           same: dict[tuple, Tensor]) -> list[Row]:
     """What one run adds to its rows, one for each prompt. `same`: runs that need not be made again."""
     model.calls, x = 0, None
     try:
@@ -292,13 +306,15 @@ def errors(cell: Cell, problem: Problem, options: Options | Exception, model: Co
     except Exception as error:  # recorded, whatever it is: a sampler that fails is a result
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
     if reason:
-        return [{"prompt": prompt, "rms": math.nan, "median": math.nan, "reason": reason} for prompt in Counter(prompts)]
+        failed = {"rms": math.nan, "median": math.nan, "reason": reason}
+        return [{"prompt": prompt, **failed} for prompt in Counter(prompts)]
     exact = cell.entry.cost(cell.steps)
     assert model.calls == exact <= cell.budget, f"{cell} took {model.calls} evaluations, not {exact}"
     error = x - references[start].x
     result = []
     for prompt in Counter(prompts):
         own = error[[i for i, name in enumerate(prompts) if name == prompt]]
-        result.append({"prompt": prompt, "evaluations": model.calls, "start": start, "rms": rms(own), "reason": "",
-                       "median": float(own.abs().median()), "images": " ".join(f"{rms(image):.4g}" for image in own)})
+        result.append({"prompt": prompt, "evaluations": model.calls, "start": start, "reason": "",
+                       "rms": rms(own), "median": float(own.abs().median()),
+                       "images": " ".join(f"{rms(image):.4g}" for image in own)})
     return result

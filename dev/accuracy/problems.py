@@ -1,8 +1,8 @@
 """What is solved: three models, their noise, the core schedulers' levels, and the converged solutions.
 
     gaussians   exact denoiser: 50 Gaussians in 3x16x16, float64; guidance towards 10 of them
-    digits      exact denoiser: 1797 coloured 8x8 digits, each a Gaussian of std 0.05, float64; guidance towards the threes
-    emoji       dev/tiny_emoji as ComfyUI runs it: its loader, text encoder, guider and timestep rounding, float32
+    digits      exact denoiser: 1797 coloured 8x8 digits of std 0.05, float64; guidance towards the threes
+    emoji       dev/tiny_emoji as ComfyUI runs it: loader, text encoder, guider and timestep rounding, float32
 """
 from __future__ import annotations
 
@@ -26,6 +26,9 @@ SCHEDULERS = tuple(comfy.samplers.SCHEDULER_NAMES)
 EXACT_STEPS = 2000  # of an exact problem's converged solution
 TINY_EMOJI = environment.ROOT / "dev" / "tiny_emoji"
 CHECKPOINT = TINY_EMOJI / "checkpoints" / "tiny_emoji.safetensors"
+
+
+Body = Callable[[comfy_host.Model], Any]  # of a session
 
 
 @dataclass
@@ -84,7 +87,7 @@ class Exact:
     def middle_block(self) -> None:
         """There is none."""
 
-    def session(self, prompts: Sequence[str], guidance: float, body: Callable[[comfy_host.Model], Any]) -> Any:
+    def session(self, prompts: Sequence[str], guidance: float, body: Body) -> Any:
         conditional = self.mixture.restricted(self.chosen)
 
         def denoiser(x, sigma, **extra):
@@ -111,8 +114,8 @@ def digits(noises: int) -> Exact:
     from sklearn.datasets import load_digits
     data = load_digits()
     generator = torch.Generator().manual_seed(2)
-    ink = torch.as_tensor(data.images, dtype=torch.float64)[:, None] / 16                          # [K, 1, 8, 8]
-    paper, pen = 0.6 * torch.rand(2, len(ink), 3, 1, 1, generator=generator, dtype=torch.float64)  # [K, 3, 1, 1]
+    ink = torch.as_tensor(data.images, dtype=torch.float64)[:, None] / 16  # [K, 1, 8, 8]
+    paper, pen = 0.6 * torch.rand(2, len(ink), 3, 1, 1, generator=generator, dtype=torch.float64)
     colour = (0.4 + paper) * (1 - ink) + (pen - 1) * ink
     mixture = Mixture(colour.flatten(1), torch.full((len(ink),), 0.05, dtype=torch.float64))
     return Exact("digits", mixture, torch.as_tensor(data.target == 3), "threes", (3, 8, 8), noises)
@@ -125,9 +128,10 @@ class Emoji:
     shape = (3, 32, 32)
     dtype = torch.float32
     remembers = True
-    calibration_noises, refit_noises, training_noises = 2, 8, 10  # the nodes' defaults for latents of this size
+    calibration_noises, refit_noises, training_noises = 2, 8, 10  # as the nodes choose for its size
 
-    def __init__(self, prompts: tuple[str, ...], guidances: tuple[float, ...], noises: int, stride: int = 2) -> None:
+    def __init__(self, prompts: tuple[str, ...], guidances: tuple[float, ...], noises: int,
+                 stride: int = 2) -> None:
         self.prompts, self.guidances, self.noises, self.stride = prompts, guidances, noises, stride
         spec = importlib.util.spec_from_file_location("tiny_emoji", TINY_EMOJI / "__init__.py",
                                                       submodule_search_locations=[str(TINY_EMOJI)])
@@ -153,16 +157,16 @@ class Emoji:
             canonical = sys.modules[f"{comfy_host.pack().__name__}.nodes.canonical"]
             made = canonical.Text.like(self.cond([""])[0][0], negative).made(int(not negative))
             return [[made.repeat(len(prompts), 1, 1), {}]]
-        each = [self.clip.encode_from_tokens_scheduled(self.clip.tokenize(prompt))[0][0] for prompt in prompts]
+        each = [self.clip.encode_from_tokens_scheduled(self.clip.tokenize(words))[0][0] for words in prompts]
         return [[torch.cat(each), {}]]
 
-    def session(self, prompts: Sequence[str], guidance: float, body: Callable[[comfy_host.Model], Any]) -> Any:
-        """body(model) within a guider's run; prompts has one entry for each image of the batches body makes."""
+    def session(self, prompts: Sequence[str], guidance: float, body: Body) -> Any:
+        """body(model) within a guider's run; prompts has one entry for each image of its batches."""
         result = []
 
         class Inside(comfy.samplers.Sampler):
-            def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None,
-                       disable_pbar=False):
+            def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None,
+                       denoise_mask=None, disable_pbar=False):
                 host = comfy.samplers.KSamplerX0Inpaint(model_wrap, sigmas)
                 host.latent_image, host.noise = latent_image, noise
                 bound = {**extra_args, "denoise_mask": None}
@@ -217,10 +221,10 @@ class Reference(NamedTuple):
 def reference(problem: Problem, model: comfy_host.Model, noise: Tensor, start: float) -> Reference:
     """The converged solution by dpmpp_2m; from sigma_max held against a second one.
 
-    ComfyUI rounds sigma to the model's 1000 timesteps, and the emoji network is rough from one to the next: two grids
-    of 300 steps differ by 2e-3 whatever the method, so a few hundred steps do not converge. The reference visits every
-    second timestep, which is within 3e-4 of visiting all, and is held against 1000 steps uniform in lambda. The exact
-    problems are smooth: their reference is held against heun.
+    ComfyUI rounds sigma to the model's 1000 timesteps, and the emoji network is rough from one to the next:
+    two grids of 300 steps differ by 2e-3 whatever the method, so a few hundred steps do not converge. The
+    reference visits every second timestep, which is within 3e-4 of visiting all, and is held against 1000
+    steps uniform in lambda. The exact problems are smooth: their reference is held against heun.
     """
     def run(function, sigmas):
         return function(model, starting_x(model, noise, sigmas[0]), sigmas, extra_args={}, disable=True)

@@ -1,4 +1,4 @@
-"""What is measured: ComfyUI's deterministic samplers, and ours, each with what it learns of a model beforehand.
+"""What is measured: ComfyUI's deterministic samplers, and ours, with what they learn of a model beforehand.
 
 A new solver of the catalogue is measured by existing. One that needs a calibration gets a line in CALIBRATED.
 """
@@ -26,17 +26,17 @@ Options = Mapping[str, Any]  # of k_diffusion_sampler
 class Entry:
     """A sampler to measure. `cost(n)` is its model evaluations in n steps to sigma = 0.
 
-    calibrate(model, x at sigmas[0], sigmas, samples, prompts, measured) -> Options is called once for each problem and
-    guidance, on noises that are not evaluated: `samples` of x for statistics, x of so many prompts, `measured` what
-    fitted_statistics found on one of them. On the emoji it sees nobody's prompt, as the rule `auto` of the nodes does it,
-    and serves all prompts; "own prompt" saw the one that is evaluated. train(name, model, x, sigmas, block) is the same for
-    one schedule.
+    calibrate(model, x at sigmas[0], sigmas, samples, prompts, measured) -> Options is called once for each
+    problem and guidance, on noises that are not evaluated: `samples` of x for statistics, x of so many
+    prompts, `measured` what fitted_statistics found on one of them. On the emoji it sees nobody's prompt, as
+    the rule `auto` of the nodes does it, and serves all prompts; "own prompt" saw the one that is evaluated.
+    train(name, model, x, sigmas, block) is the same for one schedule.
     """
 
     label: str
     run: Callable[..., Tensor]      # (model, x, sigmas, **options) -> x
     cost: Callable[[int], int]
-    kind: str = "core"              # or plain, calibrated, own prompt, refitted, trained, or a variant of these
+    kind: str = "core"              # plain, calibrated, own prompt, refitted, trained, "... variant"
     discards: bool = False          # KSampler drops the last sigma above 0 for it
     calibrate: Callable[..., Options] | None = None
     train: Callable[..., Options] | None = None
@@ -63,11 +63,11 @@ class Entry:
 
     def steps(self, budget: int) -> int | None:
         """The most steps that fit the budget; for ours they must spend it exactly."""
-        fitting = [n for n in range(2, budget + 1) if (self.cost(n) == budget if self.ours else self.cost(n) <= budget)]
-        return max(fitting, default=None)
+        least = budget if self.ours else 0
+        return max((n for n in range(2, budget + 1) if least <= self.cost(n) <= budget), default=None)
 
 
-def core(name: str, cost: Callable[[int], int] = lambda n: n, discards: bool = False, **options: Any) -> Entry:
+def core(name: str, cost: Callable[[int], int] = lambda n: n, discards: bool = False, **options) -> Entry:
     unipc = {"uni_pc": uni_pc.sample_unipc, "uni_pc_bh2": uni_pc.sample_unipc_bh2}
     function = unipc.get(name) or getattr(S, "sample_" + name)
 
@@ -81,7 +81,8 @@ def core(name: str, cost: Callable[[int], int] = lambda n: n, discards: bool = F
 
 def ours(name: str, kind: str, about: str = "", options: Options = {}, **what: Any) -> Entry:
     def run(model, x, sigmas, **calibrated):
-        return samplers.k_diffusion_sampler(name, **options, **calibrated)(model, x, sigmas, extra_args={}, disable=True)
+        sample = samplers.k_diffusion_sampler(name, **options, **calibrated)
+        return sample(model, x, sigmas, extra_args={}, disable=True)
 
     def cost(n):  # of an AMED the same whatever was learned
         return n if what.get("calibrate") else samplers.nfe(name, n, **options)
@@ -91,7 +92,8 @@ def ours(name: str, kind: str, about: str = "", options: Options = {}, **what: A
 
 CORE = [
     core("euler"), core("dpmpp_2m"), core("ipndm"), core("ipndm_v"), core("deis"), core("lms"),
-    core("uni_pc", discards=True), core("uni_pc_bh2", discards=True), core("res_multistep"), core("gradient_estimation"),
+    core("uni_pc", discards=True), core("uni_pc_bh2", discards=True), core("res_multistep"),
+    core("gradient_estimation"),
     core("sa_solver", tau_func=lambda sigma: 0.0), core("heun", lambda n: 2 * n - 1),
     core("dpm_2", lambda n: 2 * n - 1, discards=True), core("heunpp2", lambda n: 3 * n - 3),
 ]
@@ -111,19 +113,20 @@ VARIANTS = [  # name, what is different, options
 ]
 
 
-def dpm_solver_v3_statistics(model, x: Tensor, sigmas: Tensor, samples: int, prompts: int, measured: Options) -> Options:
+def dpm_solver_v3_statistics(model, x, sigmas, samples: int, prompts: int, measured: Options) -> Options:
     return {"statistics": samplers.estimate_statistics(model, x[:samples], sigmas)}
 
 
-def fitted_statistics(model, x: Tensor, sigmas: Tensor, samples: int, prompts: int, measured: Options) -> Options:
+def fitted_statistics(model, x, sigmas, samples: int, prompts: int, measured: Options) -> Options:
     return {"statistics": samplers.estimate_statistics(model, x[:samples], sigmas, fitted=True)}
 
 
-def refitted(model, x: Tensor, sigmas: Tensor, samples: int, prompts: int, measured: Options) -> Options:
+def refitted(model, x, sigmas, samples: int, prompts: int, measured: Options) -> Options:
     """What was measured, refitted for every budget, a quarter of the images held out."""
     found = measured["statistics"]
     for budget in REFIT_BUDGETS:
-        found = samplers.refit_multistep(model, x, found, budget, held_out=len(x) // 4, about={"prompts": prompts})
+        found = samplers.refit_multistep(model, x, found, budget, held_out=len(x) // 4,
+                                         about={"prompts": prompts})
     return {"statistics": found}
 
 

@@ -1,47 +1,51 @@
 """How many steps replace 20 of dpmpp_2m karras: the number a user thinks in.
 
-For each sampler, scheduler and guidance the fewest steps whose error is no larger, in the geometric mean over prompts; found
-by halving the range, so it supposes that more steps err less. All on the emoji model through ComfyUI. What ours learn
-of the model they learn at nobody's prompt, as the rule `auto` of the nodes does it, and those evaluations are not counted.
+For each sampler, scheduler and guidance the fewest steps whose error is no larger, in the geometric mean over
+prompts; found by halving the range, so it supposes that more steps err less. All on the emoji model through
+ComfyUI. What ours learn of the model they learn at nobody's prompt, as the rule `auto` of the nodes does it,
+and those evaluations are not counted.
 """
 from __future__ import annotations
 
-import math
 import statistics
 from collections import defaultdict
 from typing import Iterable, Sequence
 
 from .cells import Bench, Cell, Row
+from .report import markdown, mean
 from .solvers import BASELINE
 
 USUAL = "karras", 20
 KINDS = "rms", "median"
-NAMES = {"lambda/dpmpp_2m": "`lambda_2m`", "lambda/dpmpp_3m": "`lambda_3m`", "lambda/dpm_solver_v3": "`lambda_v3`",
-         "lambda/fitted_chosen": "`lambda_fitted`", "lambda/amed": "`lambda_amed`", "lambda/amed_dpmpp_2m": "`lambda_amed_2m`"}
-Searches = dict[tuple[str, str, str], list[Cell]]  # sampler, scheduler and kind of error: the cells that may be the answer
+NAMES = {"lambda/dpmpp_2m": "lambda_2m", "lambda/dpmpp_3m": "lambda_3m", "lambda/dpm_solver_v3": "lambda_v3",
+         "lambda/fitted_chosen": "lambda_fitted", "lambda/amed": "lambda_amed",
+         "lambda/amed_dpmpp_2m": "lambda_amed_2m"}
+Key = tuple[str, str, str]  # sampler, scheduler and kind of error
 
 
 def steps(benches: Iterable[Bench], cells: Sequence[Cell]) -> str:
     """The table, measured."""
-    [usual] = [cell for cell in cells if (cell.entry.label, cell.scheduler, cell.budget) == (BASELINE, *USUAL)]
+    [usual] = [cell for cell in cells if (cell.entry.label, *cell[1:]) == (BASELINE, *USUAL)]
     columns, answers, errors = [], defaultdict(dict), []
     for bench in benches:
         base = bench.measure([usual])
-        errors.append(f"guidance {bench.guidance:g}: " + ", ".join(f"{mean(row[kind] for row in base):.3f} ({kind})" for kind in KINDS))
+        both = ", ".join(f"{mean(row[kind] for row in base):.4f} ({kind})" for kind in KINDS)
+        errors.append(f"guidance {bench.guidance:g}: {both}")
         columns += [(bench.guidance, kind) for kind in KINDS]
-        for (sampler, scheduler, kind), answer in search(bench, cells, base).items():
-            answers[sampler, scheduler][bench.guidance, kind] = answer
-    ranked = sorted(answers.items(), key=lambda item: statistics.fmean(budget for budget, _ in item[1].values()))
-    lines = [[NAMES.get(sampler, f"ComfyUI's `{sampler.removeprefix('comfy/')}`"), scheduler, *(found[column][1] for column in columns)]
-             for (sampler, scheduler), found in ranked]
+        for trained in (False, True):  # training takes longest
+            part = [cell for cell in cells if bool(cell.entry.train) == trained]
+            for (sampler, scheduler, kind), answer in search(bench, part, base).items():
+                answers[sampler, scheduler][bench.guidance, kind] = answer
+    ranked = sorted(answers.items(), key=lambda item: statistics.fmean(n for n, _ in item[1].values()))
+    lines = [[f"`{NAMES.get(sampler, sampler.removeprefix('comfy/'))}`", scheduler,
+              *(found[column][1] for column in columns)] for (sampler, scheduler), found in ranked]
     head = ["sampler", "scheduler", *(f"guidance {guidance:g}, {kind}" for guidance, kind in columns)]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
-    return f"{table}\n\nThe error of dpmpp_2m on karras in 20 steps: {'; '.join(errors)}.\n"
+    return f"{markdown(head, lines)}\n\nThe error of dpmpp_2m on karras in 20 steps: {'; '.join(errors)}.\n"
 
 
-def search(bench: Bench, cells: Sequence[Cell], base: Sequence[Row]) -> dict[tuple[str, str, str], tuple[int, str]]:
+def search(bench: Bench, cells: Sequence[Cell], base: Sequence[Row]) -> dict[Key, tuple[int, str]]:
     """For each sampler, scheduler and kind of error: the evaluations, and what to say."""
-    searches: Searches = defaultdict(list)
+    searches: dict[Key, list[Cell]] = defaultdict(list)  # the cells that may be the answer
     for cell in cells:
         scheduler = "any" if cell.entry.chooses else cell.scheduler
         if scheduler == cell.scheduler or cell.scheduler == USUAL[0]:
@@ -55,17 +59,18 @@ def search(bench: Bench, cells: Sequence[Cell], base: Sequence[Row]) -> dict[tup
         for cell in fresh:
             mine = [row for row in rows if (row["sampler"], row["scheduler"], row["budget"]) ==
                     (cell.entry.label, cell.scheduler, cell.budget)]
-            ratios[cell] = {kind: mean(row[kind] / usual[kind] for row, usual in zip(mine, base)) for kind in KINDS}
+            ratios[cell] = {kind: mean(row[kind] / usual[kind] for row, usual in zip(mine, base))
+                            for kind in KINDS}
 
-    measure(options[-1] for options in searches.values())
-    ranges = {key: (0, len(options) - 1) for key, options in searches.items()}  # the answer is in it, ends included
-    while open_ := {key: (low + high) // 2 for key, (low, high) in ranges.items()
-                    if low < high and ratios[searches[key][-1]][key[2]] <= 1.0}:
-        measure(searches[key][middle] for key, middle in open_.items())
-        for key, middle in open_.items():
+    ranges = {key: (0, len(options)) for key, options in searches.items()}  # both ends included
+    while middles := {key: sum(ends) // 2 for key, ends in ranges.items() if ends[0] < ends[1]}:
+        measure(searches[key][middle] for key, middle in middles.items())
+        for key, middle in middles.items():
             low, high = ranges[key]
-            ranges[key] = (low, middle) if ratios[searches[key][middle]][key[2]] <= 1.0 else (middle + 1, high)
-    return {key: told(searches[key][high], ratios[searches[key][high]][key[2]]) for key, (low, high) in ranges.items()}
+            enough = ratios[searches[key][middle]][key[2]] <= 1.0
+            ranges[key] = (low, middle) if enough else (middle + 1, high)
+    found = {key: searches[key][min(low, len(searches[key]) - 1)] for key, (low, _) in ranges.items()}
+    return {key: told(cell, ratios[cell][key[2]]) for key, cell in found.items()}
 
 
 def told(cell: Cell, ratio: float) -> tuple[int, str]:
@@ -74,8 +79,3 @@ def told(cell: Cell, ratio: float) -> tuple[int, str]:
     if ratio <= 1.0:
         return cell.budget, f"{cell.steps}{evaluations}"
     return 100, f"more than {cell.steps}{evaluations}: {ratio:.2f} of the error"
-
-
-def mean(values: Iterable[float]) -> float:
-    """Geometric."""
-    return math.exp(statistics.fmean(map(math.log, values)))
