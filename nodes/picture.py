@@ -152,9 +152,9 @@ def training(trained: Amed, width: int = 480, height: int = 320) -> Tensor:
 
 
 def first(images: Tensor) -> Image.Image:
-    """The first picture of an IMAGE or of a video's frames, [..., H, W, 3]."""
+    """The first picture of an IMAGE or of a video's frames, [..., H, W, 3], as ComfyUI saves it."""
     pixels = images.reshape(-1, *images.shape[-3:])[0, ..., :3].float().cpu()
-    return Image.fromarray((pixels.clamp(0, 1) * 255).round().to(torch.uint8).numpy())
+    return Image.fromarray((pixels.clamp(0, 1) * 255).to(torch.uint8).numpy())
 
 
 # --- error against evaluations ----------------------------------------------------------------------------------------
