@@ -13,7 +13,7 @@ from ..samplers.calibrate import INTERVALS
 from ..samplers.refit import FEWEST, LARGEST
 from ..samplers.train import TEACHER
 from . import canonical, identity, store
-from .calibration import Run, file_name, kept, measured, measuring_at
+from .calibration import Kind, Run, file_name, kept, measured, measuring_at
 from .events import say
 from .host import CATEGORY, advanced, path_of
 from .kinds import AMED_KIND, SOCKET, STATISTICS_KIND, kind_of, needed
@@ -36,8 +36,7 @@ def _model(what: str) -> list[io.Input]:
 def _for(others: str) -> io.Input:
     return advanced(io.Combo.Input("prompt", options=["any", "this"], default="any", tooltip=(
         "any: at no prompt in particular, as samplers do that measure by themselves, so that they find it. "
-        "this: at the "
-        f"prompt that is connected; {others}")))
+        f"this: at the prompt that is connected; {others}")))
 
 
 def _seed(of: str) -> io.Input:
@@ -54,8 +53,7 @@ def _outputs() -> list[io.Output]:
                                                               "Calibration"),
             io.Image.Output(display_name="picture", tooltip=(
                 "Of a measurement the curves l, s, b and gamma over lambda and, for Fitted, the error to "
-                "expect; of a training r, "
-                "c and a of every step, and the error after it"))]
+                "expect; of a training r, c and a of every step, and the error after it"))]
 
 
 def _made(cls: type[io.ComfyNode], result: Any, save: bool) -> io.NodeOutput:
@@ -70,17 +68,17 @@ def _made(cls: type[io.ComfyNode], result: Any, save: bool) -> io.NodeOutput:
     return io.NodeOutput(result, image, ui=ui.PreviewImage(image, cls=cls))
 
 
-def _measured(cls: type[io.ComfyNode], prompt: str, save: bool, kind: Any, settings: tuple, options: dict,
-              how: dict,
-              model: Any, positive: Any, negative: Any, cfg: float, latent_image: dict, seed: int,
+def _measured(cls: type[io.ComfyNode], kind: Kind, prompt: str, save: bool, options: dict, how: dict,
+              model: Any,
+              positive: Any, negative: Any, cfg: float, latent_image: dict, seed: int,
               sigmas: Any = None) -> io.NodeOutput:
-    """What a kind measures of a model, at this prompt or at nobody's; `settings` name what is kept of it if
-    it is cut short."""
+    """What a kind measures of a model at this prompt, or at nobody's; `options` are the solver's, and `how`
+    the kind's."""
 
     def measure(run: Run) -> Any:
         run = replace(run, options=options)
         with measuring_at(kind, run, "auto" if prompt == "any" else "every prompt") as about:
-            return kind.measure(run, about, _partial(kind, about, seed, *settings), seed=seed, **how)
+            return kind.measure(run, about, _partial(kind, about, seed, *how.values()), seed=seed, **how)
 
     return _made(cls, measured(model, [positive], negative, cfg, latent_image, seed, sigmas, measure), save)
 
@@ -98,10 +96,8 @@ class MeasureModel(io.ComfyNode):
             display_name="Measure Model",
             category=CATEGORY,
             description="Measures once what DPM-Solver-v3 and Fitted need to know of a model at a guidance, "
-                        "and saves it: "
-                        "lambda_v3 and lambda_fitted then find it. No training, no data; takes as long as "
-                        "about 8 images of "
-                        "20 steps.",
+                        "and saves it: lambda_v3 and lambda_fitted then find it. No training, no data; takes "
+                        "as long as about 8 images of 20 steps.",
             inputs=[
                 *_model("read only for its size, unless `prompt` is this"),
                 _save(),
@@ -126,10 +122,10 @@ class MeasureModel(io.ComfyNode):
     def execute(cls, model, positive, negative, cfg, latent_image, save=True, prompt="any", fitted=True,
                 seed=0,
                 intervals=INTERVALS, samples=0, pool="all") -> io.NodeOutput:
-        return _measured(cls, prompt, save, STATISTICS_KIND, (intervals, samples, pool), {"nodes": "chosen"}
-                         if fitted else {},
-                         dict(intervals=intervals, samples=samples, pool=pool), model, positive, negative,
-                         cfg, latent_image, seed)
+        how = {"intervals": intervals, "samples": samples, "pool": pool}
+        return _measured(cls, STATISTICS_KIND, prompt, save, {"nodes": "chosen"} if fitted else {}, how,
+                         model,
+                         positive, negative, cfg, latent_image, seed)
 
 
 class TrainAmed(io.ComfyNode):
@@ -140,16 +136,13 @@ class TrainAmed(io.ComfyNode):
             display_name="Train AMED",
             category=CATEGORY,
             description="Learns where AMED evaluates inside every step of one schedule of at most 10 steps, "
-                        "and saves it: the AMED "
-                        "node, lambda_amed and lambda_amed_2m then find it. Takes as long as 30 to 150 "
-                        "images of that schedule, by "
-                        "the latent's size.",
+                        "and saves it: the AMED node, lambda_amed and lambda_amed_2m then find it. Takes as "
+                        "long as 30 to 150 images of that schedule, by the latent's size.",
             inputs=[
                 *_model("read only for its size, unless `prompt` is this"),
                 io.Sigmas.Input("sigmas", tooltip="The schedule to train for, as it will be sampled. AMED "
-                                                  "evaluates twice in "
-                                                  "every interval but the last: n steps are 2 n - 1 "
-                                                  "evaluations"),
+                                                  "evaluates twice in every interval but the last: n steps "
+                                                  "are 2 n - 1 evaluations"),
                 io.Combo.Input("base", options=list(BASES), default="amed", tooltip=(
                     "The rule that steps to the learned node and on: AMED's own, or another solver's "
                     "(AMED-Plugin)")),
@@ -157,16 +150,15 @@ class TrainAmed(io.ComfyNode):
                 _for("other prompts it serves less well"),
                 advanced(io.Combo.Input("form", options=["table", "predictor"], default="table", tooltip=(
                     "table: one (r, c, a) for every step; predictor: a small network on top of it that looks "
-                    "at the image, for "
-                    "U-Nets, at 2 to 6 times the cost and for this prompt alone: others it mostly harmed"))),
+                    "at the image, for U-Nets, at 2 to 6 times the cost and for this prompt alone: others it "
+                    "mostly harmed"))),
                 advanced(io.Boolean.Input("afs", default=False, tooltip=(
                     "The analytic first step: one evaluation less, worth it for models with a very high "
                     "sigma_max"))),
                 _seed("it is trained on"),
                 advanced(io.Int.Input("samples", default=0, min=0, max=64, tooltip=(
                     "Images to learn from, with a quarter more that test a table, or select a predictor. 0: "
-                    "2 to 8 by the "
-                    "latent's size"))),
+                    "2 to 8 by the latent's size"))),
                 advanced(io.Int.Input("teacher", default=TEACHER, min=2, max=64, tooltip=(
                     "Steps of the teacher in every interval: what AMED learns to land on"))),
             ],
@@ -180,11 +172,10 @@ class TrainAmed(io.ComfyNode):
                 seed=0, samples=0, teacher=TEACHER) -> io.NodeOutput:
         if form == "predictor" and prompt == "any":
             raise ValueError("form = predictor with prompt = any: a predictor serves the prompt it was "
-                             "trained at alone; set "
-                             "prompt to this, or form to table")
-        return _measured(cls, prompt, save, AMED_KIND, (form, samples, teacher),
-                         {"base": base, "first_step": "afs" if afs else "evaluate"},
-                         dict(samples=samples, form=form, teacher=teacher),
+                             "trained at alone; set prompt to this, or form to table")
+        options = {"base": base, "first_step": "afs" if afs else "evaluate"}
+        return _measured(cls, AMED_KIND, prompt, save, options,
+                         {"form": form, "samples": samples, "teacher": teacher},
                          model, positive, negative, cfg, latent_image, seed, sigmas)
 
 
@@ -196,10 +187,8 @@ class TuneFitted(io.ComfyNode):
             display_name="Tune Fitted",
             category=CATEGORY,
             description="Learns levels and weights of lambda_fitted for one number of steps from its own "
-                        "runs on the model, for "
-                        "all prompts from a dozen, or for one. Takes as long as about 50 images of 20 steps "
-                        "for 5 steps, and 100 "
-                        "for 8; with a dozen prompts twice that.",
+                        "runs on the model, for all prompts from a dozen, or for one. Takes as long as about "
+                        "50 images of 20 steps for 5 steps, and 100 for 8; with a dozen prompts twice that.",
             inputs=[
                 *_model("what is learned is used for this prompt only, unless there are more prompts below"),
                 SOCKET.Input("calibration", tooltip=FITTED),
@@ -210,14 +199,12 @@ class TuneFitted(io.ComfyNode):
                     "they get from it")),
                 io.String.Input("prompts", default="", multiline=True, optional=True, tooltip=(
                     "More prompts, one a line, a dozen or more. What is learned from several is used for "
-                    "every prompt, if it "
-                    "helps on those that select")),
+                    "every prompt, if it helps on those that select")),
                 _save(),
                 _seed("it learns from"),
                 advanced(io.Int.Input("samples", default=0, min=0, max=64, tooltip=(
                     "Images; the last quarter selects among what the others teach. 0: 4 to 8 by the latent's "
-                    "size, and at least "
-                    "one or two for each prompt"))),
+                    "size, and at least one or two for each prompt"))),
             ],
             outputs=_outputs(),
             is_output_node=True,
@@ -244,10 +231,9 @@ def _read(prompts: str, clip: Any, like: Any) -> list[Any]:
     lines = [line.strip() for line in prompts.splitlines() if line.strip()]
     if lines and clip is None:
         raise ValueError(f"prompts has {len(lines)} lines and nothing reads them: connect the checkpoint's "
-                         "CLIP to clip, or "
-                         "leave prompts empty")
-    return [[[tensor, {**like[0][1], **more}] for tensor,
-             more in clip.encode_from_tokens_scheduled(clip.tokenize(line))]
+                         "CLIP to clip, or leave prompts empty")
+    return [[[tensor, {**like[0][1], **more}]
+             for tensor, more in clip.encode_from_tokens_scheduled(clip.tokenize(line))]
             for line in lines]
 
 
@@ -299,8 +285,8 @@ class SaveCalibration(io.ComfyNode):
 
     @classmethod
     def execute(cls, calibration: Any, name: str, overwrite: bool) -> io.NodeOutput:
-        path = store.place(name) if name.strip() else store.free(file_name(kind_of(calibration),
-                                                                           dict(calibration.about)))
+        own = file_name(kind_of(calibration), calibration.about)
+        path = store.place(name) if name.strip() else store.free(own)
         try:
             calibration.save(path, overwrite=overwrite)
         except FileExistsError:
@@ -319,8 +305,7 @@ class ApplyCalibration(io.ComfyNode):
             display_name="Apply Calibration",
             category=CATEGORY,
             description="Attaches a calibration to a model, for our samplers in the plain KSampler. A model "
-                        "can carry one of a "
-                        "measurement and one of a training: apply one behind the other.",
+                        "can carry one of a measurement and one of a training: apply one behind the other.",
             inputs=[io.Model.Input("model", tooltip="The model that was measured, or one like it"),
                     SOCKET.Input("calibration", tooltip="From Measure Model, Tune Fitted, Train AMED or Load "
                                                         "Calibration")],
@@ -343,10 +328,9 @@ class FittedScheduler(io.ComfyNode):
             display_name="Fitted Scheduler",
             category=CATEGORY,
             description="The noise levels where so few steps leave the least error on your model, as SIGMAS "
-                        "for any sampler. It "
-                        "does for any checkpoint that was measured what the tables of Align Your Steps, GITS "
-                        "and OptimalSteps do "
-                        "for a few. Chosen for DPM-Solver-v3's own steps.",
+                        "for any sampler. It does for any checkpoint that was measured what the tables of "
+                        "Align Your Steps, GITS and OptimalSteps do for a few. Chosen for DPM-Solver-v3's "
+                        "own steps.",
             inputs=[
                 io.Model.Input("model", tooltip="The model that will be sampled: its noise levels are used"),
                 SOCKET.Input("calibration", tooltip=FITTED),

@@ -122,8 +122,7 @@ class Run:
                 raise comfy.model_management.OOM_EXCEPTION(
                     f"out of memory while measuring the model, {batch} image{'s' * (batch > 1)} at once: "
                     "measure at a smaller size, which serves larger ones too (a run of a smaller latent, or "
-                    "the "
-                    "node that measures), with a batch of 1, or make room on the device. The fault was: "
+                    "the node that measures), with a batch of 1, or make room on the device. The fault was: "
                     f"{fault}") from fault
         self.pace.batch = batch // 2  # not above, where the fault still holds what did not fit
         say(f"warning: out of memory while measuring {batch} images at once: going on with {batch // 2}. "
@@ -223,9 +222,8 @@ def calibration_for(kind: Kind, run: Run, given: Any, how: str) -> tuple[str, An
             return where, found
     if how == "never":
         raise ValueError(f"this sampler needs {kind.noun}, and measuring is switched off: add the node Load "
-                         "Calibration or "
-                         f"{kind.makes} and connect it to the sampler node, or put Apply Calibration behind "
-                         "the model")
+                         f"Calibration or {kind.makes} and connect it to the sampler node, or put Apply "
+                         "Calibration behind the model")
     own = described(kind, run)
     saved = choice(kind, own, how, run.options, run.path, run.levels)
     if saved:
@@ -236,9 +234,8 @@ def calibration_for(kind: Kind, run: Run, given: Any, how: str) -> tuple[str, An
     of = f"{sought['model']} at guidance {sought['guidance']:g}"
     if how == "saved only":
         raise ValueError(f"no saved {kind.noun} for {of} in {store.directory()} serves this run: run "
-                         f"{kind.makes} once, or set "
-                         "measure to auto (on the sampler's node; for KSampler in ComfyUI's settings, Lambda "
-                         "Solvers)")
+                         f"{kind.makes} once, or set measure to auto (on the sampler's node; for KSampler in "
+                         "ComfyUI's settings, Lambda Solvers)")
     run = replace(run, image=kind.sampled(run.options, run.levels))
     calls = kind.cost(run.options, run.path, run.levels) * run.calls(kind.images(run.options, run.x.shape))
     say(f"no saved {kind.noun} for {of} serves this run: measuring once, {as_long_as(calls, run.image)}")
@@ -375,10 +372,9 @@ def resumable(what: str, partial: Path | None, run: Run) -> Iterator[None]:
     except UnsteadyModel as fault:
         named = ", ".join(identity.changed(run.patcher)) or "nothing that ComfyUI knows of"
         raise ValueError(f"{fault}. Other nodes have put around this model: {named}. Bypass the node that "
-                         "did it and "
-                         "measure; given the result (by the nodes Load and Apply behind the model), a "
-                         "sampler needs no "
-                         "measuring, and the node may be switched on again") from fault
+                         "did it and measure; given the result (by the nodes Load and Apply behind the "
+                         "model), a sampler needs no measuring, and the node may be switched on "
+                         "again") from fault
     except comfy.model_management.InterruptProcessingException:
         kept = partial is not None and partial.exists()
         say(f"{what} was cancelled; the next run {'goes on from there' if kept else 'begins anew'}")

@@ -94,8 +94,7 @@ def conditions(run: Any) -> Iterator[None]:
             seed=run.extra_args.get("seed"))
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as fault:  # this model's own code
         raise ValueError("auto measures at nobody's prompt, and this model takes none without more than a "
-                         "text "
-                         f"({type(fault).__name__}: {fault}): set measure to every prompt") from fault
+                         f"text ({type(fault).__name__}: {fault}): set measure to every prompt") from fault
     guider.cfg = guidance(guider.cfg)
     try:
         yield

@@ -47,9 +47,8 @@ def path_of(model_sampling: object) -> str:
     if isinstance(model_sampling, (comfy.model_sampling.EPS, comfy.model_sampling.COSMOS_RFLOW)):
         return "ve"
     raise ValueError("Lambda Solvers does not know the sampling class of this model "
-                     f"({', '.join(names[:-1])}): it knows "
-                     "EPS, V_PREDICTION, EDM, X0, COSMOS_RFLOW (sigma schedules) and CONST (flow). "
-                     "Choose one of ComfyUI's own samplers, such as euler")
+                     f"({', '.join(names[:-1])}): it knows EPS, V_PREDICTION, EDM, X0, COSMOS_RFLOW (sigma "
+                     "schedules) and CONST (flow). Choose one of ComfyUI's own samplers, such as euler")
 
 
 def noise_scale(model_sampling: object) -> float:

@@ -97,8 +97,7 @@ class StatisticsKind:
             found = replace(found, about={**found.about, "conditions": about["conditions"]})
         elif about["prompts"] < PROMPTS:
             say(f"warning: {about['prompts']} prompts are few: what they teach can harm others. Give "
-                f"{PROMPTS} or more, or one "
-                "alone for itself", logging.WARNING)
+                f"{PROMPTS} or more, or one alone for itself", logging.WARNING)
         count, highest = samples or refit_images(run.x.shape, about["prompts"]), sigma_max(run)
         begins = fitted_sigmas(found.for_another_prompt(), steps, highest, run.path)
         run = replace(run, grid=begins, image=steps)
@@ -114,8 +113,7 @@ class StatisticsKind:
         say(f"tuned for {steps} steps in {progress}: error {before:.3g} before, {after:.3g} after, on the "
             "images it was selected by"
             if told["kept"] else f"tuning for {steps} steps found nothing better than the error {before:.3g} "
-                                 "on the images that "
-            f"select, in {progress}: nothing is kept")
+                                 f"on the images that select, in {progress}: nothing is kept")
         return result
 
     def _check_refit(self, run: Run, found: Statistics, steps: int, about: Mapping[str, Any],
@@ -123,17 +121,15 @@ class StatisticsKind:
         """ValueError for what cannot be refitted; else whether the first evaluation is above the grid."""
         if wrong := faults(found.about, about):
             raise ValueError(f"these statistics were {'; '.join(wrong)}: what they begin with decides what "
-                             "tuning finds. Run "
-                             f"{self.makes} on this model at this guidance, and connect what it makes")
+                             f"tuning finds. Run {self.makes} on this model at this guidance, and connect "
+                             "what it makes")
         opening = not finite(find_path(run.path).level(sigma_max(run)))
         if not FEWEST <= steps - opening <= LARGEST:
             raise ValueError(f"steps = {steps} is out of range: on this model choose from {FEWEST + opening} "
-                             "to "
-                             f"{LARGEST + opening}; fewer leave nothing to tune, and more need none")
+                             f"to {LARGEST + opening}; fewer leave nothing to tune, and more need none")
         if samples and samples < (fewest := max(3, about["prompts"])):
             raise ValueError(f"samples = {samples} is too few: choose at least {fewest}, one for each prompt "
-                             "and three in all, "
-                             "or 0")
+                             "and three in all, or 0")
         return opening
 
     def suited(self, found: Statistics, conditions: str) -> Statistics:
@@ -168,8 +164,7 @@ class AmedKind:
     def cost(self, options: Mapping[str, Any], path: str, schedule: list[Level]) -> int:
         if len(schedule) - 1 > LONGEST:
             raise ValueError(f"AMED is not trained for {len(schedule) - 1} steps, which takes too long: "
-                             f"choose at most {LONGEST} "
-                             "steps, or lambda_fitted, which serves any number")
+                             f"choose at most {LONGEST} steps, or lambda_fitted, which serves any number")
         return training_cost(schedule, first_step=_first_step(options))
 
     def images(self, options: Mapping[str, Any], shape: Sequence[int]) -> int:
@@ -186,12 +181,9 @@ class AmedKind:
         highest, start = sigma_max(run), run.levels[0].sigma
         if start < FULL * highest:
             raise ValueError(f"AMED is trained from full noise, and this run starts at sigma = {start:.4g}, "
-                             "where there is an "
-                             f"image, and not at the model's highest, {highest:.4g}: choose a scheduler and "
-                             "settings that start "
-                             "there (denoise 1, start_at_step 0), or train for the whole schedule and allow "
-                             "interpolation in "
-                             "the AMED node")
+                             f"where there is an image, and not at the model's highest, {highest:.4g}: "
+                             "choose a scheduler and settings that start there (denoise 1, start_at_step 0), "
+                             "or train for the whole schedule and allow interpolation in the AMED node")
         count = samples or training_images(run.x.shape)
         held_out = _held_out(count)
         run = replace(run, image=self.sampled(run.options, run.levels))
@@ -200,8 +192,7 @@ class AmedKind:
         with MiddleBlock(run.patcher) as block:
             if form == "predictor" and not block.exists:
                 raise ValueError(f"a predictor looks at the middle block of a U-Net, and {about['model']} "
-                                 "has none: set form to "
-                                 "table")
+                                 "has none: set form to table")
             run = replace(run, block=block if block.exists else None)
             with resumable("the training", partial, run):
                 result = fit_amed(
@@ -226,8 +217,7 @@ class AmedKind:
         with MiddleBlock(run.patcher) as block:
             if not block.exists:
                 raise ValueError("this AMED was trained with a predictor on the middle block of "
-                                 f"{found.about.get('model')}, and "
-                                 "this model has none: train a table for it")
+                                 f"{found.about.get('model')}, and this model has none: train a table for it")
             yield replace(found, features=block.features)
 
 
@@ -265,8 +255,8 @@ def needed(kind: Kind, found: Any, node: str) -> Any:
     is not."""
     if not isinstance(found, kind.type):
         raise ValueError(f"calibration is {kind_of(found).noun} of {found.about.get('model', 'a model')}, "
-                         f"and {node} needs "
-                         f"{kind.noun}: connect what {kind.makes} makes, or a file of it by Load Calibration")
+                         f"and {node} needs {kind.noun}: connect what {kind.makes} makes, or a file of it by "
+                         "Load Calibration")
     return found
 
 
@@ -288,11 +278,11 @@ def summary(trained: Amed, spent: object) -> str:
     before, after = losses["untrained"][trained.others][-1], losses["trained"][trained.others][-1]
     ratio = carry_over(trained)
     warning = "" if ratio <= WARN_ABOVE else (". Warning: against the untrained error that is "
-                                              f"{100 * (ratio - 1):.0f} % more "
-                                              "than on the training images: use more samples, or fewer steps")
+                                              f"{100 * (ratio - 1):.0f} % more than on the training images: "
+                                              "use more samples, or fewer steps")
     which = "images held out" if trained.others == "held out" else "the images it was selected by"
-    return (f"AMED trained in {spent}: error at the last step {before:.3g} untrained, "
-            f"{after:.3g} trained, on {which}{warning}")
+    return (f"AMED trained in {spent}: error at the last step {before:.3g} untrained, {after:.3g} trained, "
+            f"on {which}{warning}")
 
 
 def sigma_max(run: Run) -> float:

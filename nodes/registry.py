@@ -28,8 +28,7 @@ def register() -> None:
         there = hasattr(comfy_sampling, f"sample_{name}") or any(name in names for names in lists)
         if there and not listed(name):
             logging.warning("Lambda Solvers: ComfyUI or another pack has a sampler named %s already. It is "
-                            "left "
-                            "alone, and ours is not in the lists: use its node", name)
+                            "left alone, and ours is not in the lists: use its node", name)
             continue
         setattr(comfy_sampling, f"sample_{name}", calibrated(SAMPLERS[entry]))
         for names in lists:
@@ -121,10 +120,8 @@ def _calibration(kind: Kind) -> list[io.Input]:
             "says")),
         io.Combo.Input("measure", options=list(RULES), default=RULES[0], tooltip=(
             f"Without {kind.noun} connected or attached: auto takes a saved file of this model and guidance, "
-            "or measures and "
-            "saves one once, at no prompt in particular; every prompt measures each new prompt, which is "
-            "more exact; saved "
-            "only never measures; never uses none but given ones")),
+            "or measures and saves one once, at no prompt in particular; every prompt measures each new "
+            "prompt, which is more exact; saved only never measures; never uses none but given ones")),
     ]
 
 
@@ -151,15 +148,13 @@ class FirstStep(io.ComfyNode):
             display_name="First Step",
             category=CATEGORY,
             description="Leaves out a sampler's first evaluation, where x is nothing but noise. afs: "
-                        "Dockhorn et al. 2022 "
-                        "(arXiv:2210.05475). Not for img2img.",
+                        "Dockhorn et al. 2022 (arXiv:2210.05475). Not for img2img.",
             inputs=[
                 io.Sampler.Input("sampler", tooltip="A sampler of this pack"),
                 io.Combo.Input("mode", options=["afs", "mean"], default="afs", tooltip=(
                     "afs: answered analytically, worth it where sigma_max is very high. mean: from the "
-                    "second seed of a prompt "
-                    "on, by the mean of what the model said to the first; kept in memory, for one prompt, "
-                    "guidance and size")),
+                    "second seed of a prompt on, by the mean of what the model said to the first; kept in "
+                    "memory, for one prompt, guidance and size")),
             ],
             outputs=[io.Sampler.Output(display_name="SAMPLER",
                                        tooltip="For SamplerCustom or SamplerCustomAdvanced")])
@@ -169,9 +164,8 @@ class FirstStep(io.ComfyNode):
         function = getattr(sampler, "sampler_function", None)
         if not hasattr(function, "lambda_solvers"):
             raise ValueError("First Step wraps samplers of this pack, and this is "
-                             f"{getattr(function, '__name__', sampler)}: "
-                             "connect one of the Lambda Solvers nodes, or KSamplerSelect with one of our "
-                             "names")
+                             f"{getattr(function, '__name__', sampler)}: connect one of the Lambda Solvers "
+                             "nodes, or KSamplerSelect with one of our names")
         options = {**sampler.extra_options, "first_step": mode}
         function.lambda_solvers.settings({**function.lambda_solvers.stand_ins, **options})
         return io.NodeOutput(comfy.samplers.KSAMPLER(function, extra_options=options,

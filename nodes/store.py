@@ -55,8 +55,7 @@ def existing(name: str) -> Path:
     path = folder_paths.get_full_path(FOLDER, name)
     if path is None:
         raise ValueError(f"there is no calibration {name!r} in {directory()}: run Measure Model first, or "
-                         "put a file there "
-                         "and reload the page")
+                         "put a file there and reload the page")
     return Path(path)
 
 
@@ -67,8 +66,7 @@ def place(name: str) -> Path:
     wrong = any(part[:1] in ("", ".") or any(c in '<>:"|?*' or ord(c) < 32 for c in part) for part in parts)
     if wrong or len(stem.encode()) > LONGEST:
         raise ValueError(f"name = {name!r} cannot be a file in {FOLDER}: use up to {LONGEST} letters, "
-                         "digits, '-', '_', and "
-                         "'/' for subfolders, no '..' and no absolute path")
+                         "digits, '-', '_', and '/' for subfolders, no '..' and no absolute path")
     path = directory().joinpath(*parts[:-1], parts[-1] + ENDING)
     if not path.resolve().is_relative_to(directory().resolve()):
         raise ValueError(f"name = {name!r} leads out of {FOLDER} (through a link): choose another name")
