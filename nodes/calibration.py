@@ -75,7 +75,8 @@ class Run:
 
     def calls(self, images: int) -> int:
         """How often the model is called for one evaluation of so many images."""
-        return sum(math.ceil(len(range(prompt, images, self.prompts)) / len(self.x)) for prompt in range(self.prompts))
+        return sum(math.ceil(len(range(prompt, images, self.prompts)) / len(self.x))
+                   for prompt in range(self.prompts))
 
     def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
         """The model function that is being sampled, without its inpainting mask and caches, for any number of
@@ -120,8 +121,8 @@ class Run:
             if self.pace.batch or batch == 1:
                 raise comfy.model_management.OOM_EXCEPTION(
                     f"out of memory while measuring the model, {batch} image{'s' * (batch > 1)} at once: "
-                    "measure at a smaller size, which serves larger ones too (a run of a smaller latent, or the "
-                    "node that measures), with a batch of 1, or make room on the device. The fault was: "
+                    "measure at a smaller size, which serves larger ones too (a run of a smaller latent, or "
+                    "the node that measures), with a batch of 1, or make room on the device. The fault was: "
                     f"{fault}") from fault
         self.pace.batch = batch // 2  # not above, where the fault still holds what did not fit
         say(f"warning: out of memory while measuring {batch} images at once: going on with {batch // 2}. "
@@ -151,7 +152,8 @@ class Run:
             self._rewind(self._hooks())
 
     def _hooks(self) -> list[Any]:
-        return [hook for conds in self.guider.conds.values() for cond in conds if "hooks" in cond for hook in cond["hooks"].hooks]
+        return [hook for conds in self.guider.conds.values() for cond in conds if "hooks" in cond
+                for hook in cond["hooks"].hooks]
 
     def _rewind(self, hooks: list[Any]) -> None:
         if hooks:
@@ -175,11 +177,13 @@ class Kind(Protocol):
     noun: str           # in sentences
     makes: str          # the node that measures it
 
-    def name(self, about: Mapping[str, Any]) -> str: """What a file's name says of it, beside model and guidance."""
-    def about(self, run: Run) -> dict[str, Any]: """What its description says of a run, beside model, guidance and prompt."""
+    def name(self, about: Mapping[str, Any]) -> str:
+        """What a file's name says of it, beside model and guidance."""
+    def about(self, run: Run) -> dict[str, Any]:
+        """What its description says of a run, beside model, guidance and prompt."""
     def serves(self, found: Any, options: Mapping[str, Any], path: str, schedule: list[Level]) -> int:
-        """How well one of the right model and guidance serves a run with these options of the solver: 0 not at all, 1 as any
-        other, 2 it was learned for just such a run."""
+        """How well one of the right model and guidance serves a run with these options of the solver: 0 not
+        at all, 1 as any other, 2 it was learned for just such a run."""
     def cost(self, options: Mapping[str, Any], path: str, schedule: list[Level]) -> int:
         """Evaluations to measure one, each of `images`; ValueError where it would be refused."""
     def images(self, options: Mapping[str, Any], shape: Sequence[int]) -> int:
@@ -187,13 +191,16 @@ class Kind(Protocol):
     def sampled(self, options: Mapping[str, Any], schedule: list[Level]) -> int:
         """Evaluations of one image that is sampled with it."""
     def measure(self, run: Run, about: dict[str, Any], partial: Any) -> Any: """A new one."""
-    def suited(self, found: Any, conditions: str) -> Any: """As much of one as holds for the prompt with this digest."""
-    def ready(self, found: Any, run: Run) -> AbstractContextManager[Any]: """It, as the solver needs it while it runs."""
+    def suited(self, found: Any, conditions: str) -> Any:
+        """As much of one as holds for the prompt with this digest."""
+    def ready(self, found: Any, run: Run) -> AbstractContextManager[Any]:
+        """It, as the solver needs it while it runs."""
     def draw(self, found: Any) -> Tensor: """Its picture, [1, H, W, 3]."""
 
 
 def rule() -> str:
-    """What a sampler in a list does without a calibration: the environment variable, else ComfyUI's settings, else auto."""
+    """What a sampler in a list does without a calibration: the environment variable, else ComfyUI's settings,
+    else auto."""
     value, where = os.environ.get(VARIABLE), f"the environment variable {VARIABLE}"
     if not value:
         value, where = settings.read(settings.CALIBRATION) or RULES[0], f"the setting {settings.CALIBRATION}"
@@ -205,17 +212,18 @@ def rule() -> str:
 def calibration_for(kind: Kind, run: Run, given: Any, how: str) -> tuple[str, Any]:
     """What to sample `run` with, after its name: its file's, or where else it came from (events.Used).
 
-    In this order: what was given to the node; what is attached to the MODEL; a saved file that `choice` takes; and, if `how`
-    is auto or every prompt, a new one, measured on this very model function and saved: for auto at nobody's prompt
-    (canonical.py).
+    In this order: what was given to the node; what is attached to the MODEL; a saved file that `choice`
+    takes; and, if `how` is auto or every prompt, a new one, measured on this very model function and saved:
+    for auto at nobody's prompt (canonical.py).
     """
     for where, found in (("given", given), ("attached", run.patcher.get_attachment(kind.attachment))):
         if found is not None:
             warn(kind, found, run)
             return where, found
     if how == "never":
-        raise ValueError(f"this sampler needs {kind.noun}, and measuring is switched off: add the node Load Calibration or "
-                         f"{kind.makes} and connect it to the sampler node, or put Apply Calibration behind the model")
+        raise ValueError(f"this sampler needs {kind.noun}, and measuring is switched off: add the node Load "
+                         f"Calibration or {kind.makes} and connect it to the sampler node, or put Apply "
+                         "Calibration behind the model")
     own = described(kind, run)
     saved = choice(kind, own, how, run.options, run.path, run.levels)
     if saved:
@@ -225,8 +233,9 @@ def calibration_for(kind: Kind, run: Run, given: Any, how: str) -> tuple[str, An
     sought = wanted(own, how)
     of = f"{sought['model']} at guidance {sought['guidance']:g}"
     if how == "saved only":
-        raise ValueError(f"no saved {kind.noun} for {of} in {store.directory()} serves this run: run {kind.makes} once, or set "
-                         "measure to auto (on the sampler's node; for KSampler in ComfyUI's settings, Lambda Solvers)")
+        raise ValueError(f"no saved {kind.noun} for {of} in {store.directory()} serves this run: run "
+                         f"{kind.makes} once, or set measure to auto (on the sampler's node; for KSampler in "
+                         "ComfyUI's settings, Lambda Solvers)")
     run = replace(run, image=kind.sampled(run.options, run.levels))
     calls = kind.cost(run.options, run.path, run.levels) * run.calls(kind.images(run.options, run.x.shape))
     say(f"no saved {kind.noun} for {of} serves this run: measuring once, {as_long_as(calls, run.image)}")
@@ -248,12 +257,14 @@ def measuring_at(kind: Kind, run: Run, how: str) -> Iterator[dict[str, Any]]:
 
 
 def kept(kind: Kind, result: Any) -> Path | None:
-    """The file of its usual name in which a calibration is saved; None, with a warning, where nothing can be written."""
+    """The file of its usual name in which a calibration is saved; None, with a warning, where nothing can be
+    written."""
     try:
         path = store.spare(file_name(kind, result.about), result)
         result.save(path, overwrite=True)
     except OSError as fault:
-        say(f"warning: {kind.noun} measured, but not saved ({fault}): the next run measures again", logging.WARNING)
+        say(f"warning: {kind.noun} measured, but not saved ({fault}): the next run measures "
+            "again", logging.WARNING)
         return None
     return path
 
@@ -267,14 +278,15 @@ def choice(kind: Kind, about: Mapping[str, Any], how: str, options: Mapping[str,
            schedule: list[Level]) -> tuple[str, Any] | None:
     """The saved file that a run of this description takes, and what is in it; None if it takes none.
 
-    It is of the same checkpoint and patches, at near strengths and guidance; for auto measured at nobody's prompt, for "every
-    prompt" at the run's own; or, whatever the rule, learned for all prompts and just such a run. Of several those that serve
-    best, then those of the same prompt, then of the nearest guidance, then those that were measured for no more than is
-    needed, then the newest.
+    It is of the same checkpoint and patches, at near strengths and guidance; for auto measured at nobody's
+    prompt, for "every prompt" at the run's own; or, whatever the rule, learned for all prompts and just such
+    a run. Of several those that serve best, then those of the same prompt, then of the nearest guidance, then
+    those that were measured for no more than is needed, then the newest.
     """
     sought, found = wanted(about, how), []
-    measured_for = {"auto": lambda told: canonical.same(told, sought),
-                    "every prompt": lambda told: told.get("conditions") == sought["conditions"]}.get(how, lambda told: True)
+    rules = {"auto": lambda told: canonical.same(told, sought),
+             "every prompt": lambda told: told.get("conditions") == sought["conditions"]}
+    measured_for = rules.get(how, lambda told: True)
     for name in store.listed():
         content = store.read(kind.type, name)
         if content is None or not of_one_model(content.about, sought):
@@ -304,7 +316,8 @@ def described(kind: Kind, run: Run) -> dict[str, Any]:
 
 
 def file_name(kind: Kind, about: Mapping[str, Any]) -> str:
-    """The name of a file unless another is given: one for each model, patches, guidance, prompt, and what the kind adds."""
+    """The name of a file unless another is given: one for each model, patches, guidance, prompt, and what the
+    kind adds."""
     strengths = [f" {strength:.3g}" for strength in _numbers(about, "strengths")]
     patches = "".join([*about.get("patches", []), *strengths])
     patched = hashlib.sha256(patches.encode()).hexdigest()[:6] if patches else ""
@@ -324,7 +337,8 @@ def as_long_as(calls: float, image: int | None) -> str:
 
 
 class Progress:
-    """ComfyUI's progress bar and a line on the node, for `progress(done, total, ...)`; the place where Cancel takes hold.
+    """ComfyUI's progress bar and a line on the node, for `progress(done, total, ...)`; the place where Cancel
+    takes hold.
 
     As text: what it took, after the last call.
     """
@@ -340,7 +354,8 @@ class Progress:
         self.done, self.made = done, self.made + 1
         left = (time.monotonic() - self.start) / self.made * (total - done)
         error = "" if math.isnan(loss) else f", error {loss:.3g}"
-        say(f"{self.what}: evaluation {done} of {total}, {as_long_as(total * self.each, self.image)}{error}, {left:.0f} s left")
+        say(f"{self.what}: evaluation {done} of {total}, {as_long_as(total * self.each, self.image)}{error}, "
+            f"{left:.0f} s left")
 
     def __str__(self) -> str:
         return f"{time.monotonic() - self.start:.0f} s, {as_long_as(self.done * self.each, self.image)}"
@@ -356,9 +371,10 @@ def resumable(what: str, partial: Path | None, run: Run) -> Iterator[None]:
         yield
     except UnsteadyModel as fault:
         named = ", ".join(identity.changed(run.patcher)) or "nothing that ComfyUI knows of"
-        raise ValueError(f"{fault}. Other nodes have put around this model: {named}. Bypass the node that did it and "
-                         "measure; given the result (by the nodes Load and Apply behind the model), a sampler needs no "
-                         "measuring, and the node may be switched on again") from fault
+        raise ValueError(f"{fault}. Other nodes have put around this model: {named}. Bypass the node that "
+                         "did it and measure; given the result (by the nodes Load and Apply behind the "
+                         "model), a sampler needs no measuring, and the node may be switched on "
+                         "again") from fault
     except comfy.model_management.InterruptProcessingException:
         kept = partial is not None and partial.exists()
         say(f"{what} was cancelled; the next run {'goes on from there' if kept else 'begins anew'}")
@@ -394,7 +410,8 @@ def of_one_model(about: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
 
 
 def faults(about: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Why a calibration made for `about` may not serve `wanted`, both as `identity.description` has them; the prompt apart."""
+    """Why a calibration made for `about` may not serve `wanted`, both as `identity.description` has them; the
+    prompt apart."""
     found = []
     if about.get("fingerprint", "") != wanted["fingerprint"]:
         found.append(f"measured on {about.get('model', 'an unnamed model')}, and this is {wanted['model']}")
@@ -435,7 +452,8 @@ class Measuring(comfy.samplers.Sampler):
     def __init__(self, measure: Callable[[Run], None], sigmas: Tensor) -> None:
         self.measure, self.sigmas = measure, sigmas
 
-    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
+    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None,
+               disable_pbar=False):
         wrapped = type("Guided", (), {"inner_model": model_wrap})()
         run = Run(wrapped, noise, self.sigmas, extra_args, {}, prompts=model_wrap.prompts)
         with run.apart():
@@ -462,7 +480,8 @@ def _positive(k: int) -> str:
     return f"positive.{k}" if k else "positive"
 
 
-def measured(model: Any, positives: Sequence[Any], negative: Any, cfg: float, latent: dict, seed: int, sigmas: Tensor | None,
+def measured(model: Any, positives: Sequence[Any], negative: Any, cfg: float, latent: dict, seed: int,
+             sigmas: Tensor | None,
              measure: Callable[[Run], Any]) -> Any:
     """What `measure` makes of a model under these conditions, in a run of ComfyUI's own.
 
@@ -478,5 +497,6 @@ def measured(model: Any, positives: Sequence[Any], negative: Any, cfg: float, la
     ends = torch.tensor([float(sampling.sigma_max), float(sampling.sigma_min)])
     result: list[Any] = []
     guider.sample(torch.zeros_like(samples), samples, Measuring(lambda run: result.append(measure(run)),
-                                                              ends if sigmas is None else sigmas), ends, disable_pbar=True, seed=seed)
+                                                              ends if sigmas is None else sigmas), ends,
+                  disable_pbar=True, seed=seed)
     return result[0]
