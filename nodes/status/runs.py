@@ -50,7 +50,7 @@ _models: OrderedDict[str, Model] = OrderedDict()
 
 def running() -> tuple[Graph, str, str] | None:
     """The running prompt, as ComfyUI's own nodes are given it; the running node; the prompt's node that it
-    is, or that made it. None where no prompt runs: ComfyUI is a library, or another's thread runs the sampler."""
+    is, or that made it. None where none runs: ComfyUI is a library, or another's thread runs the sampler."""
     context, progress = get_executing_context(), get_progress_state()
     if context is None or context.prompt_id != progress.prompt_id:
         return None
