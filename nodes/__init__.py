@@ -5,9 +5,9 @@ import logging
 from comfy_api.latest import ComfyExtension, io
 
 from . import events, store
-from .calibrating import NODES
 from .compare import CompareSamplers
-from .registry import FirstStep, register, sampler_nodes
+from .knowledge import NODES
+from .sampling import FirstStep, register, sampler_nodes
 
 
 class LambdaSolvers(ComfyExtension):

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..samplers import PATHS, SAMPLERS
 from ..samplers.schedule import Path
 from .host import latent_for, path_of, sampler_function
-from .registry import calibrated, listed
+from .sampling import calibrated, listed
 
 OURS = "lambda/"
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any, Callable, Mapping, NamedTuple
 
-from . import calibration, plan, runs, store
-from .calibration import Kind
+from . import library, plan, runs, store
 from .kinds import KINDS
+from .library import Kind
 from .plan import Graph, Job, Linked, Plan
 
 WORDS = {
@@ -210,12 +210,12 @@ class Saved(NamedTuple):
 
 
 def _saved(graph: Graph, job: Job, model: runs.Model, how: str, shown: Plan) -> Saved | None:
-    """What a run of a known model will find among the saved calibrations, as calibration.calibration_for does."""
+    """What a run of a known model will find among the saved calibrations, as library.calibration_for does."""
     about, finds = _about(graph, job, model), how in ("auto", "saved only")
     for name, option in job.sampler.options.items():
         if option.kind in KIND_OF and about and finds and plan.given(graph, job, name) is None:
             kind = KIND_OF[option.kind]
-            found = calibration.choice(kind, about, how, shown.settings, shown.path, shown.levels)
+            found = library.choice(kind, about, how, shown.settings, shown.path, shown.levels)
             return Saved(found[0], {name: kind.suited(found[1], about["conditions"])}) if found else None
     return None
 
@@ -260,7 +260,7 @@ def _given(line: Callable[..., None], kind: type, giver: Mapping[str, Any], abou
         return line("warn", "unusable", fault=fault)
     if about is None:
         return line("note", "given_file", name=file)
-    faults = calibration.faults(made_for, about)
+    faults = library.faults(made_for, about)
     if faults:
         return line("warn", "misfit", name=file, fault="; ".join(faults))
     line("good", "fits")

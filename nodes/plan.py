@@ -24,7 +24,7 @@ from ..samplers.fitted import Unmeasured
 from ..samplers.schedule import Level, find_path, levels
 from ..samplers.solver import Adaptive, Step
 from .host import path_of
-from .registry import listed
+from .sampling import listed
 
 Graph = Mapping[str, Mapping[str, Any]]
 NODE_IDS = {"LambdaSampler" + name.capitalize(): name for name in FAMILIES}

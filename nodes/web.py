@@ -14,10 +14,10 @@ from typing import Any
 from aiohttp import web
 from server import PromptServer
 
-from . import calibration, panel, plan, settings
+from . import library, panel, plan, settings
 from .metadata import ROOT, version
 from .names import NAMES
-from .registry import listed
+from .sampling import listed
 
 LARGEST = 2_000  # nodes around one sampler
 FARTHEST = 2.0**64  # from zero: seeds are the largest numbers of a workflow
@@ -41,7 +41,7 @@ async def show(request: web.Request) -> web.Response:
     except (ValueError, RecursionError) as fault:  # a JSONDecodeError is a ValueError
         return web.json_response({"error": str(fault)}, status=400)
     say = functools.partial(text, locale)
-    return web.json_response(await asyncio.to_thread(panel.answer, graph, node, calibration.rule, say))
+    return web.json_response(await asyncio.to_thread(panel.answer, graph, node, library.rule, say))
 
 
 def about() -> dict[str, Any]:
