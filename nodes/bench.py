@@ -21,7 +21,7 @@ from ..samplers import PATHS, SAMPLERS
 from ..samplers.schedule import Path
 from . import events
 from .host import latent_for, path_of, sampler_function
-from .registry import calibrated, listed
+from .sampling import calibrated, listed
 
 OURS = "lambda/"
 

@@ -13,9 +13,9 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from . import picture
 from .bench import (MOST_EVALUATIONS, Bench, Cell, Reference, References, grids, measured, parse,
                     parse_budgets, parse_schedulers, plan, solve, start_of)
-from .calibration import as_long_as
 from .events import say
 from .host import CATEGORY, advanced
+from .measuring import as_long_as
 
 SAMPLERS = "euler\ndpmpp_2m\nuni_pc_bh2\nlambda_2m\nlambda_fitted"
 references = References()

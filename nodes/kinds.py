@@ -23,8 +23,9 @@ from ..samplers.schedule import Level, find_path
 from ..samplers.solver import finite
 from ..samplers.train import training_cost
 from . import canonical, picture
-from .calibration import Kind, Progress, Run, faults, resumable
 from .events import say
+from .library import Kind, faults
+from .measuring import Progress, Run, resumable
 from .middle_block import MiddleBlock
 
 ELEMENTS, MOST = 6_144, 16

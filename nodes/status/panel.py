@@ -5,9 +5,9 @@ import math
 from contextlib import suppress
 from typing import Any, Callable, Mapping
 
-from .. import calibration, store
-from ..calibration import Kind
-from ..registry import kind_of
+from .. import library, store
+from ..library import Kind
+from ..sampling import kind_of
 from . import plan, runs
 from .plan import Graph, Job, Linked, Plan
 
@@ -137,7 +137,7 @@ def _before(line: Put, say: Say, graph: Graph, job: Job, kind: Kind | None, how:
         shown = _planned(graph, job, model.sampling)
         finds = kind and about and giver is None and how in ("auto", "saved only")
         if finds:
-            saved = calibration.choice(kind, about, how, shown.settings, shown.path, shown.levels)
+            saved = library.choice(kind, about, how, shown.settings, shown.path, shown.levels)
         if saved:
             found = {kind.option: kind.suited(saved[1], about["conditions"])}
             shown = _planned(graph, job._replace(options={**job.options, **found}), model.sampling)
@@ -278,7 +278,7 @@ def _given(line: Put, kind: Kind, giver: Mapping[str, Any], about: Mapping[str, 
         return line("warn", "unusable", fault=fault)
     if about is None:
         return line("note", "given_file", name=file)
-    faults = calibration.faults(made_for, about)
+    faults = library.faults(made_for, about)
     if faults:
         return line("warn", "misfit", name=file, fault="; ".join(faults))
     line("good", "fits")

@@ -26,7 +26,7 @@ from ...samplers.schedule import Level, find_path, levels
 from ...samplers.solver import Adaptive, Step
 from ..host import path_of
 from ..names import NODES, node_id
-from ..registry import listed
+from ..sampling import listed
 
 Graph = Mapping[str, Mapping[str, Any]]
 NODE_IDS = {node_id(name): name for name in NODES}

@@ -13,10 +13,11 @@ from ..samplers.calibrate import INTERVALS
 from ..samplers.refit import FEWEST, LARGEST
 from ..samplers.train import TEACHER
 from . import canonical, identity, store
-from .calibration import Kind, Run, file_name, kept, measured, measuring_at
 from .events import say
 from .host import CATEGORY, advanced, path_of
 from .kinds import AMED_KIND, SOCKET, STATISTICS_KIND, kind_of, needed
+from .library import Kind, file_name, kept, measuring_at
+from .measuring import Run, measured
 
 FITTED = f"From {STATISTICS_KIND.makes} with fitted on, or a file of it"
 

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from ..samplers import FAMILIES, SAMPLERS
 from ..samplers.families import Option, Sampler
-from . import calibration, events, identity
-from .calibration import Kind, Run
+from . import events, identity, library
 from .host import CATEGORY, advanced, sampler_function
 from .kinds import KINDS, SOCKET, needed
+from .library import Kind
+from .measuring import Run
 from .names import NAMES, NODES, node_id
 from .settings import RULES
 
@@ -94,14 +95,14 @@ def calibrated(sampler: Sampler, how: str | None = None) -> Callable[..., Tensor
         given = options.pop(kind.option, None)
         defaults = {name: option.default for name, option in sampler.options.items()}
         run = Run(model, x, sigmas, extra_args or {}, {**sampler.fixed, **defaults, **options})
-        name, found = calibration.calibration_for(kind, run, given, how or calibration.rule())
+        name, found = library.calibration_for(kind, run, given, how or library.rule())
         suited = kind.suited(found, identity.conditions(run.guider))
         events.use(kind.option, events.Used(name, found, suited))
         with kind.ready(suited, run) as ready:
             return function(model, x, sigmas, extra_args, callback, disable, **{kind.option: ready},
                             **options)
 
-    return _observed(sampler, sample, calibration.description)
+    return _observed(sampler, sample, library.description)
 
 
 def _observed(sampler: Sampler, function: Callable[..., Tensor],
