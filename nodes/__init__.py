@@ -5,9 +5,9 @@ import logging
 from comfy_api.latest import ComfyExtension, io
 
 from . import store
-from .calibrating import NODES
 from .compare import CompareSamplers
-from .registry import FirstStep, register, sampler_nodes
+from .knowledge import NODES
+from .sampling import FirstStep, register, sampler_nodes
 
 
 class LambdaSolvers(ComfyExtension):
@@ -21,8 +21,8 @@ try:  # what shows, predicts and records needs more of ComfyUI than samplers and
     from . import status
     status.register()
 except Exception as fault:
-    logging.warning("Lambda Solvers: this ComfyUI lacks something that the panel on nodes, progress texts and "
-                    "the images' metadata need (%r). Samplers and nodes work without them", fault, exc_info=True)
+    logging.warning("Lambda Solvers: this ComfyUI lacks something that the panel on nodes, progress texts "
+                    "and the images' metadata need (%r). Samplers and nodes work without them", fault, exc_info=True)
 
 
 def comfy_entrypoint() -> ComfyExtension:

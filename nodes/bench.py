@@ -1,4 +1,4 @@
-"""Samplers side by side: the steps that fit a budget of model evaluations, counted runs, and the converged solution."""
+"""Samplers side by side: the steps that fit a budget, counted runs, and the converged solution."""
 from __future__ import annotations
 
 import importlib
@@ -21,15 +21,18 @@ from ..samplers import PATHS, SAMPLERS
 from ..samplers.schedule import Path
 from . import events
 from .host import latent_for, path_of, sampler_function
-from .registry import calibrated, listed
+from .sampling import calibrated, listed
 
 OURS = "lambda/"
 
 
-# --- what to compare --------------------------------------------------------------------------------------------------
+# --- what to compare ----------------------------------------------------------------------------------------
 
 class Entry(NamedTuple):
-    """A sampler with its options. `rehearsal` is the same one, but for what would have to be calibrated first."""
+    """A sampler with its options.
+
+    `rehearsal` is the same one, but for what would have to be calibrated first.
+    """
 
     label: str
     sampler: KSAMPLER
@@ -38,7 +41,10 @@ class Entry(NamedTuple):
 
 
 def parse(text: str) -> list[Entry]:
-    """A sampler a line: `name`, or `name, option=value, option=value`. ValueError naming the line that is none."""
+    """A sampler a line: `name`, or `name, option=value, option=value`.
+
+    ValueError naming the line that is none.
+    """
     lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
     if not lines:
         raise ValueError("samplers is empty: write one sampler on each line, such as lambda_2m")
@@ -51,7 +57,8 @@ def _entry(line: str) -> Entry:
     for part in given:
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if not (key and equals and value):
-            raise ValueError(f"samplers: {part!r} in the line {line!r} is no option: write name, option=value")
+            raise ValueError(f"samplers: {part!r} in the line {line!r} is no option: write name, "
+                             f"option=value")
         options[key] = _value(value)
     names = comfy.samplers.KSampler.SAMPLERS
     ours = listed(name) or (SAMPLERS.get(name.removeprefix(OURS)) if name not in names else None)
@@ -61,21 +68,25 @@ def _entry(line: str) -> Entry:
         except ValueError as error:
             raise ValueError(f"samplers: the line {line!r}: {error}") from None
         if options.get("first_step") == "mean":
-            raise ValueError(f"samplers: the line {line!r}: the mean is learned from other seeds, and here all runs "
+            raise ValueError(f"samplers: the line {line!r}: the mean is learned from other seeds, and here "
+                             f"all runs "
                              "have one noise, whose own answer it would be: write evaluate or afs")
         return Entry(line, KSAMPLER(calibrated(ours), options),
                      KSAMPLER(sampler_function(ours), {**ours.stand_ins, **options}),
                      name if name in names else "euler")
     if name not in names:
-        raise ValueError(f"samplers: unknown sampler {name!r}: write a name of KSampler's list ({', '.join(names)}) "
+        raise ValueError(f"samplers: unknown sampler {name!r}: write a name of KSampler's list "
+                         f"({', '.join(names)}) "
                          f"or of ours ({', '.join(OURS + known for known in SAMPLERS)})")
     sampler = comfy.samplers.sampler_object(name)
     known = [key for key, parameter in inspect.signature(sampler.sampler_function).parameters.items()
              if isinstance(parameter.default, (int, float, str)) and key != "disable"]
     for key in options:
         if key not in known:
-            raise ValueError(f"samplers: the line {line!r}: ComfyUI's {name} has no option {key!r}: choose from "
-                             f"{', '.join(known) or 'none'}" + (f", or write {OURS}{name}" if name in SAMPLERS else ""))
+            raise ValueError(f"samplers: the line {line!r}: ComfyUI's {name} has no option {key!r}: choose "
+                             f"from "
+                             f"{', '.join(known) or 'none'}"
+                             + (f", or write {OURS}{name}" if name in SAMPLERS else ""))
     sampler.extra_options = {**sampler.extra_options, **options}
     return Entry(line, sampler, sampler, name)
 
@@ -92,7 +103,7 @@ def _value(text: str) -> bool | int | float | str:
 
 
 class Table(NamedTuple):
-    """A schedule of one of ComfyUI's scheduler nodes, with its first setting: how it was made, or for which models."""
+    """A schedule of one of ComfyUI's scheduler nodes, with its setting: for which models, or how made."""
 
     label: str
     node: Any
@@ -116,7 +127,10 @@ TABLES = {
 
 
 def table(name: str) -> Table | None:
-    """The table that a scheduler's name stands for, name:setting; None if it stands for none. ValueError if it cannot."""
+    """The table that a scheduler's name stands for, name:setting; None if it stands for none.
+
+    ValueError if it cannot.
+    """
     kind, _, given = (part.strip() for part in name.partition(":"))
     if kind not in TABLES:
         return None
@@ -124,7 +138,8 @@ def table(name: str) -> Table | None:
     try:  # only now, as a ComfyUI may have none
         node = getattr(importlib.import_module("comfy_extras." + module), class_name)
     except (ImportError, AttributeError) as fault:
-        raise ValueError(f"schedulers: this ComfyUI has no {class_name} ({fault}): leave {name} out") from fault
+        raise ValueError(f"schedulers: this ComfyUI has no {class_name} ({fault}): leave {name} "
+                         f"out") from fault
     setting, steps, *_ = node.define_schema().inputs
     admissible = {str(value): value for value in getattr(setting, "options", None) or ()} or {
         f"{setting.min + k * setting.step:.2f}": round(setting.min + k * setting.step, 2)
@@ -162,15 +177,17 @@ MOST_EVALUATIONS = 1000
 
 def parse_budgets(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    wrong = [part for part in parts if not (part.isascii() and part.isdigit() and 1 <= int(part) <= MOST_EVALUATIONS)]
+    wrong = [part for part in parts
+             if not (part.isascii() and part.isdigit() and 1 <= int(part) <= MOST_EVALUATIONS)]
     if wrong or not parts:
         fault = f"{wrong[0]!r} is out of range" if wrong else "empty"
-        raise ValueError(f"evaluations = {text!r}: {fault}: write whole numbers from 1 to {MOST_EVALUATIONS} between "
+        raise ValueError(f"evaluations = {text!r}: {fault}: write whole numbers from 1 to {MOST_EVALUATIONS} "
+                         f"between "
                          "commas, such as 5, 8, 10")
     return sorted(set(map(int, parts)))
 
 
-# --- runs -------------------------------------------------------------------------------------------------------------
+# --- runs ---------------------------------------------------------------------------------------------------
 
 class Counted:
     """A model that tells of every call. Everything else of it is as it was."""
@@ -201,7 +218,8 @@ class Rehearsal(comfy.samplers.CFGGuider):
         self.model_options = {"transformer_options": {"wrappers": prepare}}
         self.loaded = False
 
-    def _prepared(self, executor: Any, model: Any, noise_shape: Any, conds: Any, **named: Any) -> tuple[Any, Any, list]:
+    def _prepared(self, executor: Any, model: Any, noise_shape: Any, conds: Any,
+                  **named: Any) -> tuple[Any, Any, list]:
         if self.loaded:
             return model.model, conds, []
         self.loaded = True
@@ -241,22 +259,24 @@ class Bench:
             guider.set_cfg(cfg)
 
     def sigmas(self, entry: Entry, scheduler: str, steps: int) -> Tensor:
-        """KSampler's own schedule: without the last but one sigma for some, and the end of a longer one if denoise < 1.
+        """KSampler's own schedule: without the last but one sigma for some, an end below denoise 1.
 
-        Or of a table; ValueError if it is not for this model.
+        Or that of a table; ValueError if it is not for this model.
         """
         if named := table(scheduler):
             sampling = self.model.get_model_object("model_sampling")
-            sigmas, highest, path = named.sigmas(steps, self.denoise), float(sampling.sigma_max), path_of(sampling)
+            sigmas = named.sigmas(steps, self.denoise)
+            highest, path = float(sampling.sigma_max), path_of(sampling)
             if path != named.path or sigmas[0] > 1.001 * highest:
-                raise ValueError(f"{scheduler} is not for this model: it starts at sigma {sigmas[0]:.4g} on path "
+                raise ValueError(f"{scheduler} is not for this model: it starts at sigma {sigmas[0]:.4g} on "
+                                 f"path "
                                  f"{named.path}, the model at {highest:.4g} on path {path}")
             return sigmas
         return comfy.samplers.KSampler(self.model, steps, "cpu", sampler=entry.listed, scheduler=scheduler,
                                        denoise=self.denoise).sigmas
 
     def rehearse(self, sampler: KSAMPLER, sigmas: Tensor, seed: int = 0) -> Outcome:
-        """A run on the denoiser x / 2, for the number of calls: it costs no evaluation, nor asks anything of the model."""
+        """A run on the denoiser x / 2, for the number of calls: it costs no evaluation of the model."""
         comfy.model_management.throw_exception_if_processing_interrupted()
         return self._run(self.stage, sampler, sigmas, seed, lambda: None)
 
@@ -280,12 +300,12 @@ class Bench:
             return sampler.sampler_function(Counted(model, count), *arguments, **named)
 
         counted = KSAMPLER(function, sampler.extra_options, sampler.inpaint_options)
-        samples = guider.sample(self.noise, self.latent, counted, sigmas, denoise_mask=self.mask, disable_pbar=True,
-                                seed=seed)
+        samples = guider.sample(self.noise, self.latent, counted, sigmas, denoise_mask=self.mask,
+                                disable_pbar=True, seed=seed)
         return Outcome(samples.float().cpu(), calls)
 
 
-# --- the plan ---------------------------------------------------------------------------------------------------------
+# --- the plan -----------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Cell:
@@ -314,7 +334,8 @@ def plan(bench: Bench, entry: Entry, schedulers: list[str], budgets: list[int]) 
     except comfy.model_management.InterruptProcessingException:
         raise
     except Exception as error:
-        return [Cell(entry, scheduler, budget, fault=fault_of(error)) for scheduler in schedulers for budget in budgets]
+        fault = fault_of(error)
+        return [Cell(entry, scheduler, budget, fault=fault) for scheduler in schedulers for budget in budgets]
     stochastic = not torch.equal(four.samples, other.samples)
     adaptive = four.evaluations == eight.evaluations
     return [_planned(bench, Cell(entry, scheduler, budget, stochastic), max(budgets))
@@ -363,7 +384,7 @@ def distance(samples: Tensor, reference: Tensor) -> float:
     return float((samples - reference).square().mean().sqrt() / reference.std())
 
 
-# --- the converged solution -------------------------------------------------------------------------------------------
+# --- the converged solution ---------------------------------------------------------------------------------
 
 class Reference(NamedTuple):
     samples: Tensor
@@ -379,9 +400,9 @@ def start_of(sigmas: Tensor) -> float:
 def reference_sigmas(levels: list[float], path: Path, start: float, steps: int) -> list[float]:
     """`start`, then the model's own levels, as evenly in lambda as there are any, then 0.
 
-    The model's own, because ComfyUI rounds every other sigma to one of them: on these nothing is rounded. Measured on the
-    emoji model, guidance 3 and 7, against all of its 1000 levels: dpmpp_3m with 90 of 100 steps is within 0.003 of the
-    image's standard deviation; half evenly in time it was within 0.02.
+    The model's own, because ComfyUI rounds every other sigma to one of them: on these nothing is rounded.
+    Measured on the emoji model, guidance 3 and 7, against all of its 1000 levels: dpmpp_3m with 90 of 100
+    steps is within 0.003 of the     image's standard deviation; half evenly in time it was within 0.02.
     """
     below = [sigma for sigma in levels if 0.0 < sigma < start * (1 - 1e-4)]
     if not below:
@@ -401,12 +422,13 @@ def grids(bench: Bench, start: float, evaluations: int) -> list[tuple[str, Tenso
 
 
 def solve(bench: Bench, runs: list[tuple[str, Tensor]], called: Callable[[], None]) -> Reference:
-    one, other = (bench.run(KSAMPLER(sampler_function(SAMPLERS[name])), sigmas, called) for name, sigmas in runs)
+    one, other = (bench.run(KSAMPLER(sampler_function(SAMPLERS[name])), sigmas, called)
+                  for name, sigmas in runs)
     return Reference(one.samples, one.evaluations, distance(other.samples, one.samples))
 
 
 class References:
-    """The last few references, for the same objects that ComfyUI hands out as long as nothing upstream has changed."""
+    """The last few references, by the objects that ComfyUI hands out while nothing upstream changes."""
 
     MOST = 12
 

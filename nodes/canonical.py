@@ -1,10 +1,11 @@
 """The conditions that `auto` measures at: nobody's prompt, the same for every run of a model at a guidance.
 
-What one prompt was measured for would else depend on which one came first: the same workflow and seed made other images,
-0.16 of their standard deviation apart, in another folder. A prompt's place is taken by random numbers of a text's size, a
-negative's by zeros, and the guidance by the nearest of a few. Of the fixed choices tried on the emoji model (4 prompts, 5 and 8
-evaluations, docs/notes.md) this one was the best with guidance, and behind statistics of another prompt by a tenth to a
-fifth, without guidance too. Who wants more measures every prompt, or one by hand.
+What one prompt was measured for would else depend on which one came first: the same workflow and seed made
+other images, 0.16 of their standard deviation apart, in another folder. A prompt's place is taken by random
+numbers of a text's size, a negative's by zeros, and the guidance by the nearest of a few. Of the fixed
+choices tried on the emoji model (4 prompts, 5 and 8 evaluations, docs/notes.md) this one was the best with
+guidance, and behind statistics of another prompt by a tenth to a fifth, without guidance too. Who wants more
+measures every prompt, or one by hand.
 """
 from __future__ import annotations
 
@@ -34,21 +35,24 @@ class Text(NamedTuple):
 
     @classmethod
     def like(cls, text: Tensor, negative: bool) -> Text:
-        """Of its size: the tokens to a length of LENGTHS, the median of |v| to a power of 2. Tokens of zeros do not count."""
+        """Of its size: the tokens to a length of LENGTHS, the median of |v| to a power of 2. Tokens of zeros
+        do not count."""
         *_, width = shape = (1, *text.shape[1:])
         if len(shape) > 2:
             shape = (*shape[:-2], max(n for n in LENGTHS if n <= max(1, shape[-2])), width)
         told = text.detach().abs().reshape(-1, width)
         told = told[told.amax(1) > 0].float()
-        scale = 0.0 if negative or not len(told) else 2.0 ** round(math.log2(float(told.median()) / NORMAL_MEDIAN))
-        return cls(shape, scale)
+        if negative or not len(told):
+            return cls(shape, 0.0)
+        return cls(shape, 2.0 ** round(math.log2(float(told.median()) / NORMAL_MEDIAN)))
 
     def made(self, seed: int) -> Tensor:
         return self.scale * torch.randn(self.shape, generator=torch.Generator().manual_seed(seed))
 
 
 def guidance(scale: float) -> float:
-    """The scale to measure at: the nearest in steps of a quarter below 2, a half below 5, 1 below 10, and 2 from there."""
+    """The scale to measure at: the nearest in steps of a quarter below 2, a half below 5, 1 below 10, and 2
+    from there."""
     step = next((step for limit, step in ((2.0, 0.25), (5.0, 0.5), (10.0, 1.0)) if abs(scale) < limit), 2.0)
     return step * round(scale / step) if math.isfinite(scale) else scale
 
@@ -71,22 +75,26 @@ def named(about: Mapping[str, Any]) -> bool:
 
 
 def same(about: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    """Whether a file is of just what is wanted (`instead`): near ones would depend on what else was measured."""
+    """Whether a file is of just what is wanted (`instead`): near ones would depend on what else was
+    measured."""
     return all(about.get(key) == wanted[key] for key in ("conditions", "guidance", "distilled"))
 
 
 @contextmanager
 def conditions(run: Any) -> Iterator[None]:
-    """The guider of a run under these conditions, and again as it was; ValueError where a model takes none."""
+    """The guider of a run under these conditions, and again as it was; ValueError where a model takes
+    none."""
     guider = run.guider
     before = guider.conds, guider.cfg
-    made = {name: [_cond(k, texts, cond, run)] for k, (name, (texts, cond)) in enumerate(sorted(_texts(guider).items()))}
+    made = {name: [_cond(k, texts, cond, run)]
+            for k, (name, (texts, cond)) in enumerate(sorted(_texts(guider).items()))}
     try:
         guider.conds = comfy.samplers.process_conds(
-            guider.inner_model, run.x, made, run.x.device, latent_image=torch.zeros_like(run.x), seed=run.extra_args.get("seed"))
+            guider.inner_model, run.x, made, run.x.device, latent_image=torch.zeros_like(run.x),
+            seed=run.extra_args.get("seed"))
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as fault:  # this model's own code
-        raise ValueError("auto measures at nobody's prompt, and this model takes none without more than a text "
-                         f"({type(fault).__name__}: {fault}): set measure to every prompt") from fault
+        raise ValueError("auto measures at nobody's prompt, and this model takes none without more than a "
+                         f"text ({type(fault).__name__}: {fault}): set measure to every prompt") from fault
     guider.cfg = guidance(guider.cfg)
     try:
         yield
@@ -97,7 +105,8 @@ def conditions(run: Any) -> Iterator[None]:
 def _texts(guider: Any) -> dict[str, tuple[dict[str, Text], Mapping[str, Any]]]:
     """The texts that each of a guider's conditions begins with, and that condition."""
     firsts = {name: conds[0] for name, conds in guider.original_conds.items() if conds}
-    return {name: ({key: Text.like(cond[key], _negative(name)) for key in TEXTS if isinstance(cond.get(key), Tensor)}, cond)
+    return {name: ({key: Text.like(cond[key], _negative(name)) for key in TEXTS
+                    if isinstance(cond.get(key), Tensor)}, cond)
             for name, cond in firsts.items()}
 
 
@@ -113,4 +122,5 @@ def _guidance(cond: Mapping[str, Any]) -> list[float]:
 def _cond(seed: int, texts: Mapping[str, Text], cond: Mapping[str, Any], run: Any) -> dict[str, Any]:
     """One condition of ComfyUI's, for all of the picture and the whole run."""
     told = {key: text.made(seed).to(run.x.device) for key, text in texts.items()}
-    return {**told, **{"guidance": scale for scale in _guidance(cond)}, "model_conds": {}, "uuid": uuid.uuid4()}
+    return {**told, **{"guidance": scale for scale in _guidance(cond)}, "model_conds": {},
+            "uuid": uuid.uuid4()}

@@ -1,8 +1,8 @@
 """What a sampler tells while it runs, to whoever listens.
 
-Here solving meets what only shows, predicts or records: samplers and nodes tell, and know nothing of the server
-or the interface. Those who do (status/) listen, if they could be imported. Whatever fails in a listener is a warning
-in the log: no image is lost for it.
+Here solving meets what only shows, predicts or records: samplers and nodes tell, and know nothing of the
+server or the interface. Those who do (status/) listen, if they could be imported. Whatever fails in a
+listener is a warning in the log: no image is lost for it.
 """
 from __future__ import annotations
 
@@ -106,8 +106,8 @@ def observed(function: Callable[..., Tensor], describe: Describe | None) -> Call
         if (outer := _running.get()) is not None:
             outer.used |= notes.used
         written = {name: value for name, value in options.items() if isinstance(value, (int, float, str))}
-        _tell("ran", Ran(model.inner_model, sigmas, written, notes.used, counted.evaluations, counted.seconds(result),
-                         tuple(x.shape), tuple(notes.said), describe))
+        _tell("ran", Ran(model.inner_model, sigmas, written, notes.used, counted.evaluations,
+                         counted.seconds(result), tuple(x.shape), tuple(notes.said), describe))
         return result
 
     return sample
@@ -140,5 +140,6 @@ def _tell(what: str, content: str | Ran) -> None:
         try:
             getattr(listener, what)(content)
         except Exception:  # another's interface, which may change; Cancel is none of it: none asks the model
-            logging.warning("Lambda Solvers: the interface could not be told what a sampler did; its images are "
+            logging.warning("Lambda Solvers: the interface could not be told what a sampler did; its images "
+                            "are "
                             "not concerned", exc_info=True)

@@ -15,7 +15,8 @@ _means: OrderedDict[str, MeanAnswer] = OrderedDict()
 
 
 def answer_of(model: Any, x: Tensor, sigmas: Tensor, extra_args: dict) -> MeanAnswer:
-    """The mean of a model with its patches, at a prompt, guidance, shape and level; an empty one the first time.
+    """The mean of a model with its patches, at a prompt, guidance, shape and level; an empty one the first
+    time.
 
     An inpainted image has none: what is outside its mask is not the model's answer.
     """

@@ -18,7 +18,8 @@ REFUSED = {
     "IMG_TO_IMG": "it maps an image to an image and does not denoise",
     "V_PREDICTION_DDPM": "its network and its sampler disagree on what x is",
 }
-"""What the names of sampling classes begin with that no schedule in lambda fits; newer ComfyUI has several of each."""
+"""What the names of sampling classes begin with that no schedule in lambda fits; newer ComfyUI has several of
+each."""
 
 
 CATEGORY = "Lambda Solvers"
@@ -30,7 +31,8 @@ def advanced(widget: io.Input) -> io.Input:
 
 
 def path_of(model_sampling: object) -> str:
-    """The Gaussian path of ComfyUI's sampling class: "flow" for CONST, "ve" for the classes that see x0 + sigma eps.
+    """The Gaussian path of ComfyUI's sampling class: "flow" for CONST, "ve" for the classes that see x0 +
+    sigma eps.
 
     ValueError naming the class if it is neither.
     """
@@ -44,9 +46,9 @@ def path_of(model_sampling: object) -> str:
         return "flow"
     if isinstance(model_sampling, (comfy.model_sampling.EPS, comfy.model_sampling.COSMOS_RFLOW)):
         return "ve"
-    raise ValueError(f"Lambda Solvers does not know the sampling class of this model ({', '.join(names[:-1])}): it knows "
-                     "EPS, V_PREDICTION, EDM, X0, COSMOS_RFLOW (sigma schedules) and CONST (flow). "
-                     "Choose one of ComfyUI's own samplers, such as euler")
+    raise ValueError("Lambda Solvers does not know the sampling class of this model "
+                     f"({', '.join(names[:-1])}): it knows EPS, V_PREDICTION, EDM, X0, COSMOS_RFLOW (sigma "
+                     "schedules) and CONST (flow). Choose one of ComfyUI's own samplers, such as euler")
 
 
 def noise_scale(model_sampling: object) -> float:
@@ -57,10 +59,12 @@ def noise_scale(model_sampling: object) -> float:
 def latent_for(model: Any, latent: dict) -> Tensor:
     """The samples of a LATENT, an empty one in the shape that KSampler gives it for this model.
 
-    Newer ComfyUI changes its size too, by what the LATENT says of itself, under the names of the function's arguments.
+    Newer ComfyUI changes its size too, by what the LATENT says of itself, under the names of the function's
+    arguments.
     """
     fix = comfy.sample.fix_empty_latent_channels
-    return fix(model, latent["samples"], **{name: latent[name] for name in inspect.signature(fix).parameters if name in latent})
+    return fix(model, latent["samples"],
+               **{name: latent[name] for name in inspect.signature(fix).parameters if name in latent})
 
 
 def following(extra_args: Mapping[str, Any] | None, sigmas: Sequence[float]) -> dict[str, Any]:
@@ -87,10 +91,13 @@ def sampler_function(sampler: Sampler) -> Callable[..., Tensor]:
     def sample(model: Any, x: Tensor, sigmas: Tensor, extra_args: dict | None = None,
                callback: Callable | None = None, disable: bool | None = None, **options: Any) -> Tensor:
         model_sampling = model.inner_model.model_patcher.get_model_object("model_sampling")
-        mean = first_steps.answer_of(model, x, sigmas, extra_args or {}) if options.get("first_step") == "mean" else None
+        learns = options.get("first_step") == "mean"
+        mean = first_steps.answer_of(model, x, sigmas, extra_args or {}) if learns else None
         fn = k_diffusion_function(
-            sampler, path_of(model_sampling), options, noise_scale=noise_scale(model_sampling), mean=mean, follow=following,
+            sampler, path_of(model_sampling), options, noise_scale=noise_scale(model_sampling), mean=mean,
+            follow=following,
             sigma_max=float(model_sampling.sigma_max), sigma_min=float(model_sampling.sigma_min))
-        return fn(model, x.float(), sigmas, extra_args=extra_args, callback=callback, disable=disable).to(x.dtype)
+        return fn(model, x.float(), sigmas, extra_args=extra_args, callback=callback,
+                  disable=disable).to(x.dtype)
 
     return sample

@@ -1,4 +1,5 @@
-"""Which model a guider samples: its checkpoint, what has been patched onto it, and its prompts; stable over runs, precision and offloading."""
+"""Which model a guider samples: its checkpoint, what has been patched onto it, and its prompts; stable over
+runs, precision and offloading."""
 from __future__ import annotations
 
 import functools
@@ -34,7 +35,8 @@ def description(guider: Any) -> dict[str, Any]:
 
 
 def fingerprint(patcher: Any) -> str:
-    """Twelve hex digits for the unpatched checkpoint: its class, its matrices' names and shapes, and signs of their values.
+    """Twelve hex digits for the unpatched checkpoint: its class, its matrices' names and shapes, and signs of
+    their values.
 
     Signs, because they survive every format: the float32, float16 and float8 file of a checkpoint have one
     fingerprint, a fine-tune of it another; of packed formats (GGUF, nvfp4) the packed bytes. Matrices,
@@ -99,36 +101,44 @@ def _patched(patcher: Any) -> list[str]:
 
 
 def changed(patcher: Any) -> list[str]:
-    """The functions that other nodes put into the model (FreeU, RescaleCFG, ...), by their names alone: not what they were set to."""
+    """The functions that other nodes put into the model (FreeU, RescaleCFG, ...), by their names alone: not
+    what they were set to."""
     names = {f"{name} replaced" for name in patcher.object_patches if name != "model_sampling"}
-    wrappers = [functions for keyed in patcher.wrappers.values() for key, functions in keyed.items() if key not in SAME]
+    wrappers = [functions for keyed in patcher.wrappers.values() for key, functions in keyed.items()
+                if key not in SAME]
     for function in _callables([patcher.model_options, wrappers]):
-        module, name = (getattr(function, word, getattr(type(function), word)) for word in ("__module__", "__qualname__"))
+        module, name = (getattr(function, word, getattr(type(function), word))
+                        for word in ("__module__", "__qualname__"))
         if not str(module).startswith(PACK):
             names.add(f"{name.replace('.<locals>', '')} of {str(module).rpartition('.')[2]}")
     return sorted(names)
 
 
 def _sampling(patcher: Any) -> Iterator[str]:
-    """How the network is asked and read, if a node has changed that; its levels alone make it no other model."""
+    """How the network is asked and read, if a node has changed that; its levels alone make it no other
+    model."""
     if "model_sampling" not in patcher.object_patches:
         return
     now = patcher.get_model_object("model_sampling")
     own = patcher.object_patches_backup.get("model_sampling", patcher.model.model_sampling)
     if _asked(now) != _asked(own):
-        yield f"sampled as {', '.join(c.__name__ for c in type(now).__bases__)} ({hashlib.sha256(_asked(now)).hexdigest()[:8]})"
+        classes = ", ".join(c.__name__ for c in type(now).__bases__)
+        yield f"sampled as {classes} ({hashlib.sha256(_asked(now)).hexdigest()[:8]})"
 
 
 def _asked(sampling: Any) -> bytes:
-    """At a few levels: what the network is told of sigma and of x = 1, and what is made of the answers 0 and 1."""
+    """At a few levels: what the network is told of sigma and of x = 1, and what is made of the answers 0 and
+    1."""
     sigma, one = torch.tensor(LEVELS), torch.ones(len(LEVELS), 1, 1, 1)
     told = [sampling.timestep(sigma), sampling.calculate_input(sigma, one),
             *(sampling.calculate_denoised(sigma, answer * one, one) for answer in (0.0, 1.0))]
-    return " ".join(f"{value:.3g}" for value in torch.cat([part.flatten().float().cpu() for part in told]).tolist()).encode()
+    return " ".join(f"{value:.3g}"
+                    for value in torch.cat([part.flatten().float().cpu() for part in told]).tolist()).encode()
 
 
 def guiding(guider: Any) -> list[str]:
-    """A line for a guider with a rule of its own (two scales, perpendicular negatives, ...): its class and its numbers."""
+    """A line for a guider with a rule of its own (two scales, perpendicular negatives, ...): its class and
+    its numbers."""
     if _plain(guider):
         return []
     numbers = [f"{name} {value:g}" for name, value in _numbers(guider, switches=True).items()]
@@ -194,7 +204,8 @@ def conditions(guider: Any) -> str:
 
 
 def _told(content: Any) -> Iterator[bytes]:
-    """What a condition says, in a form that does not depend on precision: its numbers, words, and the signs of its tensors."""
+    """What a condition says, in a form that does not depend on precision: its numbers, words, and the signs
+    of its tensors."""
     if isinstance(content, Tensor):
         values = _some(content, 4096)
         mean = values.mean()
@@ -210,12 +221,16 @@ def _told(content: Any) -> Iterator[bytes]:
             yield from _told(content[key])
     elif isinstance(content, HookGroup):
         for hook in content.hooks:
-            frames = [(frame.strength, frame.start_percent, frame.guarantee_steps) for frame in hook.hook_keyframe.keyframes]
-            yield from _told([type(hook).__name__, frames, _numbers(hook), *list(_tensors(getattr(hook, "weights", None)))[:TENSORS]])
+            frames = [(frame.strength, frame.start_percent, frame.guarantee_steps)
+                      for frame in hook.hook_keyframe.keyframes]
+            yield from _told([type(hook).__name__, frames, _numbers(hook),
+                              *list(_tensors(getattr(hook, "weights", None)))[:TENSORS]])
     elif isinstance(content, ControlBase):
-        yield from _told([type(content).__name__, content.strength, content.timestep_percent_range, content.cond_hint_original,
+        yield from _told([type(content).__name__, content.strength, content.timestep_percent_range,
+                          content.cond_hint_original,
                           content.previous_controlnet])
-        for network in (getattr(content, name, None) for name in ("control_model", "t2i_model", "control_weights")):
+        for network in (getattr(content, name, None)
+                        for name in ("control_model", "t2i_model", "control_weights")):
             if network is not None:
                 yield from _network(network if isinstance(network, Mapping) else _stored(network), {})
     elif isinstance(content, comfy.clip_vision.Output):
@@ -226,7 +241,8 @@ def _told(content: Any) -> Iterator[bytes]:
 
 
 def _numbers(thing: Any, switches: bool = False) -> dict[str, float]:
-    """The numbers that an object carries, and its switches if asked: those of a hook change once it was used."""
+    """The numbers that an object carries, and its switches if asked: those of a hook change once it was
+    used."""
     return {name: value for name, value in sorted(vars(thing).items())
             if isinstance(value, (int, float)) and (switches or not isinstance(value, bool))}
 

@@ -23,17 +23,20 @@ from ..samplers.schedule import Level, find_path
 from ..samplers.solver import finite
 from ..samplers.learning.train_amed import training_cost
 from . import canonical, picture
-from .calibration import Kind, Progress, Run, faults, resumable
 from .events import say
+from .library import Kind, faults
+from .measuring import Progress, Run, resumable
 from .middle_block import MiddleBlock
 
 ELEMENTS, MOST = 6_144, 16
-"""Trajectories of an estimate are as many as give so many latent elements to average over, at most 16: 2 for the emoji model,
-1 for Stable Diffusion. One, two and eight for the emoji model gave solvers of the same error within 15 %, two the best."""
+"""Trajectories of an estimate are as many as give so many latent elements to average over, at most 16: 2 for
+the emoji model, 1 for Stable Diffusion. One, two and eight for the emoji model gave solvers of the same error
+within 15 %, two the best."""
 
 PROMPTS = 12
-"""From how many on a refit serves all prompts: on the emoji model, 5 evaluations, 9 prompts led to an error of 0.18 on 16
-images of others, no refit to 0.14, and 12 prompts to 0.13 (by a refit of two weights a step)."""
+"""From how many on a refit serves all prompts: on the emoji model, 5 evaluations, 9 prompts led to an error
+of 0.18 on 16 images of others, no refit to 0.14, and 12 prompts to 0.13 (by a refit of two weights a
+step)."""
 LONGEST = 10  # steps that AMED is trained for: at 20 the training took as long as 45 images
 
 
@@ -65,7 +68,8 @@ class StatisticsKind:
     def sampled(self, options: Mapping[str, Any], schedule: list[Level]) -> int:
         return len(schedule) - 1 - _skipped(options)
 
-    def measure(self, run: Run, about: dict[str, Any], partial: Any, *, seed: int = 0, intervals: int = INTERVALS,
+    def measure(self, run: Run, about: dict[str, Any], partial: Any, *, seed: int = 0,
+                intervals: int = INTERVALS,
                 samples: int = 0, pool: str = "all") -> Statistics:
         sigmas = table(run)
         grid = [level.sigma for level in nodes(sigmas, intervals, find_path(run.path))]
@@ -80,9 +84,11 @@ class StatisticsKind:
         say(f"statistics measured in {progress}")
         return result
 
-    def refit(self, run: Run, found: Statistics, steps: int, about: dict[str, Any], partial: Any, *, seed: int = 0,
+    def refit(self, run: Run, found: Statistics, steps: int, about: dict[str, Any], partial: Any, *,
+              seed: int = 0,
               samples: int = 0) -> Statistics:
-        """The statistics with levels and weights for so many steps of the fitted solver, learned from its runs.
+        """The statistics with levels and weights for so many steps of the fitted solver, learned from its
+        runs.
 
         On one prompt, they become that prompt's; what several taught is for all, whichever was measured.
         """
@@ -91,35 +97,40 @@ class StatisticsKind:
             found = self.suited(found, about["conditions"])
             found = replace(found, about={**found.about, "conditions": about["conditions"]})
         elif about["prompts"] < PROMPTS:
-            say(f"warning: {about['prompts']} prompts are few: what they teach can harm others. Give {PROMPTS} or more, or one "
-                "alone for itself", logging.WARNING)
+            say(f"warning: {about['prompts']} prompts are few: what they teach can harm others. Give "
+                f"{PROMPTS} or more, or one alone for itself", logging.WARNING)
         count, highest = samples or refit_images(run.x.shape, about["prompts"]), sigma_max(run)
         begins = fitted_sigmas(found.for_another_prompt(), steps, highest, run.path)
         run = replace(run, grid=begins, image=steps)
         progress = Progress("tuning the solver", run, count)
         with resumable("the tuning", partial, run):
             result = refit_multistep(
-                run.denoise, pure_noise(run, count, seed), found, steps, path=run.path, start=highest if opening else None,
-                held_out=max(1, count // 4), progress=progress, precision=precision_of(run.patcher), about=about, partial=partial)
+                run.denoise, pure_noise(run, count, seed), found, steps, path=run.path, start=highest
+                if opening else None,
+                held_out=max(1, count // 4), progress=progress, precision=precision_of(run.patcher),
+                about=about, partial=partial)
         told = result.about["refits"][str(steps - opening)]
         before, after = told["selection"]
-        say(f"tuned for {steps} steps in {progress}: error {before:.3g} before, {after:.3g} after, on the images it was selected by"
-            if told["kept"] else f"tuning for {steps} steps found nothing better than the error {before:.3g} on the images that "
-            f"select, in {progress}: nothing is kept")
+        say(f"tuned for {steps} steps in {progress}: error {before:.3g} before, {after:.3g} after, on the "
+            "images it was selected by"
+            if told["kept"] else f"tuning for {steps} steps found nothing better than the error {before:.3g} "
+                                 f"on the images that select, in {progress}: nothing is kept")
         return result
 
-    def _check_refit(self, run: Run, found: Statistics, steps: int, about: Mapping[str, Any], samples: int) -> bool:
+    def _check_refit(self, run: Run, found: Statistics, steps: int, about: Mapping[str, Any],
+                     samples: int) -> bool:
         """ValueError for what cannot be refitted; else whether the first evaluation is above the grid."""
         if wrong := faults(found.about, about):
-            raise ValueError(f"these statistics were {'; '.join(wrong)}: what they begin with decides what tuning finds. Run "
-                             f"{self.makes} on this model at this guidance, and connect what it makes")
+            raise ValueError(f"these statistics were {'; '.join(wrong)}: what they begin with decides what "
+                             f"tuning finds. Run {self.makes} on this model at this guidance, and connect "
+                             "what it makes")
         opening = not finite(find_path(run.path).level(sigma_max(run)))
         if not FEWEST <= steps - opening <= LARGEST:
-            raise ValueError(f"steps = {steps} is out of range: on this model choose from {FEWEST + opening} to "
-                             f"{LARGEST + opening}; fewer leave nothing to tune, and more need none")
+            raise ValueError(f"steps = {steps} is out of range: on this model choose from {FEWEST + opening} "
+                             f"to {LARGEST + opening}; fewer leave nothing to tune, and more need none")
         if samples and samples < (fewest := max(3, about["prompts"])):
-            raise ValueError(f"samples = {samples} is too few: choose at least {fewest}, one for each prompt and three in all, "
-                             "or 0")
+            raise ValueError(f"samples = {samples} is too few: choose at least {fewest}, one for each prompt "
+                             "and three in all, or 0")
         return opening
 
     def suited(self, found: Statistics, conditions: str) -> Statistics:
@@ -140,10 +151,12 @@ class AmedKind:
         sigmas = about["sigmas"]
         digits = hashlib.sha256(" ".join(f"{sigma:.3g}" for sigma in sigmas).encode()).hexdigest()[:6]
         first = "" if about["first_step"] == "evaluate" else f"-{about['first_step']}"
-        return f"{about['base'] if about['base'] == 'amed' else 'amed_' + about['base']}{first}-{len(sigmas) - 1}steps-{digits}"
+        base = about["base"] if about["base"] == "amed" else f"amed_{about['base']}"
+        return f"{base}{first}-{len(sigmas) - 1}steps-{digits}"
 
     def about(self, run: Run) -> dict[str, Any]:
-        return {"base": run.options["base"], "sigmas": run.sigmas.tolist(), "first_step": _first_step(run.options)}
+        return {"base": run.options["base"], "sigmas": run.sigmas.tolist(),
+                "first_step": _first_step(run.options)}
 
     def serves(self, found: Amed, options: Mapping[str, Any], path: str, schedule: list[Level]) -> bool:
         wanted = path, options["base"], _first_step(options)
@@ -151,8 +164,8 @@ class AmedKind:
 
     def cost(self, options: Mapping[str, Any], path: str, schedule: list[Level]) -> int:
         if len(schedule) - 1 > LONGEST:
-            raise ValueError(f"AMED is not trained for {len(schedule) - 1} steps, which takes too long: choose at most {LONGEST} "
-                             "steps, or lambda_fitted, which serves any number")
+            raise ValueError(f"AMED is not trained for {len(schedule) - 1} steps, which takes too long: "
+                             f"choose at most {LONGEST} steps, or lambda_fitted, which serves any number")
         return training_cost(schedule, first_step=_first_step(options))
 
     def images(self, options: Mapping[str, Any], shape: Sequence[int]) -> int:
@@ -162,29 +175,34 @@ class AmedKind:
     def sampled(self, options: Mapping[str, Any], schedule: list[Level]) -> int:
         return sum(1 + finite(*ends) for ends in pairwise(schedule)) - _skipped(options)
 
-    def measure(self, run: Run, about: dict[str, Any], partial: Any, *, seed: int = 0, samples: int = 0, form: str = "table",
+    def measure(self, run: Run, about: dict[str, Any], partial: Any, *, seed: int = 0, samples: int = 0,
+                form: str = "table",
                 **how: Any) -> Amed:
         self.cost(run.options, run.path, run.levels)  # where it refuses, before the model is asked
         highest, start = sigma_max(run), run.levels[0].sigma
         if start < FULL * highest:
-            raise ValueError(f"AMED is trained from full noise, and this run starts at sigma = {start:.4g}, where there is an "
-                             f"image, and not at the model's highest, {highest:.4g}: choose a scheduler and settings that start "
-                             "there (denoise 1, start_at_step 0), or train for the whole schedule and allow interpolation in "
-                             "the AMED node")
+            raise ValueError(f"AMED is trained from full noise, and this run starts at sigma = {start:.4g}, "
+                             f"where there is an image, and not at the model's highest, {highest:.4g}: "
+                             "choose a scheduler and settings that start there (denoise 1, start_at_step 0), "
+                             "or train for the whole schedule and allow interpolation in the AMED node")
         count = samples or training_images(run.x.shape)
         held_out = _held_out(count)
         run = replace(run, image=self.sampled(run.options, run.levels))
-        noise, progress = pure_noise(run, count + held_out, seed, start), Progress("training AMED", run, count + held_out)
+        noise, progress = pure_noise(run, count + held_out, seed, start), Progress("training AMED", run,
+                                                                                   count + held_out)
         with MiddleBlock(run.patcher) as block:
             if form == "predictor" and not block.exists:
-                raise ValueError(f"a predictor looks at the middle block of a U-Net, and {about['model']} has none: set form to "
-                                 "table")
+                raise ValueError(f"a predictor looks at the middle block of a U-Net, and {about['model']} "
+                                 "has none: set form to table")
             run = replace(run, block=block if block.exists else None)
             with resumable("the training", partial, run):
                 result = fit_amed(
-                    run.denoise, noise, run.sigmas, base=about["base"], first_step=about["first_step"], form=form,
-                    held_out=held_out, path=run.path, features=block.features if block.exists else None, seed=seed,
-                    about=about, progress=progress, precision=precision_of(run.patcher), partial=partial, **how)
+                    run.denoise, noise, run.sigmas, base=about["base"], first_step=about["first_step"],
+                    form=form,
+                    held_out=held_out, path=run.path, features=block.features if block.exists else None,
+                    seed=seed,
+                    about=about, progress=progress, precision=precision_of(run.patcher), partial=partial,
+                    **how)
         say(summary(result, progress), logging.WARNING if carry_over(result) > WARN_ABOVE else logging.INFO)
         return result
 
@@ -199,13 +217,14 @@ class AmedKind:
             return
         with MiddleBlock(run.patcher) as block:
             if not block.exists:
-                raise ValueError(f"this AMED was trained with a predictor on the middle block of {found.about.get('model')}, and "
-                                 "this model has none: train a table for it")
+                raise ValueError("this AMED was trained with a predictor on the middle block of "
+                                 f"{found.about.get('model')}, and this model has none: train a table for it")
             yield replace(found, features=block.features)
 
 
 def _fits(options: Mapping[str, Any]) -> bool:
-    """Whether a solver with these options is the fitted one, which needs trajectories beside the statistics."""
+    """Whether a solver with these options is the fitted one, which needs trajectories beside the
+    statistics."""
     return "nodes" in options
 
 
@@ -233,10 +252,12 @@ def kind_of(found: Any) -> Kind:
 
 
 def needed(kind: Kind, found: Any, node: str) -> Any:
-    """What came through the socket, if it is of this kind; ValueError naming both kinds and the remedy if it is not."""
+    """What came through the socket, if it is of this kind; ValueError naming both kinds and the remedy if it
+    is not."""
     if not isinstance(found, kind.type):
-        raise ValueError(f"calibration is {kind_of(found).noun} of {found.about.get('model', 'a model')}, and {node} needs "
-                         f"{kind.noun}: connect what {kind.makes} makes, or a file of it by Load Calibration")
+        raise ValueError(f"calibration is {kind_of(found).noun} of {found.about.get('model', 'a model')}, "
+                         f"and {node} needs {kind.noun}: connect what {kind.makes} makes, or a file of it by "
+                         "Load Calibration")
     return found
 
 
@@ -245,9 +266,11 @@ WARN_ABOVE = 1.15
 
 
 def carry_over(trained: Amed) -> float:
-    """What is left of the untrained error at the last level: on images that did not teach, as a ratio to that on those that did."""
+    """What is left of the untrained error at the last level: on images that did not teach, as a ratio to that
+    on those that did."""
     losses = trained.about["losses"]
-    others, training = (losses["trained"][part][-1] / losses["untrained"][part][-1] for part in (trained.others, "training"))
+    others, training = (losses["trained"][part][-1] / losses["untrained"][part][-1]
+                        for part in (trained.others, "training"))
     return others / training
 
 
@@ -255,11 +278,12 @@ def summary(trained: Amed, spent: object) -> str:
     losses = trained.about["losses"]
     before, after = losses["untrained"][trained.others][-1], losses["trained"][trained.others][-1]
     ratio = carry_over(trained)
-    warning = "" if ratio <= WARN_ABOVE else (f". Warning: against the untrained error that is {100 * (ratio - 1):.0f} % more "
-                                              "than on the training images: use more samples, or fewer steps")
+    warning = "" if ratio <= WARN_ABOVE else (". Warning: against the untrained error that is "
+                                              f"{100 * (ratio - 1):.0f} % more than on the training images: "
+                                              "use more samples, or fewer steps")
     which = "images held out" if trained.others == "held out" else "the images it was selected by"
-    return (f"AMED trained in {spent}: error at the last step {before:.3g} untrained, "
-            f"{after:.3g} trained, on {which}{warning}")
+    return (f"AMED trained in {spent}: error at the last step {before:.3g} untrained, {after:.3g} trained, "
+            f"on {which}{warning}")
 
 
 def sigma_max(run: Run) -> float:
@@ -268,15 +292,18 @@ def sigma_max(run: Run) -> float:
 
 
 def pure_noise(run: Run, count: int, seed: int, sigma: float | None = None) -> Tensor:
-    """Starting states of a run at sigma, or at the model's highest level, as ComfyUI makes them of an empty latent."""
+    """Starting states of a run at sigma, or at the model's highest level, as ComfyUI makes them of an empty
+    latent."""
     sampling = run.patcher.get_model_object("model_sampling")
     sigma = sigma_max(run) if sigma is None else sigma
-    noise = torch.randn((count, *run.x.shape[1:]), generator=torch.Generator().manual_seed(seed)).to(run.x.device)
+    noise = torch.randn((count, *run.x.shape[1:]),
+                        generator=torch.Generator().manual_seed(seed)).to(run.x.device)
     return sampling.noise_scaling(noise.new_tensor([sigma]), noise, torch.zeros_like(noise), max_denoise=True)
 
 
 def table(run: Run) -> list[float]:
-    """The levels the model knows, from high to low: ComfyUI rounds every other one to them. And those of the run beyond them."""
+    """The levels the model knows, from high to low: ComfyUI rounds every other one to them. And those of the
+    run beyond them."""
     sampling = run.patcher.get_model_object("model_sampling")
     sigmas = getattr(sampling, "sigmas", None)
     ends = [float(sampling.sigma_max), float(sampling.sigma_min)]
@@ -286,12 +313,14 @@ def table(run: Run) -> list[float]:
 
 
 def trajectories(shape: Sequence[int], fewest: int = 1) -> int:
-    """How many an estimate takes. The fitted solver corrects only what holds on one that was left out, so it needs two."""
+    """How many an estimate takes. The fitted solver corrects only what holds on one that was left out, so it
+    needs two."""
     return _enough(shape, 1, fewest, MOST)
 
 
 def refit_images(shape: Sequence[int], prompts: int) -> int:
-    """How many images a refit looks at, those that select among them: a quarter of what one prompt gets for each of several."""
+    """How many images a refit looks at, those that select among them: a quarter of what one prompt gets for
+    each of several."""
     enough = _enough(shape, 16, 4, 8)
     return max(enough, prompts * (enough // 4))
 

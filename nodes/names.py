@@ -10,7 +10,7 @@ NAMES = {
     "lambda_amed_2m": "amed_dpmpp_2m",
     "lambda_fitted": "fitted_chosen",
 }
-"""Name in KSampler's list -> the catalogue's. At most ten, and once published forever: workflows carry them."""
+"""Name in KSampler's list -> the catalogue's. At most ten; once published, forever."""
 
 NODES = {
     "multistep": "Multistep",

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from ..samplers import Amed, Statistics, fit_multistep
 
-COLOURS = {"l": (31, 119, 180), "s": (214, 39, 40), "b": (44, 160, 44), "gamma": (148, 103, 189), "damping": (200, 130, 0)}
+COLOURS = {"l": (31, 119, 180), "s": (214, 39, 40), "b": (44, 160, 44), "gamma": (148, 103, 189),
+           "damping": (200, 130, 0)}
 EXPECTED = (3, 4, 5, 6, 8, 10, 12, 15, 20)
 """Evaluations for which the error to expect is drawn."""
 
 
 def curves(statistics: Statistics, width: int = 480, height: int = 300) -> Tensor:
-    """l, s, b, gamma and damping over lambda, and below them the error to expect of the fitted solver if they serve it, [1, H, W, 3].
+    """l, s, b, gamma and damping over lambda, [1, H, W, 3]; below, where they serve it, Fitted's error.
 
     Of several channels each is a thin line.
     """
@@ -56,11 +57,12 @@ def curves(statistics: Statistics, width: int = 480, height: int = 300) -> Tenso
     return tensor(image)
 
 
-def _expected(draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, errors: dict[int, float], refitted: dict[int, float],
-              box: tuple) -> None:
+def _expected(draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, errors: dict[int, float],
+              refitted: dict[int, float], box: tuple) -> None:
     """The fitted solver's error against evaluations, both logarithmic, and a square where it was refitted."""
     left, top, right, bottom = box
-    low, high = (factor * pick([*errors.values(), *refitted.values()]) for factor, pick in ((0.8, min), (1.25, max)))
+    known = [*errors.values(), *refitted.values()]
+    low, high = 0.8 * min(known), 1.25 * max(known)
 
     def at(n: float, error: float) -> tuple[float, float]:
         return (left + math.log(n / EXPECTED[0]) / math.log(EXPECTED[-1] / EXPECTED[0]) * (right - left),
@@ -80,7 +82,8 @@ def _expected(draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, errors: d
         draw.rectangle((x - 4, y - 4, x + 4, y + 4), COLOURS["b"])
     draw.text((left, top - 22), "error to expect of lambda_fitted (rms)", COLOURS["l"], font)
     if refitted:
-        draw.text((left, bottom - 4), "refitted: on the images it was selected by", COLOURS["b"], font, anchor="lb")
+        words = "refitted: on the images it was selected by"
+        draw.text((left, bottom - 4), words, COLOURS["b"], font, anchor="lb")
     draw.text((right, top - 22), "evaluations", (90, 90, 90), font, anchor="ra")
 
 
@@ -93,9 +96,10 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 
 def log_ticks(low: float, high: float, most: int) -> list[float]:
-    """1, 2 and 5 x 10^k from low to high, or of these only 1 x 10^k if they are more than `most`; `ticks` in a range without two."""
+    """1, 2 and 5 x 10^k from low to high, or only 1 x 10^k if more than `most`; `ticks` if fewer than two."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    found = [[value for k in decades for m in marks if low <= (value := m * 10.0**k) <= high] for marks in ((1, 2, 5), (1,))]
+    found = [[value for k in decades for m in marks if low <= (value := m * 10.0**k) <= high]
+             for marks in ((1, 2, 5), (1,))]
     fine = found[0] if len(found[0]) <= most else found[1]
     return fine if len(fine) > 1 else ticks(low, high, most)
 
@@ -116,7 +120,8 @@ def training(trained: Amed, width: int = 480, height: int = 320) -> Tensor:
     which = trained.others or "training"
     left, right = 60, width - 20
 
-    def panel(title: str, top: int, bottom: int, lines: dict[str, np.ndarray], colours: Sequence[tuple], log: bool) -> None:
+    def panel(title: str, top: int, bottom: int, lines: dict[str, np.ndarray], colours: Sequence[tuple],
+              log: bool) -> None:
         """Values over the steps; NaN where there is none."""
         scaled = {name: np.log10(np.maximum(line, 1e-12)) if log else line for name, line in lines.items()}
         values = np.concatenate(list(scaled.values()))
@@ -129,8 +134,8 @@ def training(trained: Amed, width: int = 480, height: int = 320) -> Tensor:
             draw.text((left - 8, y), f"{value:g}", (90, 90, 90), font, anchor="rm")
         place = left
         for (name, line), colour in zip(scaled.items(), colours):
-            points = [(px, bottom - (value - low) / (high - low) * (bottom - top)) for px, value in zip(x, line)
-                      if np.isfinite(value)]
+            points = [(px, bottom - (value - low) / (high - low) * (bottom - top))
+                      for px, value in zip(x, line) if np.isfinite(value)]
             draw.line(points, colour, 2)
             for px, py in points:
                 draw.ellipse((px - 3, py - 3, px + 3, py + 3), fill=colour)
@@ -145,22 +150,24 @@ def training(trained: Amed, width: int = 480, height: int = 320) -> Tensor:
     half = height // 2 if losses else height
     panel("step", 28, half - 24, dict(zip("rca", table.T)), (blue, red, green), False)
     if losses:
-        errors = {name: np.array(losses[name][which]) for name in ("untrained", "table", "trained") if name in losses}
+        names = [name for name in ("untrained", "table", "trained") if name in losses]
+        errors = {name: np.array(losses[name][which]) for name in names}
         colours = {"untrained": grey, "table": green, "trained": blue}
-        panel(f"error after the step, {which}", half + 28, height - 24, errors, [colours[name] for name in errors], True)
+        panel(f"error after the step, {which}", half + 28, height - 24, errors,
+              [colours[name] for name in errors], True)
     return tensor(image)
 
 
 def first(images: Tensor) -> Image.Image:
-    """The first picture of an IMAGE or of a video's frames, [..., H, W, 3]."""
+    """The first picture of an IMAGE or of a video's frames, [..., H, W, 3], as ComfyUI saves it."""
     pixels = images.reshape(-1, *images.shape[-3:])[0, ..., :3].float().cpu()
-    return Image.fromarray((pixels.clamp(0, 1) * 255).round().to(torch.uint8).numpy())
+    return Image.fromarray((pixels.clamp(0, 1) * 255).to(torch.uint8).numpy())
 
 
-# --- error against evaluations ----------------------------------------------------------------------------------------
+# --- error against evaluations ------------------------------------------------------------------------------
 
-HUES = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (230, 159, 0), (120, 94, 60),
-        (110, 80, 190), (60, 60, 60), (150, 180, 40))
+HUES = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (230, 159, 0),
+        (120, 94, 60), (110, 80, 190), (60, 60, 60), (150, 180, 40))
 """Colours to tell lines apart: first six of Okabe and Ito's, for any colour vision, then four more."""
 INK, GREY, GRID, GOOD, DOUBT = (35, 35, 35), (110, 110, 110), (228, 228, 228), (20, 130, 70), (240, 240, 240)
 SHAPES = ("disc", "square", "triangle", "diamond", "cross")
@@ -176,10 +183,12 @@ class Line(NamedTuple):
     points: list[tuple[int, float]]
 
 
-def errors(lines: Sequence[Line], good: float, doubt: float, width: int = 1000, height: int = 600) -> Image.Image:
-    """Error against evaluations, both logarithmic. A colour is a sampler, a shape a scheduler, a hollow mark stochastic.
+def errors(lines: Sequence[Line], good: float, doubt: float, width: int = 1000,
+           height: int = 600) -> Image.Image:
+    """Error against evaluations, both logarithmic. A colour is a sampler, a shape a scheduler.
 
-    The green line is the error that is good enough; in the grey ground, below `doubt`, the reference itself is not known.
+    Hollow marks are stochastic. The green line is good enough; the grey ground is below `doubt`, where the
+    reference is not known.
     """
     points = [point for line in lines for point in line.points if point[1] > 0]
     if not points:
@@ -190,7 +199,8 @@ def errors(lines: Sequence[Line], good: float, doubt: float, width: int = 1000, 
     small, large = ImageFont.load_default(14 * z), ImageFont.load_default(17 * z)
     samplers = list(dict.fromkeys(line.sampler for line in lines))
     schedulers = list(dict.fromkeys(line.scheduler for line in lines))
-    legend = min(width * z // 2, int(max(draw.textlength(name, small) for name in (*samplers, *schedulers))) + 64 * z)
+    longest = max(draw.textlength(name, small) for name in (*samplers, *schedulers))
+    legend = min(width * z // 2, int(longest) + 64 * z)
     left, right, top, bottom = 74 * z, width * z - legend - 24 * z, 52 * z, (height - 58) * z
     calls = sorted({n for n, _ in points})
     x_low, x_high = math.log(calls[0]) - 0.08, math.log(calls[-1]) + 0.08
@@ -205,7 +215,8 @@ def errors(lines: Sequence[Line], good: float, doubt: float, width: int = 1000, 
         ground = at(1, min(doubt, math.exp(y_high)))[1]
         draw.rectangle([left, ground, right, bottom], DOUBT)
         if bottom - ground > 24 * z:
-            draw.text((right - 8 * z, bottom - 8 * z), "the reference itself is not known better", GREY, small, anchor="rs")
+            draw.text((right - 8 * z, bottom - 8 * z), "the reference itself is not known "
+                                                       "better", GREY, small, anchor="rs")
     for value in log_ticks(math.exp(y_low), math.exp(y_high), 12):
         _, y = at(1, value)
         draw.line([(left, y), (right, y)], GRID, z)
@@ -249,7 +260,8 @@ def errors(lines: Sequence[Line], good: float, doubt: float, width: int = 1000, 
     return image.reduce(z)
 
 
-def _mark(draw: ImageDraw.ImageDraw, place: tuple[float, float], shape: str, colour: tuple, hollow: bool, r: float) -> None:
+def _mark(draw: ImageDraw.ImageDraw, place: tuple[float, float], shape: str, colour: tuple, hollow: bool,
+          r: float) -> None:
     x, y = place
     fill, edge = ("white" if hollow else colour), max(1, int(r / 3))
     if shape == "disc":
@@ -259,13 +271,14 @@ def _mark(draw: ImageDraw.ImageDraw, place: tuple[float, float], shape: str, col
     elif shape == "triangle":
         draw.polygon([(x, y - 1.2 * r), (x + 1.2 * r, y + r), (x - 1.2 * r, y + r)], fill, colour, edge)
     elif shape == "diamond":
-        draw.polygon([(x, y - 1.4 * r), (x + 1.4 * r, y), (x, y + 1.4 * r), (x - 1.4 * r, y)], fill, colour, edge)
+        s = 1.4 * r
+        draw.polygon([(x, y - s), (x + s, y), (x, y + s), (x - s, y)], fill, colour, edge)
     else:
         draw.line([(x - r, y - r), (x + r, y + r)], colour, edge + 1)
         draw.line([(x - r, y + r), (x + r, y - r)], colour, edge + 1)
 
 
-# --- contact sheet ----------------------------------------------------------------------------------------------------
+# --- contact sheet ------------------------------------------------------------------------------------------
 
 class Tile(NamedTuple):
     """A picture with lines below it; framed if it is good, doubly if it is the best."""
@@ -277,11 +290,12 @@ class Tile(NamedTuple):
 
 def sheet(first_row: Sequence[Tile], words: str, heads: Sequence[tuple[str, str]],
           rows: Sequence[tuple[str, Sequence[Tile | None]]], side: int = 168) -> Image.Image:
-    """References on top with words beside them, then a labelled row of tiles for each sampler; a head for every column."""
+    """References on top with words beside them, then a labelled row of tiles a sampler, below heads."""
     gap, text, edge, head = 12, 40, 16, 54
     font, bold = ImageFont.load_default(15), ImageFont.load_default(18)
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    label = int(max(measure.textlength(name, bold) for name in [*(name for name, _ in rows), "converged"])) + 24
+    names = [*(name for name, _ in rows), "converged"]
+    label = int(max(measure.textlength(name, bold) for name in names)) + 24
     high = side + text + gap
     beside = edge + label + len(first_row) * (side + gap) + 2 * gap
     wide = max(edge + label + len(heads) * (side + gap),
@@ -302,9 +316,11 @@ def sheet(first_row: Sequence[Tile], words: str, heads: Sequence[tuple[str, str]
             image.paste(small, (x + (side - size[0]) // 2, y + (side - size[1]) // 2))
         if tile.frame:
             thick = 5 if tile.frame == "best" else 2
-            draw.rectangle([x - thick, y - thick, x + side - 1 + thick, y + side - 1 + thick], outline=GOOD, width=thick)
+            box = [x - thick, y - thick, x + side - 1 + thick, y + side - 1 + thick]
+            draw.rectangle(box, outline=GOOD, width=thick)
         for k, caption in enumerate(tile.captions):
-            draw.text((x + side / 2, y + side + 6 + 16 * k), caption, GOOD if tile.frame else GREY, font, anchor="mt")
+            colour = GOOD if tile.frame else GREY
+            draw.text((x + side / 2, y + side + 6 + 16 * k), caption, colour, font, anchor="mt")
 
     draw.text((edge, edge + side // 2), "converged", INK, bold, anchor="lm")
     for column, tile in enumerate(first_row):

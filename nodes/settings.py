@@ -8,14 +8,18 @@ RULES = ("auto", "every prompt", "saved only", "never")
 CALIBRATION = "LambdaSolvers.Calibration"
 PLOT = "LambdaSolvers.Plot"
 PAGE: list[dict[str, Any]] = [
-    {"id": CALIBRATION, "category": ["Lambda Solvers", "Sampling", "Calibration"], "type": "combo", "options": list(RULES),
+    {"id": CALIBRATION, "category": ["Lambda Solvers", "Sampling", "Calibration"], "type": "combo",
+     "options": list(RULES),
      "defaultValue": RULES[0], "name": "Samplers that measure the model",
-     "tooltip": "What a sampler of KSampler's list does that needs a calibration and was given none. auto: take a saved one of this "
-                "model and guidance, or measure and save one, at no prompt in particular; every prompt: measure each new prompt; saved only: never measure; "
+     "tooltip": "What a sampler of KSampler's list does that needs a calibration and was given none. auto: "
+                "take a saved one of this "
+                "model and guidance, or measure and save one, at no prompt in particular; every prompt: "
+                "measure each new prompt; saved only: never measure; "
                 "never: stop. The environment variable LAMBDA_SOLVERS_CALIBRATION goes before"},
     {"id": PLOT, "category": ["Lambda Solvers", "Display", "Plot"], "type": "boolean", "defaultValue": True,
      "name": "Draw the schedule on sampler nodes",
-     "tooltip": "The line is lambda, half the log of the signal-to-noise ratio, over the steps; the dots are model evaluations"},
+     "tooltip": "The line is lambda, half the log of the signal-to-noise ratio, over the steps; the dots are "
+                "model evaluations"},
 ]
 """As the interface's registerExtension takes them."""
 
@@ -27,7 +31,8 @@ class _DefaultUser:
 
 
 def read(name: str) -> Any:
-    """A setting of the default user, None if it was never set. With --multi-user there is no default user: always None."""
+    """A setting of the default user, None if it was never set. With --multi-user there is no default user:
+    always None."""
     server = getattr(sys.modules.get("server"), "PromptServer", None)
     if not hasattr(server, "instance"):
         return None  # the pack is used without a server

@@ -30,7 +30,8 @@ def directory() -> Path:
 
 
 def listed() -> list[str]:
-    """The names of all files; a folder that is gone is made again, and one that cannot be made holds nothing."""
+    """The names of all files; a folder that is gone is made again, and one that cannot be made holds
+    nothing."""
     try:
         directory().mkdir(parents=True, exist_ok=True)
         return folder_paths.get_filename_list(FOLDER)
@@ -49,8 +50,8 @@ def existing(name: str) -> Path:
                          f"{directory()}; then refresh the node definitions (key R) and choose it")
     path = folder_paths.get_full_path(FOLDER, name)
     if path is None:
-        raise ValueError(f"there is no calibration {name!r} in {directory()}: run Measure Model first, or put a file there "
-                         "and reload the page")
+        raise ValueError(f"there is no calibration {name!r} in {directory()}: run Measure Model first, or "
+                         "put a file there and reload the page")
     return Path(path)
 
 
@@ -60,8 +61,8 @@ def place(name: str) -> Path:
     parts = stem.replace("\\", "/").split("/")
     wrong = any(part[:1] in ("", ".") or any(c in '<>:"|?*' or ord(c) < 32 for c in part) for part in parts)
     if wrong or len(stem.encode()) > LONGEST:
-        raise ValueError(f"name = {name!r} cannot be a file in {FOLDER}: use up to {LONGEST} letters, digits, '-', '_', and "
-                         "'/' for subfolders, no '..' and no absolute path")
+        raise ValueError(f"name = {name!r} cannot be a file in {FOLDER}: use up to {LONGEST} letters, "
+                         "digits, '-', '_', and '/' for subfolders, no '..' and no absolute path")
     path = directory().joinpath(*parts[:-1], parts[-1] + ENDING)
     if not path.resolve().is_relative_to(directory().resolve()):
         raise ValueError(f"name = {name!r} leads out of {FOLDER} (through a link): choose another name")
@@ -76,7 +77,8 @@ def free(name: str, taken: Callable[[Path], bool] = Path.exists) -> Path:
 
 
 def spare(name: str, content: Any) -> Path:
-    """A file for what was just measured: as `free`, but one that holds the same, or that no version can read, is replaced."""
+    """A file for what was just measured: as `free`, but one that holds the same, or that no version can read,
+    is replaced."""
     return free(name, lambda path: path.exists() and not _gives_way(path, content))
 
 

@@ -67,7 +67,7 @@ def test_texts_and_runs_are_sent_to_the_one_who_queued_and_to_nobody_if_that_is_
 def test_a_text_has_nothing_that_the_interface_would_take_for_html_and_the_log_has_it_as_it_is(monkeypatch, caplog) -> None:
     """Frontend 1.32.9 puts progress texts into innerHTML; names of patches come from files and from other packs."""
     caplog.set_level(logging.INFO)
-    calibration, name = module("calibration"), '<img src=x onerror="alert(1)">'
+    calibration, name = module("library"), '<img src=x onerror="alert(1)">'
     [fault] = calibration.faults({**ABOUT, "patches": [name]}, ABOUT)
     sent = run(ksampler(), "5", 12, monkeypatch, said=fault)[0][0]
     assert "<" not in sent and ">" not in sent and "img src=x onerror" in sent
@@ -87,7 +87,7 @@ def unregistered(monkeypatch):
         monkeypatch.delattr(sampling, f"sample_{name}")
     for where, name in ((comfy.samplers.KSampler, "SAMPLERS"), (comfy.samplers, "SAMPLER_NAMES"), (comfy.samplers, "KSAMPLER_NAMES")):
         monkeypatch.setattr(where, name, [entry for entry in getattr(where, name) if entry not in ours])
-    return types.SimpleNamespace(samplers=comfy.samplers, sampling=sampling, register=module("registry").register)
+    return types.SimpleNamespace(samplers=comfy.samplers, sampling=sampling, register=module("sampling").register)
 
 
 @pytest.mark.parametrize("listed", [True, False])
@@ -279,7 +279,7 @@ def test_a_prompt_with_strange_metadata_loses_no_image(monkeypatch, caplog) -> N
 @pytest.mark.parametrize("came, name", [("given", "given"), ("attached", "attached"), ("saved", "folder/one"), ("measured", "model-cfg3"),
                                         ("not written", "measured")])
 def test_a_calibration_is_known_by_where_it_came_from(monkeypatch, came: str, name: str, tmp_path) -> None:
-    calibration, store, found = module("calibration"), module("store"), two_trajectories()
+    calibration, store, found = module("library"), module("store"), two_trajectories()
     told = {**ABOUT, "model": "model", "any": "any-1"}
     monkeypatch.setattr(calibration, "description", lambda guider: told)
     monkeypatch.setattr(calibration.canonical, "conditions", lambda run: contextlib.nullcontext())
@@ -293,8 +293,8 @@ def test_a_calibration_is_known_by_where_it_came_from(monkeypatch, came: str, na
                                  name=lambda about: "", about=lambda run: {}, measure=lambda *run: found)
     model = Model(lambda x, sigma: x, sampling_of("EPS"))
     model.inner_model.model_patcher.get_attachment = lambda name: found if came == "attached" else None
-    monkeypatch.setattr(calibration.Run, "apart", lambda self: contextlib.nullcontext())
-    asked = calibration.Run(model, torch.zeros(1), torch.tensor([1.0, 0.0]), {}, {})
+    monkeypatch.setattr(module("measuring").Run, "apart", lambda self: contextlib.nullcontext())
+    asked = module("measuring").Run(model, torch.zeros(1), torch.tensor([1.0, 0.0]), {}, {})
     assert calibration.calibration_for(kind, asked, found if came == "given" else None, "auto") == (name, found)
 
 

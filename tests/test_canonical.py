@@ -81,15 +81,15 @@ def test_a_model_that_asks_for_more_than_a_text_is_refused_with_the_remedy(monke
 
 
 def test_what_every_prompt_measures_is_that_prompt_s_own(folder) -> None:  # noqa: F811
-    calibration, kinds = part("nodes.calibration"), part("nodes.kinds")
+    library, kinds = part("nodes.library"), part("nodes.kinds")
     found = {}
     for words in (GHOST, PANDA):
         for how in ("auto", "every prompt"):
             network = Network()
             made = guider(model(network), prompt(words), prompt(0.0), 7.0)
             options = {"order": 2}
-            found[words, how] = in_a_run(made, lambda run: calibration.calibration_for(
-                kinds.STATISTICS_KIND, part("nodes.calibration").Run(run.model, run.x, run.sigmas, run.extra_args, options),
+            found[words, how] = in_a_run(made, lambda run: library.calibration_for(
+                kinds.STATISTICS_KIND, part("nodes.measuring").Run(run.model, run.x, run.sigmas, run.extra_args, options),
                 None, how))[1]
     assert (found[GHOST, "auto"].l == found[PANDA, "auto"].l).all()
     assert (found[GHOST, "every prompt"].l != found[PANDA, "every prompt"].l).any()

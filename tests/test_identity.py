@@ -244,9 +244,9 @@ def described(positive: list, negative: list | None, cfg: float, kind: str = "CF
     """What a guider of ComfyUI's samples, or the manual nodes' own."""
     patcher = model(Network())
     if kind == "measured":
-        calibration = importlib.import_module(f"{pack().__name__}.nodes.calibration")
+        measuring = importlib.import_module(f"{pack().__name__}.nodes.measuring")
         latent = {"samples": torch.zeros(1, *IMAGE)}
-        return calibration.measured(patcher, [positive], negative, cfg, latent, 0, None,
+        return measuring.measured(patcher, [positive], negative, cfg, latent, 0, None,
                                     lambda run: identity().description(run.guider))
     if kind == "BasicGuider":
         from comfy_extras.nodes_custom_sampler import BasicGuider
@@ -269,12 +269,12 @@ def test_at_guidance_1_the_negative_prompt_does_not_matter_and_every_guider_agre
     assert identity().description(whole)["conditions"] == three["conditions"]
 
 
-def calibration() -> types.ModuleType:
-    return importlib.import_module(f"{pack().__name__}.nodes.calibration")
+def library() -> types.ModuleType:
+    return importlib.import_module(f"{pack().__name__}.nodes.library")
 
 
 def faults(made: dict, wanted: dict) -> list[str]:
-    return calibration().faults(made, wanted)
+    return library().faults(made, wanted)
 
 
 def found(made: dict, wanted: dict, folder) -> bool:
@@ -291,7 +291,7 @@ def found(made: dict, wanted: dict, folder) -> bool:
         statistics.save(folder / "a.safetensors", overwrite=True)
         folder_paths.filename_list_cache.pop("solver_calibrations", None)
         kind = types.SimpleNamespace(type=samplers.Statistics, serves=lambda *run: 1, suited=lambda found, conditions: found)
-        return calibration().choice(kind, wanted, "saved only", {}, "ve", []) is not None
+        return library().choice(kind, wanted, "saved only", {}, "ve", []) is not None
     finally:
         folder_paths.folder_names_and_paths["solver_calibrations"] = kept
 
@@ -316,8 +316,8 @@ def test_the_scale_that_a_distilled_model_is_told_goes_with_the_guidance(tmp_pat
 
 def test_two_files_of_two_distilled_scales_have_names_that_say_them() -> None:
     kind = importlib.import_module(f"{pack().__name__}.nodes.kinds").STATISTICS_KIND
-    assert "-cfg1-guidance3.5-" in calibration().file_name(kind, flux())
-    assert "guidance" not in calibration().file_name(kind, flux(None))
+    assert "-cfg1-guidance3.5-" in library().file_name(kind, flux())
+    assert "guidance" not in library().file_name(kind, flux(None))
 
 
 def patched(*loras: tuple[int, float, range]) -> dict:
@@ -388,12 +388,12 @@ def test_a_strength_that_does_not_fit_is_told_with_both() -> None:
 @pytest.mark.parametrize("odd", ["3", None, [3.0, "x"], {"a": 1}])
 def test_a_file_whose_numbers_are_none_is_not_taken(odd) -> None:
     wanted = {"strengths": [0.8, 0.8], "guidance": 3.0, "distilled": [3.5]}
-    assert all(calibration().alike(key, wanted, wanted) for key in wanted)
-    assert not any(calibration().alike(key, {key: odd}, wanted) for key in wanted)
+    assert all(library().alike(key, wanted, wanted) for key in wanted)
+    assert not any(library().alike(key, {key: odd}, wanted) for key in wanted)
 
 
 def test_a_run_from_a_higher_level_begins_with_the_hooks_at_their_first_keyframes() -> None:
-    calibration = importlib.import_module(f"{pack().__name__}.nodes.calibration")
+    measuring = importlib.import_module(f"{pack().__name__}.nodes.measuring")
     group, told = hooks(1.0, (0.0, 0.0), (0.5, 0.5), (1.0, 1.0)), []
     group.hooks[0].initialize_timesteps = lambda model: told.append("first")
 
@@ -407,7 +407,7 @@ def test_a_run_from_a_higher_level_begins_with_the_hooks_at_their_first_keyframe
             return x
 
     wrapped, schedule = types.SimpleNamespace(inner_model=Guider()), torch.tensor([14.0, 0.0])
-    run = calibration.Run(wrapped, torch.zeros(2, 3), schedule, {}, {})
+    run = measuring.Run(wrapped, torch.zeros(2, 3), schedule, {}, {})
     for sigma in (14.0, 14.0, 5.0, 1.0, 14.0, 5.0, 7.0):
         run.denoise(torch.zeros(2, 3), torch.full((2,), sigma))
     assert told == [14.0, 14.0, 5.0, 1.0, "clean", "first", 14.0, 5.0, "clean", "first", 7.0]

@@ -60,7 +60,7 @@ def test_images_that_have_conditions_of_their_own_keep_them(batch: int) -> None:
 def test_every_image_is_evaluated_under_its_own_prompt(batch: int, asked: list[int]) -> None:
     network = Network(most=batch)
     x = torch.randn(5, *IMAGE)
-    answers = part("nodes.calibration").measured(
+    answers = part("nodes.measuring").measured(
         model(network), [prompt(0.0), prompt(10.0), prompt(20.0)], prompt(0.0), 1.0,
         {"samples": torch.zeros(batch, *IMAGE)}, 0, None, lambda run: run.denoise(x, torch.full((5,), 0.5)))
     assert [call.context for call in network.calls] == [[value] * batch for value in asked]
@@ -84,8 +84,7 @@ def test_context_windows_work_while_a_video_model_is_measured_and_sampled(name: 
 
 def test_what_does_not_fit_into_memory_is_halved_once_and_then_told_with_the_remedy(monkeypatch) -> None:
     network, said = Network(most=2), []
-    calibration = part("nodes.calibration")
-    monkeypatch.setattr(calibration, "say", lambda text, level: said.append(text))
+    monkeypatch.setattr(part("nodes.measuring"), "say", lambda text, level: said.append(text))
 
     def twice(run) -> list[Tensor]:
         first = run.denoise(torch.ones(5, *IMAGE), torch.ones(5))
@@ -156,7 +155,7 @@ def test_a_step_of_two_evaluations_tells_the_schedule_and_at_its_inner_level_tha
     network, other = Network(), Network()
     sampled(made(other), listed("lambda_2m"), steps=4)
     schedule = other.calls[0].told
-    singlestep = part("nodes.registry").calibrated(part("samplers").FAMILIES["singlestep"])
+    singlestep = part("nodes.sampling").calibrated(part("samplers").FAMILIES["singlestep"])
     sampled(made(network), singlestep, steps=4, order=2)
     inner = [call for call in network.calls if call.sigma[0] not in schedule]
     assert len(inner) == 3
@@ -200,7 +199,7 @@ def test_a_predictor_is_trained_on_a_model_that_takes_the_run_s_batch_and_no_mor
 
     def measure(run):
         run = replace(run, options={"base": "amed", "first_step": "evaluate"})
-        about = part("nodes.calibration").described(kind, run)
+        about = part("nodes.library").described(kind, run)
         return kind.measure(run, about, None, samples=3, form="predictor", teacher=2)
 
     trained = in_a_run(made(network), measure, steps=3)
@@ -286,7 +285,7 @@ def test_latents_of_several_kinds_are_refused_by_name_where_a_model_is_measured(
     import comfy.nested_tensor
     latents = comfy.nested_tensor.NestedTensor([torch.zeros(1, *VIDEO), torch.zeros(1, 4, 8)])
     with pytest.raises(ValueError, match="latents are nested"):
-        part("nodes.calibration").measured(model(Network()), [prompt(0.0)], prompt(0.0), 1.0, {"samples": latents},
+        part("nodes.measuring").measured(model(Network()), [prompt(0.0)], prompt(0.0), 1.0, {"samples": latents},
                                            0, None, lambda run: None)
     network = Network()
     patcher = model(network)
@@ -328,7 +327,7 @@ def test_a_guidance_that_changes_from_step_to_step_is_sampled_and_refused_a_cali
     with pytest.raises(ValueError, match="guidance of this ScheduledCFG is .*, and statistics hold for one number"):
         sampled(scheduled(cfg), listed("lambda_v3"))
     kind = part("nodes.kinds").STATISTICS_KIND
-    described = part("nodes.calibration").described
+    described = part("nodes.library").described
     found = in_a_run(made(Network()), lambda run: kind.measure(run, described(kind, run), None))
     given = sampled(scheduled(cfg), listed("lambda_v3"), statistics=found)
     assert given.isfinite().all()

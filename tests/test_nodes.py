@@ -192,15 +192,15 @@ def test_scaled_noise_of_newer_flow_models_scales_what_stochastic_solvers_add() 
 
 def test_the_environment_says_what_a_listed_sampler_does_without_statistics(monkeypatch) -> None:
     pack()
-    calibration = sys.modules["custom_nodes_x_lambda-solvers.nodes.calibration"]
-    assert calibration.rule() == "auto"
+    library = sys.modules["custom_nodes_x_lambda-solvers.nodes.library"]
+    assert library.rule() == "auto"
     monkeypatch.setenv("LAMBDA_SOLVERS_CALIBRATION", "")  # as if it were not set
-    assert calibration.rule() == "auto"
+    assert library.rule() == "auto"
     monkeypatch.setenv("LAMBDA_SOLVERS_CALIBRATION", "saved only")
-    assert calibration.rule() == "saved only"
+    assert library.rule() == "saved only"
     monkeypatch.setenv("LAMBDA_SOLVERS_CALIBRATION", "sometimes")
     with pytest.raises(ValueError, match="LAMBDA_SOLVERS_CALIBRATION is 'sometimes': choose one of auto, every prompt"):
-        calibration.rule()
+        library.rule()
 
 
 def test_an_empty_latent_gets_the_shape_that_comfyui_gives_it_newer_ones_by_their_ratio(monkeypatch) -> None:

@@ -226,7 +226,7 @@ def run(graph: dict, name: str, steps: int, monkeypatch, describe=None, said: st
         family: str = "multistep", sigma_max: float | None = None, use: dict | None = None, client: str | None = "me",
         made_by: str = "", send: Exception | None = None, **options) -> list:
     """One run of a sampler of ours as the server does it; what was sent to the interface, unless that cannot be."""
-    events, catalogue, sent = module("events"), module("registry"), []
+    events, catalogue, sent = module("events"), module("sampling"), []
     from comfy_execution.graph import DynamicPrompt
     from comfy_execution.progress import reset_progress_state
     from comfy_execution.utils import CurrentNodeContext
@@ -514,7 +514,7 @@ def test_the_variable_goes_before_the_setting_and_the_setting_before_auto(monkey
     import folder_paths
     from app.user_manager import UserManager
     from server import PromptServer
-    calibration = module("calibration")
+    calibration = module("library")
     monkeypatch.delenv(calibration.VARIABLE, raising=False)
     monkeypatch.setattr(folder_paths, "user_directory", str(tmp_path))
     users = UserManager()

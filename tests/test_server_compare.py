@@ -4,6 +4,7 @@ from __future__ import annotations
 import re
 import shutil
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -52,6 +53,10 @@ def test_everything_is_counted_and_the_reference_is_made_once(server) -> None:  
     assert errors["lambda_2m", "8"] == errors["lambda/dpmpp_2m", "8"] < errors["euler", "8"] < errors["euler", "4"]
     assert table.startswith(cheapest) and re.search(r"\(within 0.3\)|nothing is within 0.3", cheapest)
     assert any(re.fullmatch(r"\d+ of 10: heun, karras, 4 evaluations; \d+ s left", text) for text in ran.texts)
+    before, timed = (text for text in ran.texts if text.startswith("as long as"))
+    cost = f"as long as {round(counted / 20)} images of 20 steps"
+    assert before == f"{cost}, and more where a sampler measures or trains first"
+    assert re.fullmatch(rf"{cost}, about \d+ (seconds|minutes)", timed)
     assert ran.texts[-1] == cheapest and ran.progress[-1][0] == ran.progress[-1][1] == counted
     plot, sheet = (Image.open(server.file(ran.outputs[node]["images"][0])).convert("RGB") for node in graph.pictures)
     assert plot.size == (1000, 600) and ran.outputs[graph.compare]["images"]
@@ -75,11 +80,35 @@ def test_v3_is_calibrated_by_its_own_rule_and_its_measurement_is_not_counted(bas
     folder = base / "models" / "solver_calibrations"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    graph = comparison(Graph("panda").counted(), samplers="dpm_solver_v3", seed=3)
+    graph = comparison(Graph("panda").counted(), samplers="lambda_v3", seed=3)
     ran, rows, table, _ = run(graph, server)
     assert ran.status == "success", ran.error
     assert [row[2] for row in rows] == ["4", "6"] and [path.suffix for path in folder.glob("*.*")] == [".safetensors"]
     assert [bool(re.search("calibrated first with 108 evaluations, not counted", row[5])) for row in rows] == [True, False]
+
+
+@pytest.mark.parametrize("samplers, error", [("lambda_2m", 10.0), ("lambda_v3\nlambda_fitted", 1e-3), ("lambda_amed", 10.0),
+                                             ("dpm_2, s_noise=1.0", 10.0), ("lambda_2m_sde", 10.0)])
+def test_sampler_and_sigmas_make_the_image_of_the_cell_that_was_chosen(base, server, samplers, error) -> None:  # noqa: F811
+    """With the very calibration that it had, though another was saved since, which serves it as well."""
+    folder = base / "models" / "solver_calibrations"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    graph = comparison(Graph("panda"), samplers=samplers, evaluations="5", schedulers="gits:1.20", error=error, seed=21)
+    graph.custom([graph.compare, 4], [graph.compare, 5], seed=21)
+    graph.pictures.append(graph.add("PreviewImage", images=graph.image()))
+    ran, rows, _, verdict = run(graph, server)
+    assert ran.status == "success", ran.error
+    assert ("nothing is within" in verdict) == (error < 0.1)
+    _, sheet, image = (Image.open(server.file(ran.outputs[node]["images"][0])).convert("RGB") for node in graph.pictures)
+    cell, best = image.resize((168, 168), Image.Resampling.LANCZOS), min(float(row[4]) for row in rows)
+    row = [row[0] for row in rows].index(next(row[0] for row in rows if float(row[4]) == best))
+    lines = [line for line in samplers.splitlines() if line in {row[0] for row in rows}]
+    top = 16 + 220 + 54 + 220 * lines.index(rows[row][0])
+    shown, wanted = np.asarray(sheet, int)[top:top + 168], np.asarray(cell, int)
+    apart = min(abs(shown[:, x:x + 168] - wanted).max() for x in range(shown.shape[1] - 167))
+    assert apart <= 1  # a sheet is rounded down once more as it is saved
+    assert verdict.count(rows[row][0])
 
 
 def test_cells_that_fail_say_why_and_the_others_run(server) -> None:  # noqa: F811
@@ -131,6 +160,7 @@ def test_cancel_leaves_a_working_server_and_the_finished_reference(server) -> No
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"samplers": "eular"}, "unknown sampler 'eular'"), ({"schedulers": "karas"}, "unknown 'karas'"),
+    ({"schedulers": "gits:2"}, "write gits: and one of 0.80"),
     ({"evaluations": "5, many"}, "'many' is out of range: write whole numbers from 1 to 1000")])
 def test_what_cannot_be_read_is_refused_before_anything_runs(server, changes: dict, message: str) -> None:  # noqa: F811
     graph = comparison(Graph("panda").counted(), **changes)

@@ -13,7 +13,7 @@ from samplers import FAMILIES, Amed, Statistics
 from samplers.learning.storage import digest
 from test_server import Graph
 from test_server_compare import comparison
-from test_server_v3 import estimate, files
+from test_server_v3 import files, measure
 
 KEY, EVENT = "lambda_solvers", "lambda_solvers.run"
 
@@ -46,7 +46,7 @@ def of(folder, kind: type = Statistics) -> dict:  # noqa: F811
 
 
 def test_the_name_and_digest_are_in_the_image_when_measured_found_kept_and_sent_again(server, folder) -> None:  # noqa: F811
-    graph = Graph("panda").counted().ksampler("dpm_solver_v3")
+    graph = Graph("panda").counted().ksampler("lambda_v3")
     node = graph.latent[0]
     prompt, noted = written(server, saved(graph))
     assert noted == {node: {"version": noted[node]["version"], "calibrations": [of(folder)]}}
@@ -71,7 +71,7 @@ def test_with_a_custom_guider_inside_a_subgraph_and_with_what_is_given(server, f
     sigmas = [graph.add("BasicScheduler", model=graph.model, scheduler="karras", steps=5, denoise=1.0), 0]
     guider = [graph.add("CFGGuider", model=graph.model, positive=graph.positive, negative=graph.negative, cfg=3.0), 0]
     options = {name: option.default for name, option in FAMILIES["v3"].options.items() if option.stand_in is None}
-    sampler = [graph.add("LambdaSamplerV3", calibration="never", statistics=estimate(graph), **options), 0]
+    sampler = [graph.add("LambdaSamplerV3", measure="never", calibration=measure(graph), **options), 0]
     node = graph.add("SamplerCustomAdvanced", noise=[graph.add("RandomNoise", noise_seed=3), 0], guider=guider, sampler=sampler,
                      sigmas=sigmas, latent_image=graph.latent)
     graph.latent = ["4:1", 0]
@@ -87,7 +87,7 @@ def test_with_a_custom_guider_inside_a_subgraph_and_with_what_is_given(server, f
 def test_texts_and_runs_reach_the_client_that_queued_and_no_other(server, folder) -> None:  # noqa: F811
     async def queue() -> tuple:
         async with aiohttp.ClientSession() as session, session.ws_connect(f"{server.url}/ws?clientId=another") as other:
-            run = await server._run(saved(Graph("panda").ksampler("dpm_solver_v3", seed=11)), None, None)
+            run = await server._run(saved(Graph("panda").ksampler("lambda_v3", seed=11)), None, None)
             heard = []
             with contextlib.suppress(asyncio.TimeoutError):
                 while True:
@@ -102,14 +102,14 @@ def test_texts_and_runs_reach_the_client_that_queued_and_no_other(server, folder
 def test_on_the_node_of_the_workflow_that_has_made_the_sampling_node(server, folder) -> None:  # noqa: F811
     graph = Graph("panda")
     node = graph.add("TestKSamplerInside", model=graph.model, positive=graph.positive, negative=graph.negative, latent_image=graph.latent,
-                     seed=3, sampler_name="dpm_solver_v3")
+                     seed=3, sampler_name="lambda_v3")
     graph.latent = [node, 0]
     for prefix in ("e", "f"):
         _, noted = written(server, saved(graph, prefix))
         assert list(noted) == [node] and noted[node]["calibrations"] == [of(folder)]
 
 
-@pytest.mark.parametrize("samplers, kinds", [("dpm_solver_v3\named", {Statistics, Amed}), ("euler\nlambda_2m", set())])
+@pytest.mark.parametrize("samplers, kinds", [("lambda_v3\nlambda_amed", {Statistics, Amed}), ("euler\nlambda_2m", set())])
 def test_compare_samplers_notes_all_that_its_samplers_used(server, folder, samplers, kinds) -> None:  # noqa: F811
     graph = comparison(Graph("panda"), samplers=samplers, evaluations="5")
     graph.nodes["save"] = {"class_type": "SaveImage", "inputs": {"images": [graph.compare, 0], "filename_prefix": "g"}}

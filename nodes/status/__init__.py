@@ -1,7 +1,7 @@
-"""What shows, predicts and records a run: nothing that samples imports it, so it can never take a sampler down.
+"""What shows, predicts and records a run: nothing that samples imports it, so that it takes no sampler down.
 
-plan foresees a run from a workflow, runs keeps what the last ones did, panel says both, web serves it to the interface, and
-metadata notes in the image which calibration made it. events.listeners is how a run tells of itself.
+plan foresees a run from a workflow, runs keeps what the last ones did, panel says both, web serves it to the
+interface, and metadata notes in the image which calibration made it. A run tells events.listeners.
 """
 from .. import events
 from . import metadata, runs, web

@@ -1,9 +1,9 @@
 """Which calibration made an image, in the image's metadata.
 
-ComfyUI's SaveImage writes the prompt that is running, as JSON, and what a node of it has under `_meta` is read by
-no validation and no cache. There goes, on the node that sampled:
+ComfyUI's SaveImage writes the prompt that is running, as JSON, and what a node of it has under `_meta` is
+read by no validation and no cache. There goes, on the node that sampled:
 
-    "lambda_solvers": {"version": of this pack, "calibrations": [{"name": ..., "digest": ...}], "cached": true}
+    "lambda_solvers": {"version": of the pack, "calibrations": [{"name": ..., "digest": ...}], "cached": true}
 
 `cached` where ComfyUI had kept that node's result of an earlier prompt, and ran only what is behind it.
 """
@@ -44,7 +44,7 @@ def said(text: str) -> None:
 
 
 def ran(run: events.Ran) -> None:
-    """Note what the running node has used: each once, if it samples several times as Compare Samplers does."""
+    """Note what the running node has used: each once, if it samples several times as Compare Samplers."""
     place = running()
     if place is None or not run.used:
         return

@@ -1,4 +1,4 @@
-"""What the interface shows on a sampler: evaluations, the schedule in lambda, warnings, and how its calibration stands."""
+"""What the interface shows on a sampler: evaluations, schedule, warnings, and how its calibration stands."""
 from __future__ import annotations
 
 import math
@@ -6,9 +6,9 @@ from contextlib import suppress
 from typing import Any, Callable, Mapping
 
 from ...samplers import load_calibration
-from .. import calibration, store
-from ..calibration import Kind
-from ..registry import kind_of
+from .. import library, store
+from ..library import Kind
+from ..sampling import kind_of
 from . import plan, runs
 from .plan import Graph, Job, Linked, Plan
 
@@ -17,15 +17,18 @@ WORDS = {
     "evaluations_by_path": "model evaluations: {count}, {flow} on a flow model",
     "evaluations_run": "model evaluations: {count} (last run)",
     "evaluations_free": "model evaluations: as many as the tolerance asks (known after a run)",
-    "evaluations_per_step": "model evaluations a step: {count}. Connect it to SamplerCustom to see its schedule",
+    "evaluations_per_step": "model evaluations a step: {count}. Connect it to SamplerCustom to see its "
+                            "schedule",
     "evaluations_per_step_free":
         "as many model evaluations as the tolerance asks. Connect it to SamplerCustom to see its schedule",
     "linked": "set by a link: {name} (model evaluations known after a run)",
     "nothing_to_do": "model evaluations: 0, the schedule is empty",
     "scale": "lambda {low} to {high}, sigma {first} to {last}",
-    "scale_guessed": "lambda {low} to {high} on Stable Diffusion's noise levels (the model's own after a run)",
+    "scale_guessed": "lambda {low} to {high} on Stable Diffusion's noise levels (the model's own after a "
+                     "run)",
     "levels_chosen": "of the scheduler only the range counts; evaluated at sigma {sigmas}",
-    "levels_unknown": "of the scheduler only the range counts; the levels are chosen once the model is measured",
+    "levels_unknown": "of the scheduler only the range counts; the levels are chosen once the model is "
+                      "measured",
     "order_not_reached": "warning: order {order} is never reached in {steps} steps: choose more",
     "first_step_not_skipped":
         "warning: the first step can be skipped at full noise only, and this run starts at sigma {sigma}",
@@ -35,7 +38,8 @@ WORDS = {
     "used": "the last run used {name}, digest {digest}",
     "fits": "the calibration fits this model and guidance",
     "saved": "a saved calibration serves this run: {name}",
-    "unsure": "not run on this model yet: a saved calibration that fits is used, else one is measured first, {cost}",
+    "unsure": "not run on this model yet: a saved calibration that fits is used, else one is measured first, "
+              "{cost}",
     "to_be_measured": "no saved calibration serves this run: one is measured first, {cost}",
     "every_prompt": "each new prompt is measured once, {cost}",
     "cost_one": "as long as 1 image",
@@ -65,7 +69,7 @@ Say = Callable[..., str]
 def answer(graph: Graph, node_id: str, rule: Callable[[], str], say: Say) -> dict[str, Any]:
     """The lines for one node (kind: count, note, good or warn; text), and the curve if there is one.
 
-    `runs` is the node that samples, on which a failing run reports its error. No lines for a sampler that is not ours.
+    `runs` is the node that samples, on which a failing run reports its error. No lines for another's sampler.
     """
     result: dict[str, Any] = {"lines": [], "curve": None, "runs": node_id}
 
@@ -82,7 +86,8 @@ def answer(graph: Graph, node_id: str, rule: Callable[[], str], say: Say) -> dic
         if run := runs.last(graph, job.runs):
             if kind:
                 result["lines"] += _said(line, run)
-            result["curve"] = _drawn(line, plan.plan(job._replace(options=run.options), run.sigmas, run.sampling), run)
+            made = plan.plan(job._replace(options=run.options), run.sigmas, run.sampling)
+            result["curve"] = _drawn(line, made, run)
         elif job.linked:
             raise Linked(", ".join(job.linked))
         elif job.runs:
@@ -132,7 +137,8 @@ def _before(line: Put, say: Say, graph: Graph, job: Job, kind: Kind | None, how:
         job = job._replace(options={**job.options, **_loaded(kind, giver)})
         shown = _planned(graph, job, model.sampling)
         finds = kind and about and giver is None and how in ("auto", "saved only")
-        saved = calibration.choice(kind, about, how, shown.settings, shown.path, shown.levels) if finds else None
+        if finds:
+            saved = library.choice(kind, about, how, shown.settings, shown.path, shown.levels)
         if saved:
             found = {kind.option: kind.suited(saved[1], about["conditions"])}
             shown = _planned(graph, job._replace(options={**job.options, **found}), model.sampling)
@@ -161,7 +167,7 @@ def _unmeasured(line: Put, how: str, about: Mapping[str, Any] | None, cost: Call
 
 
 def _cost(say: Say, kind: Kind, shown: Plan, model: runs.Model) -> str:
-    """What measuring takes: in images like the one to be made, and in time where an evaluation of the model was timed.
+    """What measuring takes: in images like the one to be made, and in time where an evaluation was timed.
 
     ValueError where measuring is refused.
     """
@@ -178,7 +184,7 @@ def _cost(say: Say, kind: Kind, shown: Plan, model: runs.Model) -> str:
 
 
 def _giver(graph: Graph, job: Job, kind: Kind | None) -> Mapping[str, Any] | None:
-    """The node that hands the sampler its calibration, by a link or attached to its model; None if there is none."""
+    """The node that hands the sampler its calibration, by a link or attached to its model; else None."""
     linked = bool(plan.source(graph[job.node], "calibration"))
     for k, giver in enumerate(plan.givers(graph, job) if kind else ()):
         option = MAKERS.get(giver["class_type"])
@@ -217,7 +223,7 @@ def _planned(graph: Graph, job: Job, sampling: object) -> Plan:
 
 
 def _guessed(graph: Graph, job: Job, line: Put) -> Plan:
-    """The plan for Stable Diffusion's levels, and a line that says what would be different on a flow model."""
+    """The plan for Stable Diffusion's levels, and a line that says what is different on a flow model."""
     first = _planned(graph, job, plan.usual("ve"))
     try:
         flow = _planned(graph, job, plan.usual("flow")).evaluations
@@ -262,7 +268,8 @@ def _given(line: Put, kind: Kind, giver: Mapping[str, Any], about: Mapping[str, 
     """How a calibration stands that comes over a link."""
     made = MAKERS.get(giver["class_type"])
     if made and made != kind.option:
-        return line("warn", "misfit", name=giver["class_type"], fault=f"{kind.makes} makes what this sampler needs")
+        return line("warn", "misfit", name=giver["class_type"], fault=f"{kind.makes} makes what this sampler "
+                                                                      f"needs")
     file = _file(giver)
     if file is None:
         return line("note", "given")
@@ -272,7 +279,7 @@ def _given(line: Put, kind: Kind, giver: Mapping[str, Any], about: Mapping[str, 
         return line("warn", "unusable", fault=fault)
     if about is None:
         return line("note", "given_file", name=file)
-    faults = calibration.faults(made_for, about)
+    faults = library.faults(made_for, about)
     if faults:
         return line("warn", "misfit", name=file, fault="; ".join(faults))
     line("good", "fits")

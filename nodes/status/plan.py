@@ -1,7 +1,8 @@
-"""What a sampler of ours will do in a workflow, told from the workflow alone: nothing is loaded and nothing is run.
+"""What a sampler of ours will do, told from the workflow alone: nothing is loaded and nothing is run.
 
-A workflow is in ComfyUI's API form, node id -> {"class_type", "inputs"}, where an input is a value, or [node id, slot] for a
-link. The interface sends the nodes around one of ours; the prompt that is running is a workflow of the same form.
+A workflow is in ComfyUI's API form, node id -> {"class_type", "inputs"}, where an input is a value, or
+[node id, slot] for a link. The interface sends the nodes around one of ours; the prompt that is running is a
+workflow of the same form.
 """
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ from ...samplers.schedule import Level, find_path, levels
 from ...samplers.solver import Adaptive, Step
 from ..host import path_of
 from ..names import NODES, node_id
-from ..registry import listed
+from ..sampling import listed
 
 Graph = Mapping[str, Mapping[str, Any]]
 NODE_IDS = {node_id(name): name for name in NODES}
@@ -42,7 +43,7 @@ class Linked(Exception):
 
 
 class Job(NamedTuple):
-    """A sampler as a workflow sets it, the names of options that a link sets, and the node that runs it ("" if none does)."""
+    """A sampler as a workflow sets it, the options that a link sets, and the node that runs it or ""."""
 
     sampler: Sampler
     options: dict[str, Any]
@@ -87,7 +88,10 @@ class Plan:
 
 
 def job(graph: Graph, node_id: str) -> Job | None:
-    """The sampler of ours that a node is or names; None if it names another's. Linked if the name comes over a link."""
+    """The sampler of ours that a node is or names; None if it names another's.
+
+    Linked if the name comes over a link.
+    """
     node, options, linked = graph[node_id], {}, []
     if node["class_type"] in NODE_IDS:
         sampler = FAMILIES[NODE_IDS[node["class_type"]]]
@@ -106,7 +110,7 @@ def job(graph: Graph, node_id: str) -> Job | None:
 
 
 def consumer(graph: Graph, node_id: str) -> tuple[str, dict[str, Any]]:
-    """The first node whose input `sampler` is this one's output ("" if there is none), and what wrappers on the way set."""
+    """The first node that takes this one's SAMPLER, or "", and what wrappers on the way set."""
     sets: dict[str, Any] = {}
     for _ in graph:  # as many wrappers as that, unless they wrap each other
         users = [other for other, node in graph.items() if source(node, "sampler")[:1] == [node_id]]
@@ -132,9 +136,10 @@ def plan(job: Job, sigmas: Sequence[float], sampling: object) -> Plan:
 
 @functools.cache
 def usual(path: str) -> object:
-    """The noise levels of Stable Diffusion, or of a flow model without a shift: what is drawn until the model is known."""
+    """The noise levels of Stable Diffusion, or of a flow without a shift: drawn until the model is known."""
     host = comfy.model_sampling
-    bases = {"ve": (host.ModelSamplingDiscrete, host.EPS), "flow": (host.ModelSamplingDiscreteFlow, host.CONST)}[path]
+    bases = {"ve": (host.ModelSamplingDiscrete, host.EPS),
+             "flow": (host.ModelSamplingDiscreteFlow, host.CONST)}[path]
     return type("ModelSampling", bases, {})()
 
 
@@ -148,7 +153,8 @@ def schedule(graph: Graph, runs: str, sampling: object) -> list[float]:
     denoise = value(node, "denoise", float) if "denoise" in node["inputs"] else 1.0
     if denoise * MOST < steps and denoise > 0:
         raise ValueError(f"{steps} steps at denoise {denoise:g} are too many to draw")
-    sigmas = comfy.samplers.KSampler(_Model(sampling), steps, "cpu", value(node, "sampler_name", str), scheduler, denoise).sigmas
+    name = value(node, "sampler_name", str)
+    sigmas = comfy.samplers.KSampler(_Model(sampling), steps, "cpu", name, scheduler, denoise).sigmas
     if "end_at_step" in node["inputs"]:  # as in comfy.samplers.KSampler.sample
         start, last = (max(0, value(node, name, int)) for name in ("start_at_step", "end_at_step"))
         if last < len(sigmas) - 1:
@@ -172,7 +178,7 @@ def guidance(graph: Graph, runs: str) -> float | None:
 
 
 def model_chain(graph: Graph, runs: str) -> list[tuple[str, dict[str, Any]]] | None:
-    """The nodes a model comes through, up to its loader, with what is written on them; None if not all are known."""
+    """The nodes a model comes through, from its loader, and what is written on them; else None."""
     chain, node = [], graph[runs]
     for _ in range(len(graph) + 1):  # more steps would go round
         step = "model" if "model" in node["inputs"] else "guider" if "guider" in node["inputs"] else None
@@ -189,19 +195,23 @@ def model_chain(graph: Graph, runs: str) -> list[tuple[str, dict[str, Any]]] | N
 
 
 def givers(graph: Graph, job: Job) -> list[Mapping[str, Any]]:
-    """The nodes that hand calibrations to a sampler: the one linked to it, then those attached to its model."""
+    """The nodes that hand calibrations to a sampler: the one linked to it, then those behind its model."""
     applied = [node for node in _models(graph, job.runs) if node["class_type"] == "LambdaApplyCalibration"]
     links = [source(node, "calibration") for node in (graph[job.node], *applied)]
     return [graph.get(link[0], {"class_type": "", "inputs": {}}) for link in links if link]
 
 
 def value(node: Mapping[str, Any], name: str, kind: type | None = None) -> Any:
-    """What is written on a node. Linked if the input is linked, ValueError if it is missing or of another kind."""
+    """What is written on a node.
+
+    Linked if the input is linked, ValueError if it is missing or of another kind.
+    """
     content = node["inputs"].get(name)
     if isinstance(content, list):
         raise Linked(name)
     wanted = (int, float) if kind is float else kind
-    if content is None or wanted and (not isinstance(content, wanted) or isinstance(content, bool) is not (kind is bool)):
+    fits = not wanted or isinstance(content, wanted) and isinstance(content, bool) is (kind is bool)
+    if content is None or not fits:
         raise ValueError(f"{name} = {content!r} on {node['class_type']} cannot be used")
     return content
 
@@ -239,7 +249,8 @@ def _link(graph: Graph, node: Mapping[str, Any], name: str) -> tuple[str, int]:
 def _steps(node: Mapping[str, Any]) -> int:
     steps = value(node, "steps", int)
     if not 1 <= steps <= MOST:
-        raise ValueError(f"{steps} steps are too many to draw" if steps > 0 else f"steps = {steps}: choose at least 1")
+        raise ValueError(f"{steps} steps are too many to draw" if steps > 0 else f"steps = {steps}: choose "
+                                                                                 f"at least 1")
     return steps
 
 
@@ -269,7 +280,8 @@ def _sigmas(graph: Graph, node_id: str, slot: int, sampling: object, depth: int 
         elif entry.id == "steps":
             inputs[entry.id] = _steps(node)
         else:
-            inputs[entry.id] = value(node, entry.id, {"INT": int, "FLOAT": float, "BOOLEAN": bool}.get(kind, str))
+            plain = {"INT": int, "FLOAT": float, "BOOLEAN": bool}.get(kind, str)
+            inputs[entry.id] = value(node, entry.id, plain)
     low, high = inputs.get("sigma_min"), inputs.get("sigma_max")
     if low is not None and high is not None and low >= high:
         raise ValueError(f"sigma_min = {low:g} must be below sigma_max = {high:g}")
@@ -279,7 +291,8 @@ def _sigmas(graph: Graph, node_id: str, slot: int, sampling: object, depth: int 
         raise ValueError(f"{inputs['steps']} steps at denoise {inputs['denoise']:g} are too many to draw")
     try:
         sigmas = found.execute(**inputs).result[slot]
-    except (ArithmeticError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as fault:  # another's code, any value
+    # another's code, at any value
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as fault:
         raise ValueError(f"{name} makes no schedule of these values: {fault}") from fault
     if len(sigmas) > MOST + 1:
         raise ValueError(f"{len(sigmas) - 1} steps are too many to draw")
@@ -287,7 +300,7 @@ def _sigmas(graph: Graph, node_id: str, slot: int, sampling: object, depth: int 
 
 
 def curve(plan: Plan, evaluations: int | None) -> dict[str, Any]:
-    """lam over the schedule, and so many evaluations on it, in a unit square whose y points down (as a screen's does).
+    """lam over the schedule, and so many evaluations on it, in a unit square whose y points down.
 
     Where there are fewer than planned, the first was not the model's.
     """
@@ -300,7 +313,8 @@ def curve(plan: Plan, evaluations: int | None) -> dict[str, Any]:
     def at(lam: float) -> list[float]:
         if not math.isfinite(lam):
             return [0.0, 1.0]  # sigma = 1 of a flow
-        return [round(float(np.interp(lam, lams, places)) / width, 4), round(float(1 - (lam - low) / (high - low)), 4)]
+        x, y = np.interp(lam, lams, places) / width, 1 - (lam - low) / (high - low)
+        return [round(float(x), 4), round(float(y), 4)]
 
     points = [at(evaluation.at.lam) for step in plan.steps or [] for evaluation in step.evaluations]
     return {"line": [at(lam) for lam in lams], "points": points[-evaluations:] if evaluations else []}
@@ -308,8 +322,10 @@ def curve(plan: Plan, evaluations: int | None) -> dict[str, Any]:
 
 def highest_order(steps: Sequence[Step]) -> int:
     """The most evaluations that one update of a run combines."""
-    return max((max(len(step.evaluations), 1 - min((k for update in step.updates for k, _ in update.terms), default=0))
-                for step in steps), default=0)
+    def reach(step: Step) -> int:
+        return 1 - min((k for update in step.updates for k, _ in update.terms), default=0)
+
+    return max((max(len(step.evaluations), reach(step)) for step in steps), default=0)
 
 
 def _order_not_reached(plan: Plan) -> dict[str, Any] | None:
@@ -325,8 +341,9 @@ def _first_step_not_skipped(plan: Plan) -> dict[str, Any] | None:
 
 
 def _nothing_to_learn(plan: Plan) -> dict[str, Any] | None:
-    learns = "trained" in plan.settings and plan.steps and max(len(step.evaluations) for step in plan.steps) == 1
-    return {"steps": len(plan.steps)} if learns else None
+    trains = "trained" in plan.settings and plan.steps
+    nothing = trains and max(len(step.evaluations) for step in plan.steps) == 1
+    return {"steps": len(plan.steps)} if nothing else None
 
 
 WARNINGS: Mapping[str, Callable[[Plan], dict[str, Any] | None]] = {
@@ -334,4 +351,4 @@ WARNINGS: Mapping[str, Callable[[Plan], dict[str, Any] | None]] = {
     "first_step_not_skipped": _first_step_not_skipped,
     "nothing_to_learn": _nothing_to_learn,
 }
-"""What to say before a run: the key of its text (panel.WORDS) -> the values in it, or None where there is nothing to say."""
+"""What to say before a run: the key of its text (panel.WORDS) -> the values in it, or None to say nothing."""

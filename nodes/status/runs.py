@@ -1,4 +1,4 @@
-"""What the samplers of ours did since the server started, for the interface to show: kept in memory, a few runs."""
+"""What the samplers of ours did since the server started, for the interface: a few runs, in memory."""
 from __future__ import annotations
 
 import json
@@ -18,7 +18,7 @@ KEPT = 64
 UNKNOWN = "null"  # the key of a chain that is not known to its end
 UNNOTED = ("seed", "noise_seed")  # the interface draws a new one as soon as a run is queued
 HARMLESS = str.maketrans("<>", "\u2039\u203a")
-"""The interface puts a progress text into innerHTML, and names of models and patches come from others' files."""
+"""The interface puts a progress text into innerHTML, and names of models and patches are of others' files."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ _models: OrderedDict[str, Model] = OrderedDict()
 
 
 def running() -> tuple[Graph, str, str] | None:
-    """The running prompt, as ComfyUI's own nodes are given it; the running node; and the prompt's node that it is,
-    or that has made it. None where no prompt runs: ComfyUI is a library, or another's thread runs the sampler."""
+    """The running prompt, as ComfyUI's own nodes are given it; the running node; the prompt's node that it
+    is, or that made it. None where none runs: ComfyUI is a library, or another's thread runs the sampler."""
     context, progress = get_executing_context(), get_progress_state()
     if context is None or context.prompt_id != progress.prompt_id:
         return None

@@ -1,7 +1,7 @@
 """The routes behind web/js/lambda_solvers.js.
 
-    GET  /lambda_solvers/pack            what the interface must know of the pack: its nodes, names and version
-    POST /lambda_solvers/panel           {"node", "graph", "locale"} -> panel.answer; 400 with {"error"} if malformed
+    GET  /lambda_solvers/pack     what the interface must know of the pack: its nodes, names and version
+    POST /lambda_solvers/panel    {"node", "graph", "locale"} -> panel.answer; 400 with {"error"} if malformed
 """
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typing import Any
 from aiohttp import web
 from server import PromptServer
 
-from .. import calibration, settings
+from .. import library, settings
 from ..names import NAMES
-from ..registry import listed
+from ..sampling import listed
 from . import panel, plan
 from .metadata import ROOT, version
 
@@ -42,7 +42,7 @@ async def show(request: web.Request) -> web.Response:
     except (ValueError, RecursionError) as fault:  # a JSONDecodeError is a ValueError
         return web.json_response({"error": str(fault)}, status=400)
     say = functools.partial(text, locale)
-    return web.json_response(await asyncio.to_thread(panel.answer, graph, node, calibration.rule, say))
+    return web.json_response(await asyncio.to_thread(panel.answer, graph, node, library.rule, say))
 
 
 def about() -> dict[str, Any]:
@@ -63,17 +63,19 @@ def checked(body: Any) -> tuple[str, plan.Graph, str]:
                 and isinstance(content.get("inputs"), dict)):
             raise ValueError(f"graph[{name!r}] must have a class_type (text) and inputs (an object)")
         for key, value in content["inputs"].items():
-            link = isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and type(value[1]) is int
+            pair = isinstance(value, list) and len(value) == 2
+            link = pair and isinstance(value[0], str) and type(value[1]) is int
             if not link and not isinstance(value, (str, int, float, bool)):
                 raise ValueError(f"input {key!r} of graph[{name!r}] must be a value or [node id, slot], not "
                                  f"{reprlib.repr(value)}")
-            if isinstance(value, (int, float)) and not abs(value) <= FARTHEST:  # nor NaN, which Python's JSON has
+            if isinstance(value, (int, float)) and not abs(value) <= FARTHEST:  # nor NaN, which JSON has here
                 raise ValueError(f"input {key!r} of graph[{name!r}] must be from -{FARTHEST:g} to "
                                  f"{FARTHEST:g}")
     if not isinstance(node, str) or node not in graph:
         raise ValueError(f"node = {node!r} must be one of the graph's ids")
     if graph[node]["class_type"] not in (*plan.NODE_IDS, *plan.HOSTS):
-        raise ValueError(f"node {node!r} is a {graph[node]['class_type']}, which has no sampler of Lambda Solvers")
+        raise ValueError(f"node {node!r} is a {graph[node]['class_type']}, which has no sampler of Lambda "
+                         f"Solvers")
     if not isinstance(locale, str):
         raise ValueError(f"locale = {locale!r} must be text such as en or zh")
     return node, graph, locale

@@ -191,10 +191,10 @@ def test_after_a_reload_the_last_run_is_still_known_and_in_another_language(ui) 
 
 
 def test_a_missing_file_is_named_on_its_node(ui) -> None:
-    workflow = example("calibrate_and_share")
-    node = next(node for node in workflow["nodes"] if node["type"] == "LambdaEstimateStatistics")
-    node.update(type="LambdaLoadStatistics", inputs=[], widgets_values=["nothing_here.safetensors"])
-    node["properties"]["Node name for S&R"] = "LambdaLoadStatistics"
+    workflow = example("measure_and_share")
+    node = next(node for node in workflow["nodes"] if node["type"] == "LambdaMeasureModel")
+    node.update(type="LambdaLoadCalibration", inputs=[], widgets_values=["nothing_here.safetensors"])
+    node["properties"]["Node name for S&R"] = "LambdaLoadCalibration"
     kept = {link[0] for link in workflow["links"] if link[3] != node["id"]}
     workflow["links"] = [link for link in workflow["links"] if link[0] in kept]
     for other in workflow["nodes"]:
@@ -207,12 +207,12 @@ def test_a_missing_file_is_named_on_its_node(ui) -> None:
 
 
 def test_a_sampler_without_statistics_says_so_before_and_after(ui) -> None:
-    ui.load("dpm_solver_v3")
-    ui.put(ui.node("LambdaSamplerV3"), "calibration", "never")
+    ui.load("lambda_v3")
+    ui.put(ui.node("LambdaSamplerV3"), "measure", "never")
     ui.reads("warn: warning: no calibration is connected and measuring is switched off")
     ui.run(expect="error")
     ui.reads("warn: this sampler needs statistics")
-    ui.put(ui.node("LambdaSamplerV3"), "calibration", "auto")
+    ui.put(ui.node("LambdaSamplerV3"), "measure", "auto")
     ui.run()
     shown = ui.reads("good: statistics", "(last run)")
     assert not any("needs statistics" in line for line in shown["lines"])
@@ -244,7 +244,7 @@ def test_the_settings_say_whether_to_draw_and_to_measure(ui) -> None:
     until("the curve is back", lambda: ui.panels()[0]["curve"] > 20)
     try:
         workflow = example("ksampler")
-        next(node for node in workflow["nodes"] if node["type"] == "KSampler")["widgets_values"][4] = "dpm_solver_v3"
+        next(node for node in workflow["nodes"] if node["type"] == "KSampler")["widgets_values"][4] = "lambda_v3"
         ui.load(workflow)
         ui.reads("model evaluations: 12")
         ui.do(put, ["LambdaSolvers.Calibration", "never"])
@@ -320,7 +320,7 @@ def test_a_fault_in_a_panel_is_told_once_and_ends_nothing_of_the_interface_s(ui)
 
 def test_the_image_of_a_calibrated_run_is_opened_and_queued_again_with_what_it_says_of_the_calibration(ui) -> None:
     """As a workflow, and as what the server ran."""
-    ui.load("dpm_solver_v3")
+    ui.load("lambda_v3")
     ui.run()
     ui.reads("digest ", "(last run)")
     [shown] = [image for image in ui.images() if image["type"] == "output"][:1]

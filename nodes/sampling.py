@@ -12,10 +12,11 @@ from torch import Tensor
 
 from ..samplers import FAMILIES, SAMPLERS
 from ..samplers.families import Option, Sampler
-from . import calibration, events, identity
-from .calibration import Kind, Run
+from . import events, identity, library
 from .host import CATEGORY, advanced, sampler_function
 from .kinds import KINDS, SOCKET, needed
+from .library import Kind
+from .measuring import Run
 from .names import NAMES, NODES, node_id
 from .settings import RULES
 
@@ -27,8 +28,8 @@ def register() -> None:
     for name, entry in NAMES.items():
         there = hasattr(comfy_sampling, f"sample_{name}") or any(name in names for names in lists)
         if there and not listed(name):
-            logging.warning("Lambda Solvers: ComfyUI or another pack has a sampler named %s already. It is left "
-                            "alone, and ours is not in the lists: use its node", name)
+            logging.warning("Lambda Solvers: ComfyUI or another pack has a sampler named %s already. It is "
+                            "left alone, and ours is not in the lists: use its node", name)
             continue
         setattr(comfy_sampling, f"sample_{name}", calibrated(SAMPLERS[entry]))
         for names in lists:
@@ -53,21 +54,24 @@ def _node(family: Sampler, title: str) -> type[io.ComfyNode]:
     class Node(io.ComfyNode):
         @classmethod
         def define_schema(cls) -> io.Schema:
-            options = {name: option for name, option in family.options.items() if not kind or name != kind.option}
+            options = {name: option for name, option in family.options.items() if not kind
+                       or name != kind.option}
             return io.Schema(
                 node_id=node_id(family.name),
                 display_name=f"{title} (Lambda)",
                 category=CATEGORY,
                 description=f"{family.help}\n\n{family.citation}",
                 inputs=[*(_calibration(kind) if kind else []), *starmap(_input, options.items())],
-                outputs=[io.Sampler.Output(display_name="SAMPLER", tooltip="For SamplerCustom or SamplerCustomAdvanced")],
+                outputs=[io.Sampler.Output(display_name="SAMPLER",
+                                           tooltip="For SamplerCustom or SamplerCustomAdvanced")],
             )
 
         @classmethod
         def execute(cls, measure: str = "auto", calibration: Any = None, **options) -> io.NodeOutput:
             if calibration is not None:
-                options[kind.option] = needed(kind, calibration, cls.GET_SCHEMA().display_name)
-            family.settings({**family.stand_ins, **options})  # an inadmissible value is refused here, on its node
+                options[kind.option] = needed(kind, calibration, f"{title} (Lambda)")
+            family.settings({**family.stand_ins,
+                             **options})  # an inadmissible value is refused here, on its node
             return io.NodeOutput(comfy.samplers.KSAMPLER(calibrated(family, measure), extra_options=options))
 
     Node.__name__ = Node.__qualname__ = node_id(family.name)
@@ -91,16 +95,18 @@ def calibrated(sampler: Sampler, how: str | None = None) -> Callable[..., Tensor
         given = options.pop(kind.option, None)
         defaults = {name: option.default for name, option in sampler.options.items()}
         run = Run(model, x, sigmas, extra_args or {}, {**sampler.fixed, **defaults, **options})
-        name, found = calibration.calibration_for(kind, run, given, how or calibration.rule())
+        name, found = library.calibration_for(kind, run, given, how or library.rule())
         suited = kind.suited(found, identity.conditions(run.guider))
         events.use(kind.option, events.Used(name, found, suited))
         with kind.ready(suited, run) as ready:
-            return function(model, x, sigmas, extra_args, callback, disable, **{kind.option: ready}, **options)
+            return function(model, x, sigmas, extra_args, callback, disable, **{kind.option: ready},
+                            **options)
 
-    return _observed(sampler, sample, calibration.description)
+    return _observed(sampler, sample, library.description)
 
 
-def _observed(sampler: Sampler, function: Callable[..., Tensor], describe: Callable | None) -> Callable[..., Tensor]:
+def _observed(sampler: Sampler, function: Callable[..., Tensor],
+              describe: Callable | None) -> Callable[..., Tensor]:
     """The function, telling of its runs, and known as ours."""
     sample = events.observed(function, describe)
     sample.lambda_solvers = sampler
@@ -111,17 +117,19 @@ def _calibration(kind: Kind) -> list[io.Input]:
     """The inputs of a node whose solver needs a calibration, beside the solver's own options."""
     return [
         SOCKET.Input("calibration", optional=True, tooltip=(
-            f"From {kind.makes} or Load Calibration. Without: what is attached to the model, or as `measure` says")),
+            f"From {kind.makes} or Load Calibration. Without: what is attached to the model, or as `measure` "
+            "says")),
         io.Combo.Input("measure", options=list(RULES), default=RULES[0], tooltip=(
-            f"Without {kind.noun} connected or attached: auto takes a saved file of this model and guidance, or measures and "
-            "saves one once, at no prompt in particular; every prompt measures each new prompt, which is more exact; saved "
-            "only never measures; never uses none but given ones")),
+            f"Without {kind.noun} connected or attached: auto takes a saved file of this model and guidance, "
+            "or measures and saves one once, at no prompt in particular; every prompt measures each new "
+            "prompt, which is more exact; saved only never measures; never uses none but given ones")),
     ]
 
 
 def _input(name: str, option: Option) -> io.Input:
     """The widget of one option."""
-    said = {"default": option.default, "tooltip": f"{option.help}. {option.range.capitalize()}; default {option.default}."}
+    said = {"default": option.default, "tooltip": f"{option.help}. {option.range.capitalize()}; default "
+                                                  f"{option.default}."}
     if option.choices:
         widget = io.Combo.Input(name, options=list(option.choices), **said)
     elif option.kind is bool:
@@ -140,22 +148,26 @@ class FirstStep(io.ComfyNode):
             node_id="LambdaFirstStep",
             display_name="First Step",
             category=CATEGORY,
-            description="Leaves out a sampler's first evaluation, where x is nothing but noise. afs: Dockhorn et al. 2022 "
-                        "(arXiv:2210.05475). Not for img2img.",
+            description="Leaves out a sampler's first evaluation, where x is nothing but noise. afs: "
+                        "Dockhorn et al. 2022 (arXiv:2210.05475). Not for img2img.",
             inputs=[
                 io.Sampler.Input("sampler", tooltip="A sampler of this pack"),
                 io.Combo.Input("mode", options=["afs", "mean"], default="afs", tooltip=(
-                    "afs: answered analytically, worth it where sigma_max is very high. mean: from the second seed of a prompt "
-                    "on, by the mean of what the model said to the first; kept in memory, for one prompt, guidance and size")),
+                    "afs: answered analytically, worth it where sigma_max is very high. mean: from the "
+                    "second seed of a prompt on, by the mean of what the model said to the first; kept in "
+                    "memory, for one prompt, guidance and size")),
             ],
-            outputs=[io.Sampler.Output(display_name="SAMPLER", tooltip="For SamplerCustom or SamplerCustomAdvanced")])
+            outputs=[io.Sampler.Output(display_name="SAMPLER",
+                                       tooltip="For SamplerCustom or SamplerCustomAdvanced")])
 
     @classmethod
     def execute(cls, sampler: Any, mode: str) -> io.NodeOutput:
         function = getattr(sampler, "sampler_function", None)
         if not hasattr(function, "lambda_solvers"):
-            raise ValueError(f"First Step wraps samplers of this pack, and this is {getattr(function, '__name__', sampler)}: "
-                             "connect one of the Lambda Solvers nodes, or KSamplerSelect with one of our names")
+            raise ValueError("First Step wraps samplers of this pack, and this is "
+                             f"{getattr(function, '__name__', sampler)}: connect one of the Lambda Solvers "
+                             "nodes, or KSamplerSelect with one of our names")
         options = {**sampler.extra_options, "first_step": mode}
         function.lambda_solvers.settings({**function.lambda_solvers.stand_ins, **options})
-        return io.NodeOutput(comfy.samplers.KSAMPLER(function, extra_options=options, inpaint_options=sampler.inpaint_options))
+        return io.NodeOutput(comfy.samplers.KSAMPLER(function, extra_options=options,
+                                                     inpaint_options=sampler.inpaint_options))

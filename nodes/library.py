@@ -1,0 +1,245 @@
+"""Which calibration a run takes: given, attached, saved before, or measured now; and when one belongs to a model."""
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import os
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Iterator, Mapping, Protocol, Sequence
+
+from torch import Tensor
+
+from ..samplers.schedule import Level
+from . import canonical, identity, settings, store
+from .events import say
+from .measuring import Run, as_long_as
+from .settings import RULES
+
+VARIABLE = "LAMBDA_SOLVERS_CALIBRATION"
+
+
+class Kind(Protocol):
+    """Something a solver needs to know of a model."""
+
+    option: str         # the solver's option that takes it
+    type: type          # what it is: it has `about`, arrays(), save(path, overwrite) and load(path)
+    attachment: str     # its name on a MODEL
+    noun: str           # in sentences
+    makes: str          # the node that measures it
+
+    def name(self, about: Mapping[str, Any]) -> str:
+        """What a file's name says of it, beside model and guidance."""
+    def about(self, run: Run) -> dict[str, Any]:
+        """What its description says of a run, beside model, guidance and prompt."""
+    def serves(self, found: Any, options: Mapping[str, Any], path: str, schedule: list[Level]) -> int:
+        """How well one of the right model and guidance serves a run with these options of the solver: 0 not
+        at all, 1 as any other, 2 it was learned for just such a run."""
+    def cost(self, options: Mapping[str, Any], path: str, schedule: list[Level]) -> int:
+        """Evaluations to measure one, each of `images`; ValueError where it would be refused."""
+    def images(self, options: Mapping[str, Any], shape: Sequence[int]) -> int:
+        """How many it looks at for latents of this shape, [B, ...]."""
+    def sampled(self, options: Mapping[str, Any], schedule: list[Level]) -> int:
+        """Evaluations of one image that is sampled with it."""
+    def measure(self, run: Run, about: dict[str, Any], partial: Any) -> Any: """A new one."""
+    def suited(self, found: Any, conditions: str) -> Any:
+        """As much of one as holds for the prompt with this digest."""
+    def ready(self, found: Any, run: Run) -> AbstractContextManager[Any]:
+        """It, as the solver needs it while it runs."""
+    def draw(self, found: Any) -> Tensor: """Its picture, [1, H, W, 3]."""
+
+
+def rule() -> str:
+    """What a sampler in a list does without a calibration: the environment variable, else ComfyUI's settings,
+    else auto."""
+    value, where = os.environ.get(VARIABLE), f"the environment variable {VARIABLE}"
+    if not value:
+        value, where = settings.read(settings.CALIBRATION) or RULES[0], f"the setting {settings.CALIBRATION}"
+    if value not in RULES:
+        raise ValueError(f"{where} is {value!r}: choose one of {', '.join(RULES)}")
+    return value
+
+
+def calibration_for(kind: Kind, run: Run, given: Any, how: str) -> tuple[str, Any]:
+    """What to sample `run` with, after its name: its file's, or where else it came from (events.Used).
+
+    In this order: what was given to the node; what is attached to the MODEL; a saved file that `choice`
+    takes; and, if `how` is auto or every prompt, a new one, measured on this very model function and saved:
+    for auto at nobody's prompt (canonical.py).
+    """
+    for where, found in (("given", given), ("attached", run.patcher.get_attachment(kind.attachment))):
+        if found is not None:
+            warn(kind, found, run)
+            return where, found
+    if how == "never":
+        raise ValueError(f"this sampler needs {kind.noun}, and measuring is switched off: add the node Load "
+                         f"Calibration or {kind.makes} and connect it to the sampler node, or put Apply "
+                         "Calibration behind the model")
+    own = described(kind, run)
+    saved = choice(kind, own, how, run.options, run.path, run.levels)
+    if saved:
+        name, found = saved
+        say(f"{kind.noun}: {name}")
+        return name.removesuffix(store.ENDING), found
+    sought = wanted(own, how)
+    of = f"{sought['model']} at guidance {sought['guidance']:g}"
+    if how == "saved only":
+        raise ValueError(f"no saved {kind.noun} for {of} in {store.directory()} serves this run: run "
+                         f"{kind.makes} once, or set measure to auto (on the sampler's node; for KSampler in "
+                         "ComfyUI's settings, Lambda Solvers)")
+    run = replace(run, image=kind.sampled(run.options, run.levels))
+    calls = kind.cost(run.options, run.path, run.levels) * run.calls(kind.images(run.options, run.x.shape))
+    say(f"no saved {kind.noun} for {of} serves this run: measuring once, {as_long_as(calls, run.image)}")
+    with run.apart(), measuring_at(kind, run, how) as about:
+        result = kind.measure(run, about, store.partial(file_name(kind, about)))
+    path = kept(kind, result)
+    if path is None:
+        return "measured", result
+    say(f"{kind.noun} saved: {path.stem}")
+    return path.stem, result
+
+
+@contextmanager
+def measuring_at(kind: Kind, run: Run, how: str) -> Iterator[dict[str, Any]]:
+    """The guider of a run under the conditions that `how` measures at; what its description says then."""
+    about = dict(wanted(described(kind, run), how))
+    with canonical.conditions(run) if how == "auto" else nullcontext():
+        yield about
+
+
+def kept(kind: Kind, result: Any) -> Path | None:
+    """The file of its usual name in which a calibration is saved; None, with a warning, where nothing can be
+    written."""
+    try:
+        path = store.spare(file_name(kind, result.about), result)
+        result.save(path, overwrite=True)
+    except OSError as fault:
+        say(f"warning: {kind.noun} measured, but not saved ({fault}): the next run measures "
+            "again", logging.WARNING)
+        return None
+    return path
+
+
+def description(guider: Any) -> dict[str, Any]:
+    """Which model a guider samples, and at what; and what `auto` would measure at in place of its prompt."""
+    return {**identity.description(guider), "any": canonical.digest(guider)}
+
+
+def choice(kind: Kind, about: Mapping[str, Any], how: str, options: Mapping[str, Any], path: str,
+           schedule: list[Level]) -> tuple[str, Any] | None:
+    """The saved file that a run of this description takes, and what is in it; None if it takes none.
+
+    It is of the same checkpoint and patches, at near strengths and guidance; for auto measured at nobody's
+    prompt, for "every prompt" at the run's own; or, whatever the rule, learned for all prompts and just such
+    a run. Of several those that serve best, then those of the same prompt, then of the nearest guidance, then
+    those that were measured for no more than is needed, then the newest.
+    """
+    sought, found = wanted(about, how), []
+    rules = {"auto": lambda told: canonical.same(told, sought),
+             "every prompt": lambda told: told.get("conditions") == sought["conditions"]}
+    measured_for = rules.get(how, lambda told: True)
+    for name in store.listed():
+        content = store.read(kind.type, name)
+        if content is None or not of_one_model(content.about, sought):
+            continue
+        well = kind.serves(kind.suited(content, sought["conditions"]), options, path, schedule)
+        if well == 2 or well and measured_for(content.about):
+            rank = (-well, content.about.get("conditions") != sought["conditions"],
+                    abs(content.about["guidance"] - sought["guidance"]), bool(content.about.get("fitted")))
+            found.append((rank, content.about.get("created", ""), name, content))
+    found.sort(key=lambda entry: entry[1:3], reverse=True)
+    return min(found, key=lambda entry: entry[0])[2:] if found else None
+
+
+def wanted(about: Mapping[str, Any], how: str) -> Mapping[str, Any]:
+    """What a file should say of itself to serve a run of this description."""
+    return canonical.instead(about) if how == "auto" else about
+
+
+def described(kind: Kind, run: Run) -> dict[str, Any]:
+    """The description of a run, with what the kind adds; ValueError for a guidance that is no number."""
+    about = description(run.guider)
+    if math.isnan(about["guidance"]):
+        raise ValueError(f"the guidance of this {type(run.guider).__name__} is {run.guider.cfg!r}, and "
+                         f"{kind.noun} hold for one number: set one, give the sampler what {kind.makes} made "
+                         "at a number, or choose a sampler that needs none, such as lambda_2m")
+    return {**about, **kind.about(run)}
+
+
+def file_name(kind: Kind, about: Mapping[str, Any]) -> str:
+    """The name of a file unless another is given: one for each model, patches, guidance, prompt, and what the
+    kind adds."""
+    strengths = [f" {strength:.3g}" for strength in _numbers(about, "strengths")]
+    patches = "".join([*about.get("patches", []), *strengths])
+    patched = hashlib.sha256(patches.encode()).hexdigest()[:6] if patches else ""
+    distilled = "".join(f"-guidance{scale:g}" for scale in _numbers(about, "distilled"))
+    prompt = "" if canonical.named(about) else about.get("conditions", "")
+    return "-".join(filter(None, [about.get("model", "model"), patched, kind.name(about),
+                                  f"cfg{about.get('guidance', 1.0):g}{distilled}", prompt]))
+
+
+NUMBERS = {"guidance": 0.1, "distilled": 0.1, "strengths": 0.0}
+"""What of a description need only be near, and how far apart beyond a tenth: 0.8 and 0.88 of a LoRA are near,
+0.1 and 0.2 are not."""
+
+
+def near(a: float, b: float, apart: float = 0.1) -> bool:
+    """Numbers close enough to share statistics: within a tenth, and `apart` more, for small ones."""
+    return abs(a - b) <= apart + 0.1 * max(abs(a), abs(b))
+
+
+def alike(key: str, about: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether two descriptions agree in one of NUMBERS: one number, or as many; None stands for none."""
+    def close(x: Any, y: Any) -> bool:
+        if isinstance(x, (int, float)) and isinstance(y, (int, float)):
+            return near(x, y, NUMBERS[key])
+        return x is None and y is None
+
+    a, b = (told.get(key, []) for told in (about, wanted))
+    a, b = (value if isinstance(value, list) else [value] for value in (a, b))
+    return len(a) == len(b) and all(map(close, a, b))
+
+
+def of_one_model(about: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether a calibration of one description holds for the other, but for the prompt."""
+    return all(about.get(key) == wanted[key] for key in ("fingerprint", "patches")) and all(
+        alike(key, about, wanted) for key in NUMBERS)
+
+
+def faults(about: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Why a calibration made for `about` may not serve `wanted`, both as `identity.description` has them; the
+    prompt apart."""
+    found = []
+    if about.get("fingerprint", "") != wanted["fingerprint"]:
+        found.append(f"measured on {about.get('model', 'an unnamed model')}, and this is {wanted['model']}")
+    elif about.get("patches", []) != wanted["patches"]:
+        found.append(f"measured with the patches {about.get('patches') or 'none'}, and this model has "
+                     f"{wanted['patches'] or 'none'}")
+    elif not alike("strengths", about, wanted):
+        found.append(f"measured with patches at strength {_listed(about, 'strengths')}, and here it is "
+                     f"{_listed(wanted, 'strengths')}")
+    if not alike("guidance", about, wanted):
+        here = "changes from step to step" if math.isnan(wanted["guidance"]) else f"is {wanted['guidance']:g}"
+        found.append(f"measured for guidance {about.get('guidance', 'unknown')}, and this {here}")
+    if not alike("distilled", about, wanted):
+        found.append(f"measured for distilled guidance {_listed(about, 'distilled')}, and this is "
+                     f"{_listed(wanted, 'distilled')}")
+    return found
+
+
+def _listed(about: Mapping[str, Any], key: str) -> str:
+    return ", ".join(dict.fromkeys(f"{value:g}" for value in _numbers(about, key))) or "none"
+
+
+def _numbers(about: Mapping[str, Any], key: str) -> list[float]:
+    """Those in a list of a description, which may come from anyone's file."""
+    found = about.get(key)
+    return [value for value in found if isinstance(value, (int, float))] if isinstance(found, list) else []
+
+
+def warn(kind: Kind, found: Any, run: Run) -> None:
+    """Say why a calibration that was given may not fit the run, if it may not."""
+    for fault in faults(found.about, identity.description(run.guider)):
+        say(f"warning: the {kind.noun} may not fit: {fault}. Measure anew with {kind.makes}", logging.WARNING)
