@@ -83,19 +83,10 @@ def estimate_statistics(model: Callable[..., Tensor], x: Tensor, sigmas: Sequenc
         kept = dict(course.kept) if course.done else {"x": x}
         if not course.done and start is not grid[0]:  # sigma = 1 of a flow: a step of infinite length to the first node
             kept["x"] = combine(x, ddim(DataPrediction(), start, grid[0]).updates[0], {0: course.denoise(x, start.sigma)})
-        for i, level in enumerate(grid[course.done:], course.done):
-            denoised = course.denoise(kept["x"], level.sigma)
-            d = level.alpha * course.delta(level) * signs(x, seed * 1_000_003 + i)
-            change = course.denoise(kept["x"] + d, level.sigma) - denoised
-            if level.lam <= course.middle.lam:
-                check_own(change, d, kept["x"], level.sigma, course.precision)
-            slope = pooled(level.alpha * change / d)
-            y = kept["x"] / level.alpha
-            kept[f"l.{i}"] = 1.0 - slope
-            kept[f"f.{i}"] = slope.to(y) * y - denoised
-            kept[f"gamma.{i}"] = (y - denoised).square().mean() * (level.alpha / level.sigma) ** 2
+        for i in range(course.done, len(grid)):
+            denoised = _measured(kept, course, grid, i, pooled, seed)
             if fitted:
-                kept[f"pair.{i}"] = sample.of(y, denoised)
+                kept[f"pair.{i}"] = sample.of(kept["x"] / grid[i].alpha, denoised)
                 _late(kept, grid, i, denoised, course.denoise)
             window = (i - 2, i - 1, i)
             for at in ((0, 1) if i == 2 else (i - 1,) if i > 2 else ()) + ((i,) if i == len(grid) - 1 else ()):
@@ -113,6 +104,22 @@ def estimate_statistics(model: Callable[..., Tensor], x: Tensor, sigmas: Sequenc
         **(about or {}), "path": path, "pool": pool, "samples": len(x), "shape": list(x.shape[1:]), "seed": seed,
         "evaluations": total, "precision": str(course.precision),
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
+
+
+def _measured(kept: dict[str, Tensor], course: Course, grid: Sequence[Level], i: int,
+              pooled: Callable[[Tensor], Tensor], seed: int) -> Tensor:
+    """D at one node, by two evaluations; l, f and gamma of it are entered."""
+    x, level = kept["x"], grid[i]
+    denoised = course.denoise(x, level.sigma)
+    d = level.alpha * course.delta(level) * signs(x, seed * 1_000_003 + i)
+    change = course.denoise(x + d, level.sigma) - denoised
+    if level.lam <= course.middle.lam:
+        check_own(change, d, x, level.sigma, course.precision)
+    slope, y = pooled(level.alpha * change / d), x / level.alpha
+    kept[f"l.{i}"] = 1.0 - slope
+    kept[f"f.{i}"] = slope.to(y) * y - denoised
+    kept[f"gamma.{i}"] = (y - denoised).square().mean() * (level.alpha / level.sigma) ** 2
+    return denoised
 
 
 def nodes(sigmas: Sequence[float], intervals: int, path: Path) -> list[Level]:

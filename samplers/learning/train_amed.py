@@ -100,15 +100,18 @@ def fit_amed(model: Callable[..., Tensor], x: Tensor, sigmas: Sequence[float] | 
         if form == "predictor":
             losses["table"] = losses["trained"]
             network, losses["trained"] = _fit_predictor(student, x, np.concatenate(us), features, training, rounds, seed)
-    others = "selection" if form == "predictor" else "held out"
-    shown = {name: {part: [math.sqrt(row[where].mean()) for row in rows]
-                    for part, where in (("training", training), (others, slice(training.stop, len(x))))
-                    if part == "training" or held_out} for name, rows in losses.items()}
-    result = Amed(np.array(settings["lam"]), bounded(np.concatenate(us)), base, first_step, network, about={
-        **(about or {}), "path": path, "form": form, "learn": list(learn), "teacher": teacher, "samples": len(x) - held_out,
-        "held_out": held_out, "shape": list(x.shape[1:]), "seed": seed, "evaluations": course.spent, "losses": shown,
-        "sigmas": [level.sigma for level in schedule], "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
-    return result
+    told = {**(about or {}), "path": path, "form": form, "learn": list(learn), "teacher": teacher, "samples": training.stop,
+            "held_out": held_out, "shape": list(x.shape[1:]), "seed": seed, "evaluations": course.spent,
+            "losses": _shown(losses, training, held_out, "selection" if form == "predictor" else "held out"),
+            "sigmas": [level.sigma for level in schedule], "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    return Amed(np.array(settings["lam"]), bounded(np.concatenate(us)), base, first_step, network, about=told)
+
+
+def _shown(losses: Mapping[str, list[np.ndarray]], training: slice, held_out: int, others: str) -> dict[str, Any]:
+    """The rms errors at every level: of the images that taught, and of the others if there are any."""
+    parts = {"training": training, **({others: slice(training.stop, training.stop + held_out)} if held_out else {})}
+    return {name: {part: [math.sqrt(row[where].mean()) for row in rows] for part, where in parts.items()}
+            for name, rows in losses.items()}
 
 
 def training_cost(schedule: Sequence[Level], form: str = "table", first_step: str = "evaluate", teacher: int = TEACHER,
