@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from problems import Gaussian, starting_noise
+from problems import Gaussian, fitted_statistics, reference_mixture, starting_noise
 from samplers import PATHS, Statistics, CalibrationError, estimate_statistics, fit_multistep, k_diffusion_sampler
 from samplers.learning import course, fitted, measure
 from samplers.learning.fitted import _candidates, _correction, _costs, _jumps, _last, _pooled, _rows, fit_weights, fitted_sigmas
@@ -282,3 +282,17 @@ def test_impossible_requests_are_refused_each_with_its_remedy() -> None:
     with pytest.raises(ValueError, match="the statistics cover lambda"):
         fit_multistep(found, 4, start=-9.0)
     assert levels([14.6, 0.0], PATHS["ve"])[0].lam == pytest.approx(found.lam[0])
+
+
+def test_the_catalogue_s_stand_in_has_weights_that_are_fitted_and_nearly_as_good_as_v3_s() -> None:
+    """What tests of the whole catalogue run (problems.needed) is the fitted solver, and not v3 by another name. Five images teach
+    too little of this mixture to be better than v3; wrong weights are far worse."""
+    found, model = fitted_statistics(), reference_mixture("ve")[0]
+    x = torch.randn((32, *reference_mixture("ve")[1].shape[1:]), generator=torch.Generator().manual_seed(8)) * 60.0
+    fine, few = (torch.tensor([60.0 * (0.02 / 60.0) ** (i / n) for i in range(n + 1)]) for n in (300, 7))
+    exact = k_diffusion_sampler("dpmpp_3s")(model, x.double(), fine.double(), disable=True)
+    error = {}
+    for kind, statistics in (("fitted", found), ("v3's", replace(found, root=np.zeros_like(found.root[:1])))):
+        result = k_diffusion_sampler("fitted", statistics=statistics)(model, x.double(), few.double(), disable=True)
+        error[kind] = float((result - exact).square().mean().sqrt())
+    assert error["fitted"] < 1.25 * error["v3's"] and abs(error["fitted"] / error["v3's"] - 1) > 0.05, error

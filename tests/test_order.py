@@ -1,4 +1,7 @@
-"""Every solver converges at its order, on a problem with an exact solution, on every path."""
+"""Every solver converges at its order, on a problem with an exact solution.
+
+On one path: test_identities shows that a run on another is the same run after division by alpha.
+"""
 from __future__ import annotations
 
 import numpy as np
@@ -66,7 +69,7 @@ def slope(solver, path: str, counts=(96, 192)) -> float:
     return float(-np.diff(np.log(errors))[-1] / np.diff(np.log(counts))[-1])
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", ["ve"])
 @pytest.mark.parametrize("name", FIXED)
 def test_the_error_falls_at_the_solver_s_order(name: str, path: str) -> None:
     options = ode(name)
@@ -77,7 +80,7 @@ def test_the_error_falls_at_the_solver_s_order(name: str, path: str) -> None:
 
 
 @pytest.mark.parametrize("prediction", ["data", "noise"])
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", ["ve"])
 @pytest.mark.parametrize("name", ADAPTIVE)
 def test_an_adaptive_solver_is_as_exact_as_its_tolerance_asks(name: str, path: str, prediction: str) -> None:
     sigmas = sigmas_between(START, END, 4, path)
@@ -113,7 +116,7 @@ def test_the_published_third_order_rule_is_of_second_order_and_taylor_of_third()
     assert slope(SAMPLERS["dpmpp_3m"].solver(rule="taylor"), "ve") == pytest.approx(3.0, abs=0.2)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", ["ve"])
 @pytest.mark.parametrize("extra", [0, 1])
 @pytest.mark.parametrize("basis", [weights, pseudo_weights])
 @pytest.mark.parametrize("order", [1, 2, 3])

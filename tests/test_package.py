@@ -51,6 +51,16 @@ def test_the_registry_s_ruff_rules_find_nothing() -> None:
     assert found.returncode == 0, found.stdout + found.stderr
 
 
+WIDEST = 240
+"""Of a line: no wider than it is today (aim: 110)."""
+
+
+def test_no_line_is_wider_than_agreed() -> None:
+    found = subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", "--isolated", "--select", "E501",
+                            "--line-length", str(WIDEST), str(ROOT)], capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
 def test_what_the_archive_leaves_out_are_whole_folders_and_nothing_it_needs() -> None:
     kept = {path.relative_to(ROOT).as_posix() for path in published()}
     assert {"README.md", "requirements.txt", "install.py", "pyproject.toml", "web/docs/LambdaCompareSamplers.md"} <= kept
