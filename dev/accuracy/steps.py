@@ -17,6 +17,7 @@ from .solvers import BASELINE
 
 USUAL, COUNTS = "karras", (20, 10)
 KINDS = "rms", "median"
+ENOUGH = 1.005  # of the error: no larger, but for rounding
 NAMES = {"lambda/dpmpp_2m": "lambda_2m", "lambda/dpmpp_3m": "lambda_3m", "lambda/dpm_solver_v3": "lambda_v3",
          "lambda/fitted_chosen": "lambda_fitted", "lambda/amed": "lambda_amed",
          "lambda/amed_dpmpp_2m": "lambda_amed_2m"}
@@ -75,7 +76,7 @@ def search(bench: Bench, cells: Sequence[Cell], base: Sequence[Row]) -> dict[Key
         measure(searches[key][middle] for key, middle in middles.items())
         for key, middle in middles.items():
             low, high = ranges[key]
-            enough = ratios[searches[key][middle]][key[2]] <= 1.0
+            enough = ratios[searches[key][middle]][key[2]] <= ENOUGH
             ranges[key] = (low, middle) if enough else (middle + 1, high)
     found = {key: searches[key][min(low, len(searches[key]) - 1)] for key, (low, _) in ranges.items()}
     return {key: told(cell, ratios[cell][key[2]]) for key, cell in found.items()}
@@ -84,6 +85,6 @@ def search(bench: Bench, cells: Sequence[Cell], base: Sequence[Row]) -> dict[Key
 def told(cell: Cell, ratio: float) -> tuple[int, str]:
     """Steps, and evaluations where they are not the same; or how far the most that were tried are off."""
     evaluations = f" ({cell.budget} evaluations)" if cell.entry.train else ""
-    if ratio <= 1.0:
+    if ratio <= ENOUGH:
         return cell.budget, f"{cell.steps}{evaluations}"
     return 100, f"more than {cell.steps}{evaluations}: {ratio:.2f} of the error"
