@@ -22,7 +22,8 @@ try:  # what shows, predicts and records needs more of ComfyUI than samplers and
     status.register()
 except Exception as fault:
     logging.warning("Lambda Solvers: this ComfyUI lacks something that the panel on nodes, progress texts "
-                    "and the images' metadata need (%r). Samplers and nodes work without them", fault, exc_info=True)
+                    "and the images' metadata need (%r). Samplers and nodes work without them", fault,
+                    exc_info=True)
 
 
 def comfy_entrypoint() -> ComfyExtension:
