@@ -28,6 +28,7 @@ def pytest_configure(config) -> None:
     config.addinivalue_line("markers", "slow: not among the README's tests; python dev/test.py --all runs it")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list) -> None:
     """What shares a server or a browser stays in one process: a file, and the folder of browser tests."""
     def group(item) -> str:
