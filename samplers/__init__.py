@@ -6,8 +6,8 @@
 Read in this order: schedule (noise levels and paths), phi (quadrature), integrand (what is interpolated), solver (which
 evaluations a step uses), sample (the loop), families (the catalogue), k_diffusion and model (the host's convention).
 Beside them stand first_step (the first evaluation, left out) and noise. The folder learning holds what is learned of a model:
-statistics (DPM-Solver-v3's own), fitted (nodes and weights from measured trajectories), amed and predictor (a learned
-inner evaluation); course (probed, counted, resumable) and on it measure, train_amed and refit; storage (files).
+record and storage (files), statistics (DPM-Solver-v3's own), fitted (nodes and weights from measured trajectories), amed and predictor (a learned
+inner evaluation); course (probed, counted, resumable), gauss_newton, and on them measure, train_amed and refit.
 
 Symbols, the same everywhere:
 

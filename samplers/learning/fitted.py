@@ -166,7 +166,7 @@ def check(calibration: Statistics) -> None:
     """ValueError if the statistics were measured without what a fit needs."""
     if calibration.root is None or calibration.damping is None:
         raise ValueError("these statistics serve DPM-Solver-v3 only: they lack the inner products and the damping that the fitted "
-                         "solver needs; measure again with fitted = True (Estimate Solver Statistics, or estimate_statistics)")
+                         "solver needs; measure again with fitted on (Measure Model, or estimate_statistics(fitted=True))")
 
 
 @dataclass(frozen=True)
