@@ -1,4 +1,5 @@
-"""Run once by custom-node managers: check the versions, make the folder for calibration files. Nothing is downloaded."""
+"""Run once by custom-node managers: check the versions, make the folder for calibration files. Nothing is
+downloaded."""
 import importlib.metadata
 import sys
 from pathlib import Path

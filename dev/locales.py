@@ -1,11 +1,14 @@
-"""Write locales/ from the nodes' own definitions: `python dev/locales.py`, after any change of a node, a setting or a panel's text.
+"""Write locales/ from the nodes' own definitions: `python dev/locales.py`, after any change of a node, a
+setting or a panel's text.
 
     locales/en    what the definitions say
-    locales/zh    the same through dev/zh.json: `texts` maps each English text to a Chinese one, and `endings` how the registry
-                  ends an option's tooltip (its range and default), so that only what comes before it must be in `texts`
+    locales/zh    the same through dev/zh.json: `texts` maps each English text to a Chinese one, and `endings`
+    how the registry
+                  ends an option's tooltip (its range and default), so that only what comes before it must be
+                  in `texts`
 
-A text without a translation is named, and nothing is written for it; tests/test_locales.py fails then, and where locales/ is
-not what this script writes.
+A text without a translation is named, and nothing is written for it; tests/test_locales.py fails then, and
+where locales/ is not what this script writes.
 """
 from __future__ import annotations
 
@@ -27,7 +30,8 @@ def english() -> dict[str, dict]:
     """File -> content, from the pack as ComfyUI loads it."""
     from comfy_host import pack
     pack()
-    panel, settings = (sys.modules[f"custom_nodes_x_lambda-solvers.nodes.{name}"] for name in ("status.panel", "settings"))
+    panel, settings = (sys.modules[f"custom_nodes_x_lambda-solvers.nodes.{name}"]
+                       for name in ("status.panel", "settings"))
     schemas = [node.GET_SCHEMA() for node in asyncio.run(pack().comfy_entrypoint().get_node_list())]
     categories = sorted({part for schema in schemas for part in schema.category.split("/")})
     return {
@@ -35,9 +39,9 @@ def english() -> dict[str, dict]:
             "lambdaSolvers": {"panel": dict(panel.WORDS)},
             "nodeCategories": {name: name for name in categories},
             "settingsCategories": {name: name for entry in settings.PAGE for name in entry["category"][:2]},
-        },
-        "nodeDefs.json": {schema.node_id: _node(schema) for schema in sorted(schemas, key=lambda schema: schema.node_id)},
-        "settings.json": {entry["id"].replace(".", "_"): _setting(entry) for entry in settings.PAGE},
+        }, "nodeDefs.json": {
+            schema.node_id: _node(schema) for schema in sorted(schemas, key=lambda schema: schema.node_id)
+        }, "settings.json": {entry["id"].replace(".", "_"): _setting(entry) for entry in settings.PAGE},
     }
 
 
@@ -70,7 +74,10 @@ def unused(files: dict[str, dict], table: Table) -> set[str]:
     asked = set()
     for name, content in files.items():
         _mapped(content, lambda where, words: asked.add(words) or "", name)
-    return {entry for entry in table["texts"] if entry not in asked and not any(words.startswith(entry + ". ") for words in asked)}
+    return {
+        entry for entry in table["texts"]
+        if entry not in asked and not any(words.startswith(entry + ". ") for words in asked)
+    }
 
 
 def table() -> Table:
@@ -85,8 +92,10 @@ def _node(schema: Any) -> dict[str, Any]:
     def texts(entry: Any, name: str) -> dict[str, str]:
         return {"name": name} | ({"tooltip": entry.tooltip} if entry.tooltip else {})
 
-    node: dict[str, Any] = {"display_name": schema.display_name, "description": schema.description,
-                            "inputs": {entry.id: texts(entry, entry.display_name or entry.id) for entry in schema.inputs}}
+    node: dict[str, Any] = {
+        "display_name": schema.display_name, "description": schema.description,
+        "inputs": {entry.id: texts(entry, entry.display_name or entry.id) for entry in schema.inputs}
+    }
     if schema.outputs:
         node["outputs"] = {str(i): texts(entry, entry.display_name) for i, entry in enumerate(schema.outputs)}
     return node

@@ -20,7 +20,10 @@ def load(path: Path, object_info: dict[str, dict]) -> dict[str, dict[str, Any]]:
         if node["type"] in ("Note", "MarkdownNote"):
             continue
         inputs = dict(zip(_widgets(object_info[node["type"]]), _values(node.get("widgets_values", []))))
-        inputs |= {slot["name"]: source[slot["link"]] for slot in node.get("inputs", []) if slot.get("link") is not None}
+        inputs |= {
+            slot["name"]: source[slot["link"]] for slot in node.get("inputs", [])
+            if slot.get("link") is not None
+        }
         prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
     return prompt
 

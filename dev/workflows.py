@@ -1,10 +1,13 @@
-"""Write example_workflows/: python dev/workflows.py [name ...] makes each workflow and, from a real run, its thumbnail.
+"""Write example_workflows/: python dev/workflows.py [name ...] makes each workflow and, from a real run, its
+thumbnail.
 
-A workflow is a function below that lays nodes on a canvas. What the user interface stores besides (the order of widgets,
-slots and their types) comes from the server's /object_info; ids of packs and models are stamped as the interface and
-ComfyUI-Manager do on save. A new example is one function with @example; its docstring is the note that a reader sees.
+A workflow is a function below that lays nodes on a canvas. What the user interface stores besides (the order
+of widgets, slots and their types) comes from the server's /object_info; ids of packs and models are stamped
+as the interface and ComfyUI-Manager do on save. A new example is one function with @example; its docstring is
+the note that a reader sees.
 
-Thumbnails are made by the tiny emoji checkpoint in place of the one the workflow names: they show the way, not the quality.
+Thumbnails are made by the tiny emoji checkpoint in place of the one the workflow names: they show the way,
+not the quality.
 """
 from __future__ import annotations
 
@@ -28,12 +31,16 @@ CORE = {"cnr_id": "comfy-core", "ver": "0.3.75"}
 NOTES = ("Note", "MarkdownNote")  # of the user interface, unknown to the server
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 HUB = "https://huggingface.co/Comfy-Org/"
-MODELS = {name: {"name": name, "url": f"{HUB}{place}/resolve/main/{name}", "directory": "checkpoints"} for place, name in (
-    ("stable-diffusion-v1-5-archive", "v1-5-pruned-emaonly-fp16.safetensors"),
-    ("stable-diffusion-3.5-fp8", "sd3.5_large_fp8_scaled.safetensors"))}
+MODELS = {
+    name: {"name": name, "url": f"{HUB}{place}/resolve/main/{name}", "directory": "checkpoints"}
+    for place, name in (("stable-diffusion-v1-5-archive", "v1-5-pruned-emaonly-fp16.safetensors"),
+                        ("stable-diffusion-3.5-fp8", "sd3.5_large_fp8_scaled.safetensors"))
+}
 GAP, WIDTH = 40, 330
-PANEL = {"LambdaSampler": 200, "KSampler": 100}  # what web/js adds to the height of nodes whose class begins so
-PREVIEW = {"KSampler": 320, "SamplerCustom": 320}  # and the interface, once it shows the image while it is sampled
+# what web/js adds to the height of nodes whose class begins so
+PANEL = {"LambdaSampler": 200, "KSampler": 100}
+# and the interface, once it shows the image while it is sampled
+PREVIEW = {"KSampler": 320, "SamplerCustom": 320}
 
 
 class Output(NamedTuple):
@@ -52,7 +59,8 @@ class Node:
 
 
 class Canvas:
-    """A workflow in the making, as the user interface saves it. Nodes are laid in columns, from the top down."""
+    """A workflow in the making, as the user interface saves it. Nodes are laid in columns, from the top
+    down."""
 
     def __init__(self, name: str, object_info: dict[str, dict], about: str = "") -> None:
         self.name, self.info, self.about = name, object_info, about
@@ -66,7 +74,8 @@ class Canvas:
         self.close()
         self.x, self.y, self.width = self.right, 0, width
         self.right += width + 2 * GAP
-        self.groups.append({"id": len(self.groups) + 1, "title": title, "color": "#3f789e", "font_size": 22, "flags": {}})
+        self.groups.append(
+            {"id": len(self.groups) + 1, "title": title, "color": "#3f789e", "font_size": 22, "flags": {}})
 
     def close(self) -> None:
         if self.groups:
@@ -77,17 +86,20 @@ class Canvas:
         self._place("MarkdownNote", {}, [], [text], [], height, None)
 
     def add(self, kind: str, title: str | None = None, tall: int | None = None, **inputs: Any) -> Node:
-        """A node with these inputs: another node's output, or a widget's value; other widgets keep their defaults. `tall` pixels
-        are for what it will show.
+        """A node with these inputs: another node's output, or a widget's value; other widgets keep their
+        defaults. `tall` pixels are for what it will show.
         """
         info, slots, values, lines = self.info[kind], [], [], 0
         unused = set(inputs)
-        for name, (type_, *rest) in {**info["input"].get("required", {}), **info["input"].get("optional", {})}.items():
+        for name, (type_,
+                   *rest) in {**info["input"].get("required", {}),
+                              **info["input"].get("optional", {})}.items():
             options = rest[0] if rest else {}
             unused.discard(name)
             if isinstance(type_, list) or type_ in WIDGETS:
                 choices = type_ if isinstance(type_, list) else options.get("options", [None])
-                values.append(inputs[name] if name in inputs else options["default"] if "default" in options else choices[0])
+                values.append(inputs[name] if name in inputs else options["default"] if "default" in
+                              options else choices[0])
                 lines += 5 if options.get("multiline") else 1
                 if options.get("control_after_generate") or name in ("seed", "noise_seed"):
                     values.append("fixed")
@@ -99,11 +111,13 @@ class Canvas:
             slots.append({"name": name, "type": type_, "link": self._link(inputs.get(name), len(slots))})
         if unused:
             raise ValueError(f"{self.name}: {kind} has no input {', '.join(unused)}")
-        outputs = [{"name": name, "type": type_, "links": []} for name, type_ in zip(info["output_name"], info["output"])]
+        outputs = [{"name": name, "type": type_, "links": []}
+                   for name, type_ in zip(info["output_name"], info["output"])]
         stamp = OURS if kind.startswith("Lambda") else CORE
         models = {"models": [MODELS[value] for value in values if value in MODELS]}
         properties = {**stamp, **{key: value for key, value in models.items() if value}}
-        shown = sum(more for table in (PANEL, PREVIEW) for start, more in table.items() if kind.startswith(start))
+        shown = sum(more for table in (PANEL, PREVIEW) for start, more in table.items()
+                    if kind.startswith(start))
         height = tall or 60 + 22 * max(len(slots), len(outputs)) + 26 * lines + shown
         return self._place(kind, properties, slots, values, outputs, height, title)
 
@@ -111,9 +125,12 @@ class Canvas:
         self.close()
         for link, source, slot, *_ in self.links:
             self.nodes[source - 1]["outputs"][slot]["links"].append(link)
-        return {"id": str(uuid.uuid5(uuid.NAMESPACE_URL, "lambda-solvers/" + self.name)), "revision": 0,
-                "last_node_id": len(self.nodes), "last_link_id": len(self.links), "nodes": self.nodes, "links": self.links,
-                "groups": self.groups, "config": {}, "extra": {"ds": {"scale": 0.7, "offset": [105, 230]}}, "version": 0.4}
+        return {
+            "id": str(uuid.uuid5(uuid.NAMESPACE_URL, "lambda-solvers/" + self.name)), "revision": 0,
+            "last_node_id": len(self.nodes), "last_link_id": len(self.links), "nodes": self.nodes,
+            "links": self.links, "groups": self.groups, "config": {},
+            "extra": {"ds": {"scale": 0.7, "offset": [105, 230]}}, "version": 0.4
+        }
 
     def _link(self, source: Output | None, slot: int) -> int | None:
         """A link from `source` to a slot of the node that will be placed next."""
@@ -125,25 +142,29 @@ class Canvas:
 
     def _place(self, kind: str, properties: dict, slots: list, values: list, outputs: list, height: int,
                title: str | None) -> Node:
-        data = {"id": len(self.nodes) + 1, "type": kind, "pos": [self.x, self.y], "size": [self.width, height], "flags": {},
-                "order": len(self.nodes), "mode": 0, "inputs": slots, "outputs": outputs,
-                "properties": {"Node name for S&R": kind, **properties}, "widgets_values": values,
-                **({"title": title} if title else {})}
+        data = {
+            "id": len(self.nodes) + 1, "type": kind, "pos": [self.x, self.y], "size": [self.width, height],
+            "flags": {}, "order": len(self.nodes), "mode": 0, "inputs": slots, "outputs": outputs,
+            "properties": {"Node name for S&R": kind,
+                           **properties}, "widgets_values": values, **({"title": title} if title else {})
+        }
         self.nodes.append(data)
         self.y += height + GAP + 20
         return Node(data["id"])
 
 
-# --- the examples -----------------------------------------------------------------------------------------------------
+# --- the examples -------------------------------------------------------------------------------------------
 
 EXAMPLES: dict[str, Callable[[Canvas], None]] = {}
 SD, SD3 = MODELS
 PROMPT, NEGATIVE = "a panda in a bamboo forest, morning light", "text, watermark"
 MEASURED = "a portrait of an old sailor, studio light"
-SEVERAL = ("a bowl of ramen on a wooden table", "city street at night, neon signs, rain", "an oil painting of a lighthouse in a storm",
-           "a red sports car on a mountain road", "a cat sleeping on a windowsill", "a knight in armour, fantasy illustration",
-           "a modern living room, soft daylight", "a field of sunflowers under a blue sky", "a watercolour of two foxes in snow",
-           "a close-up of a bee on a flower", "a steam train crossing a stone bridge")
+SEVERAL = ("a bowl of ramen on a wooden table", "city street at night, neon signs, rain",
+           "an oil painting of a lighthouse in a storm", "a red sports car on a mountain road",
+           "a cat sleeping on a windowsill", "a knight in armour, fantasy illustration",
+           "a modern living room, soft daylight", "a field of sunflowers under a blue sky",
+           "a watercolour of two foxes in snow", "a close-up of a bee on a flower",
+           "a steam train crossing a stone bridge")
 
 
 def example(lay: Callable[[Canvas], None]) -> Callable[[Canvas], None]:
@@ -181,8 +202,8 @@ def sample_with(canvas: Canvas, got: Start, calibration: Node, **how: Any) -> No
     """A third column with KSampler on the model that has this calibration, and a fourth with its image."""
     canvas.column("3  Sample with it")
     model = canvas.add("LambdaApplyCalibration", model=got.model, calibration=calibration[0])
-    latent = canvas.add("KSampler", model=model[0], positive=got.positive, negative=got.negative, latent_image=got.latent,
-                        seed=1, cfg=5.0, **how)
+    latent = canvas.add("KSampler", model=model[0], positive=got.positive, negative=got.negative,
+                        latent_image=got.latent, seed=1, cfg=5.0, **how)
     save(canvas, "4  Image", latent[0], got.vae)
 
 
@@ -191,25 +212,27 @@ def custom(canvas: Canvas, got: Start, sampler: Node, cfg: float, scheduler: str
     guider = canvas.add("CFGGuider", model=got.model, positive=got.positive, negative=got.negative, cfg=cfg)
     sigmas = canvas.add("BasicScheduler", model=got.model, scheduler=scheduler, steps=steps)
     noise = canvas.add("RandomNoise", noise_seed=1)
-    return canvas.add("SamplerCustomAdvanced", noise=noise[0], guider=guider[0], sampler=sampler[0], sigmas=sigmas[0],
-                      latent_image=got.latent)[0]
+    return canvas.add("SamplerCustomAdvanced", noise=noise[0], guider=guider[0], sampler=sampler[0],
+                      sigmas=sigmas[0], latent_image=got.latent)[0]
 
 
 @example
 def ksampler(canvas: Canvas) -> None:
     """First run: Lambda Solvers in KSampler
 
-    sampler_name lists `lambda_2m`, `lambda_3m`, `lambda_2m_sde` and `lambda_3m_sde` (one model evaluation a step), and
-    `lambda_v3`, which measures the model first. If KSampler says `value_not_in_list`, install the pack
-    *lambda-solvers*.
+    sampler_name lists `lambda_2m`, `lambda_3m`, `lambda_2m_sde` and `lambda_3m_sde` (one model evaluation a
+    step), and `lambda_v3`, which measures the model first. If KSampler says `value_not_in_list`, install the
+    pack *lambda-solvers*.
     """
     got = start(canvas)
     canvas.column("2  Sample")
-    latent = canvas.add("KSampler", model=got.model, positive=got.positive, negative=got.negative, latent_image=got.latent,
-                        seed=1, steps=12, cfg=5.0, sampler_name="lambda_2m", scheduler="karras")
+    latent = canvas.add("KSampler", model=got.model, positive=got.positive, negative=got.negative,
+                        latent_image=got.latent, seed=1, steps=12, cfg=5.0, sampler_name="lambda_2m",
+                        scheduler="karras")
     canvas.add("LambdaSamplerMultistep", "lambda_2m as a node, with all its options")
-    canvas.note("The node above is not connected: it is what `lambda_2m` stands for, to be tried with SamplerCustom (see "
-                "the example *sampler_node*).")
+    canvas.note(
+        "The node above is not connected: it is what `lambda_2m` stands for, to be tried with SamplerCustom "
+        "(see the example *sampler_node*).")
     save(canvas, "3  Image", latent[0], got.vae)
 
 
@@ -217,57 +240,62 @@ def ksampler(canvas: Canvas) -> None:
 def sampler_node(canvas: Canvas) -> None:
     """A solver as a node
 
-    Every family of solvers has a node with all its options (category *Lambda Solvers*); connect it to `sampler` of
-    SamplerCustomAdvanced or SamplerCustom.
+    Every family of solvers has a node with all its options (category *Lambda Solvers*); connect it to
+    `sampler` of SamplerCustomAdvanced or SamplerCustom.
     """
     got = start(canvas)
     canvas.column("2  Sample")
-    save(canvas, "3  Image", custom(canvas, got, canvas.add("LambdaSamplerMultistep"), 5.0, "sgm_uniform", 12), got.vae)
+    save(canvas, "3  Image", custom(canvas, got, canvas.add("LambdaSamplerMultistep"), 5.0, "sgm_uniform",
+                                    12), got.vae)
 
 
 @example
 def lambda_v3(canvas: Canvas) -> None:
     """DPM-Solver-v3 that calibrates itself
 
-    The first run measures the model at this guidance (as long as a few images, with progress on the sampler) and saves a
-    small file in `models/solver_calibrations`; later runs find it. In KSampler the same is `lambda_v3`.
+    The first run measures the model at this guidance (as long as a few images, with progress on the sampler)
+    and saves a small file in `models/solver_calibrations`; later runs find it. In KSampler the same is
+    `lambda_v3`.
     """
     got = start(canvas)
     canvas.column("2  Sample")
-    save(canvas, "3  Image", custom(canvas, got, canvas.add("LambdaSamplerV3"), 5.0, "sgm_uniform", 8), got.vae)
+    save(canvas, "3  Image", custom(canvas, got, canvas.add("LambdaSamplerV3"), 5.0, "sgm_uniform", 8),
+         got.vae)
 
 
 @example
 def flow_models(canvas: Canvas) -> None:
     """Flow models (SD3, Flux and others)
 
-    The solvers find out by themselves that a model is a flow model and work in its true half-log-SNR, log((1 - sigma) /
-    sigma). Nothing is to be set.
+    The solvers find out by themselves that a model is a flow model and work in its true half-log-SNR, log((1
+    - sigma) / sigma). Nothing is to be set.
     """
     got = start(canvas, SD3, "EmptySD3LatentImage", 1024)
     canvas.column("2  Sample")
-    save(canvas, "3  Image", custom(canvas, got, canvas.add("LambdaSamplerMultistep"), 4.5, "simple", 16), got.vae)
+    save(canvas, "3  Image", custom(canvas, got, canvas.add("LambdaSamplerMultistep"), 4.5, "simple", 16),
+         got.vae)
 
 
 @example
 def img2img(canvas: Canvas) -> None:
     """Image to image
 
-    `denoise` of BasicScheduler says how much is made anew: 0.6 keeps the composition. All solvers of the pack take such
-    schedules.
+    `denoise` of BasicScheduler says how much is made anew: 0.6 keeps the composition. All solvers of the pack
+    take such schedules.
     """
     canvas.column("1  Model, prompt and image")
     loader = canvas.add("CheckpointLoaderSimple", ckpt_name=SD)
     positive = canvas.add("CLIPTextEncode", "Prompt", clip=loader[1], text=PROMPT)
     negative = canvas.add("CLIPTextEncode", "Negative prompt", clip=loader[1], text=NEGATIVE)
     canvas.note(canvas.about)
-    image = canvas.add("LoadImage", tall=400, image="example.png")  # last: how tall it becomes depends on the image
+    # last: how tall it becomes depends on the image
+    image = canvas.add("LoadImage", tall=400, image="example.png")
     canvas.column("2  Sample")
     latent = canvas.add("VAEEncode", pixels=image[0], vae=loader[2])
     sampler = canvas.add("LambdaSamplerMultistep")
     sigmas = canvas.add("BasicScheduler", model=loader[0], scheduler="karras", steps=10, denoise=0.6)
-    sampled = canvas.add("SamplerCustom", model=loader[0], positive=positive[0], negative=negative[0], sampler=sampler[0],
-                         sigmas=sigmas[0], latent_image=latent[0], noise_seed=1, cfg=5.0)
+    sampled = canvas.add("SamplerCustom", model=loader[0], positive=positive[0], negative=negative[0],
+                         sampler=sampler[0], sigmas=sigmas[0], latent_image=latent[0], noise_seed=1, cfg=5.0)
     save(canvas, "3  Image", sampled[0], loader[2])
 
 
@@ -275,9 +303,9 @@ def img2img(canvas: Canvas) -> None:
 def measure_and_share(canvas: Canvas) -> None:
     """Measure once, share the file
 
-    Measure Model measures the model (its picture shows the curves) and saves it, so that `lambda_v3` and `lambda_fitted`
-    find it by themselves. Save writes it under a name of yours, to share; Apply attaches it, which is for a file of
-    somebody else's: use Load Calibration instead of Measure Model then.
+    Measure Model measures the model (its picture shows the curves) and saves it, so that `lambda_v3` and
+    `lambda_fitted` find it by themselves. Save writes it under a name of yours, to share; Apply attaches it,
+    which is for a file of somebody else's: use Load Calibration instead of Measure Model then.
     """
     got = start(canvas)
     canvas.column("2  Measure and save")
@@ -291,10 +319,10 @@ def measure_and_share(canvas: Canvas) -> None:
 def few_steps(canvas: Canvas) -> None:
     """Five steps for every prompt: lambda_fitted
 
-    Column 2 runs once: Measure Model measures the model, Tune Fitted learns noise levels and weights for 5 steps from all the
-    prompts written in it (best: some like your own), and both save a file. Afterwards only KSampler runs, with any prompt. For
-    another number of steps change it in Tune Fitted and in KSampler; the guidance is in three places. Once the file is there,
-    `lambda_fitted` finds it without column 2.
+    Column 2 runs once: Measure Model measures the model, Tune Fitted learns noise levels and weights for 5
+    steps from all the prompts written in it (best: some like your own), and both save a file. Afterwards only
+    KSampler runs, with any prompt. For another number of steps change it in Tune Fitted and in KSampler; the
+    guidance is in three places. Once the file is there, `lambda_fitted` finds it without column 2.
     """
     got = start(canvas)
     canvas.column("2  Measure and learn, once")
@@ -312,9 +340,10 @@ def few_steps(canvas: Canvas) -> None:
 def lambda_amed(canvas: Canvas) -> None:
     """AMED at 5 evaluations
 
-    Train AMED learns, for one schedule, where to look a second time inside every step (its picture shows r, c, a and the
-    error); 3 steps are 5 evaluations, because the last one, to sigma 0, takes one. Train it again after a change of model,
-    guidance or schedule. In KSampler the same is `lambda_amed`, which finds what was saved, or trains by itself.
+    Train AMED learns, for one schedule, where to look a second time inside every step (its picture shows r,
+    c, a and the error); 3 steps are 5 evaluations, because the last one, to sigma 0, takes one. Train it
+    again after a change of model, guidance or schedule. In KSampler the same is `lambda_amed`, which finds
+    what was saved, or trains by itself.
     """
     got = start(canvas)
     canvas.column("2  Train for this schedule")
@@ -323,8 +352,8 @@ def lambda_amed(canvas: Canvas) -> None:
                          latent_image=got.latent, sigmas=sigmas[0], tall=720)
     canvas.column("3  Sample with it")
     sampler = canvas.add("LambdaSamplerAmed", calibration=trained[0])
-    sampled = canvas.add("SamplerCustom", model=got.model, positive=got.positive, negative=got.negative, sampler=sampler[0],
-                         sigmas=sigmas[0], latent_image=got.latent, noise_seed=1, cfg=5.0)
+    sampled = canvas.add("SamplerCustom", model=got.model, positive=got.positive, negative=got.negative,
+                         sampler=sampler[0], sigmas=sigmas[0], latent_image=got.latent, noise_seed=1, cfg=5.0)
     save(canvas, "4  Image", sampled[0], got.vae)
 
 
@@ -332,8 +361,9 @@ def lambda_amed(canvas: Canvas) -> None:
 def compare_samplers(canvas: Canvas) -> None:
     """Compare samplers at equal model evaluations
 
-    Write samplers (one a line), schedulers and budgets into the node. Everything is run from the same noise and held
-    against the converged image, which is made once. *cheapest* names the fewest evaluations within `error`.
+    Write samplers (one a line), schedulers and budgets into the node. Everything is run from the same noise
+    and held against the converged image, which is made once. *cheapest* names the fewest evaluations within
+    `error`.
     """
     got = start(canvas)
     canvas.column("2  Compare", 420)
@@ -344,8 +374,10 @@ def compare_samplers(canvas: Canvas) -> None:
     canvas.add("PreviewAny", "The cheapest choice", tall=140, source=node[3])
     canvas.add("PreviewAny", "All figures", tall=420, source=node[2])
     canvas.column("4  Pictures", 640)
-    canvas.add("SaveImage", "Error against evaluations", tall=460, images=node[0], filename_prefix="compare_plot")
-    canvas.add("SaveImage", "The images side by side", tall=640, images=node[1], filename_prefix="compare_sheet")
+    canvas.add("SaveImage", "Error against evaluations", tall=460, images=node[0],
+               filename_prefix="compare_plot")
+    canvas.add("SaveImage", "The images side by side", tall=640, images=node[1],
+               filename_prefix="compare_sheet")
 
 
 def make(name: str, object_info: dict[str, dict]) -> dict[str, Any]:
@@ -355,20 +387,22 @@ def make(name: str, object_info: dict[str, dict]) -> dict[str, Any]:
     return canvas.saved()
 
 
-# --- thumbnails -------------------------------------------------------------------------------------------------------
+# --- thumbnails ---------------------------------------------------------------------------------------------
 
 THUMBNAIL = 384
 
 
 def tried(server, path: Path, words: str) -> dict[str, dict]:
-    """The example in API form, with the emoji checkpoint in place of its model (as a flow model in place of one)."""
+    """The example in API form, with the emoji checkpoint in place of its model (as a flow model in place
+    of one)."""
     import demo
     from workflow import load, nodes_of
 
     prompt = load(path, server.get("/object_info"))
     flow = any(node["ckpt_name"] == SD3 for node in nodes_of(prompt, "CheckpointLoaderSimple"))
     learns = {"LambdaTrainAmed": 3, "LambdaTuneFitted": 5}  # for a number of steps
-    demo.fill_in(prompt, words, next((steps for kind, steps in learns.items() if any(nodes_of(prompt, kind))), 8))
+    demo.fill_in(prompt, words,
+                 next((steps for kind, steps in learns.items() if any(nodes_of(prompt, kind))), 8))
     for node in nodes_of(prompt, "EmptySD3LatentImage"):
         node.update(width=demo.SIZE, height=demo.SIZE)
     for node in prompt.values():  # a picture of its own for every example
@@ -383,7 +417,9 @@ def tried(server, path: Path, words: str) -> dict[str, dict]:
             node["scheduler"] = "simple"
         [loader] = [key for key, node in prompt.items() if node["class_type"] == "CheckpointLoaderSimple"]
         for node in prompt.values():
-            node["inputs"] = {key: ["flow", 0] if value == [loader, 0] else value for key, value in node["inputs"].items()}
+            node["inputs"] = {
+                key: ["flow", 0] if value == [loader, 0] else value for key, value in node["inputs"].items()
+            }
         prompt["flow"] = {"class_type": "TinyEmojiAsFlow", "inputs": {"model": [loader, 0]}}
     return prompt
 
@@ -407,18 +443,27 @@ def pictures(server, prompt: dict[str, dict]) -> list:
         raise SystemExit(f"{run.status}: {run.error.get('exception_message')}")
     nodes = sorted((key for key, output in run.outputs.items() if output.get("images")),
                    key=lambda key: (prompt[key]["class_type"] != "SaveImage", int(key)))
-    return [Image.open(server.file(shown)).convert("RGB") for key in nodes for shown in run.outputs[key]["images"]]
+    return [
+        Image.open(server.file(shown)).convert("RGB") for key in nodes for shown in run.outputs[key]["images"]
+    ]
 
 
 def thumbnail(server, path: Path):
-    """Four prompts' images; of a workflow that draws a plot, the plot, above two of them where it saves images."""
+    """Four prompts' images; of a workflow that draws a plot, the plot, above two of them where it saves
+    images."""
     import demo
     from PIL import Image
 
-    runs = [pictures(server, tried(server, path, words)) for words in demo.PROMPTS[:1 if "compare" in path.stem else 4]]
+    runs = [
+        pictures(server, tried(server, path, words))
+        for words in demo.PROMPTS[:1 if "compare" in path.stem else 4]
+    ]
     sheet, half = Image.new("RGB", (THUMBNAIL, THUMBNAIL), "white"), THUMBNAIL // 2
     side = THUMBNAIL // 4
-    plots = [image for image in runs[0] if image.width > 32 and (len(runs) == 1 or image.height / image.width <= 0.75)]
+    plots = [
+        image for image in runs[0]
+        if image.width > 32 and (len(runs) == 1 or image.height / image.width <= 0.75)
+    ]
     if plots:
         plot, *others = (image.resize((THUMBNAIL, round(THUMBNAIL * image.height / image.width)),
                                       Image.Resampling.LANCZOS) for image in plots)
@@ -437,7 +482,8 @@ def thumbnail(server, path: Path):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", choices=[*EXAMPLES, []], metavar="name", help="which ones (default: all)")
+    parser.add_argument("names", nargs="*", choices=[*EXAMPLES, []], metavar="name",
+                        help="which ones (default: all)")
     parser.add_argument("--no-thumbnails", action="store_true", help="write the workflows only")
     options = parser.parse_args()
     place = environment.enter()
@@ -448,10 +494,12 @@ def main() -> None:
         info = server.get("/object_info")
         for name in options.names or EXAMPLES:
             path = FOLDER / f"{name}.json"
-            path.write_text(json.dumps(make(name, info), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            path.write_text(
+                json.dumps(make(name, info), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
             print(path.relative_to(environment.ROOT), flush=True)
             if not options.no_thumbnails:
-                thumbnail(server, path).save(path.with_suffix(".jpg"), quality=55, optimize=True, progressive=True)
+                thumbnail(server, path).save(path.with_suffix(".jpg"), quality=55, optimize=True,
+                                             progressive=True)
 
 
 if __name__ == "__main__":

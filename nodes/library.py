@@ -1,4 +1,5 @@
-"""Which calibration a run takes: given, attached, saved before, or measured now; and when one belongs to a model."""
+"""Which calibration a run takes: given, attached, saved before, or measured now; and when one belongs to a
+model."""
 from __future__ import annotations
 
 import hashlib

@@ -2,10 +2,12 @@
 
 At the highest level x is almost nothing but noise, and what the model makes of it hardly depends on which:
 
-    afs     D = (x - sigma eps) / alpha,   eps = x / sqrt(alpha^2 sigma_data^2 + sigma^2)     the analytic first step
+    afs     D = (x - sigma eps) / alpha,   eps = x / sqrt(alpha^2 sigma_data^2 + sigma^2)     the analytic
+    first step
     mean    D = the mean of the model's own first answers to other noises of the same prompt
 
-Dockhorn et al. 2022 (arXiv:2210.05475), section 3.3, and Zhou et al. 2024 (arXiv:2312.00094) for afs; the mean is ours.
+Dockhorn et al. 2022 (arXiv:2210.05475), section 3.3, and Zhou et al. 2024 (arXiv:2312.00094) for afs; the
+mean is ours.
 """
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ CHOICES = ("evaluate", "afs", "mean")
 FULL = 0.99  # of the model's highest sigma
 
 
-def answered(denoise: Callable[[Tensor, float], Tensor], answer: Callable[[Tensor], Tensor]) -> Callable[[Tensor, float], Tensor]:
+def answered(denoise: Callable[[Tensor, float], Tensor],
+             answer: Callable[[Tensor], Tensor]) -> Callable[[Tensor, float], Tensor]:
     """A denoiser whose first call is answered without the model."""
     answers = [answer]
 
@@ -31,7 +34,8 @@ def answered(denoise: Callable[[Tensor, float], Tensor], answer: Callable[[Tenso
 
 
 def afs(start: Level, sigma_data: float = 1.0) -> Callable[[Tensor], Tensor]:
-    """The analytic answer at a level: x is taken for noise, scaled to unit variance; 0 where x is all noise."""
+    """The analytic answer at a level: x is taken for noise, scaled to unit variance; 0 where x is all
+    noise."""
     alpha, sigma = start.alpha, start.sigma
     gain = alpha * sigma_data**2 / (root := math.hypot(alpha * sigma_data, sigma)) / (root + sigma)
     return lambda x: x * gain
@@ -48,12 +52,14 @@ class MeanAnswer:
         self.count, self.mean = 0, None
 
     def learn(self, denoised: Tensor) -> None:
-        """Take in what the model answered to a batch of noises; nothing that is not finite, of which the run itself will tell."""
+        """Take in what the model answered to a batch of noises; nothing that is not finite, of which the
+        run itself will tell."""
         self._check(denoised)
         total = denoised.detach().float().sum(0).cpu()
         if not total.isfinite().all():
             return
-        self.mean = (total if self.mean is None else self.mean * self.count + total) / (self.count + len(denoised))
+        self.mean = (total if self.mean is None else self.mean * self.count + total) / (self.count +
+                                                                                        len(denoised))
         self.count += len(denoised)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -70,5 +76,8 @@ class MeanAnswer:
 def check_full_noise(start: Level, sigma_max: float | None) -> None:
     """ValueError if a run does not start at full noise."""
     if sigma_max is not None and start.sigma < FULL * sigma_max:
-        raise ValueError(f"the first step cannot be skipped: the run starts at sigma = {start.sigma:.4g}, where x holds an "
-                         f"image, and not at the model's highest, {sigma_max:.4g}: set first_step to evaluate, or denoise to 1")
+        raise ValueError(
+            f"the first step cannot be skipped: the run starts at sigma = {start.sigma:.4g}, where x holds "
+            f"an image, and not at the model's highest, {sigma_max:.4g}: set first_step to evaluate, or "
+            "denoise to 1"
+        )

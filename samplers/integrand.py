@@ -31,7 +31,8 @@ class Stage(NamedTuple):
 class Evaluation(NamedTuple):
     """Where the model is asked, and the value m = x x + denoised D that is kept of its answer.
 
-    D is the model's answer to scale x at sigma = at.sigma: both belong to the level of x, unless the model is told another.
+    D is the model's answer to scale x at sigma = at.sigma: both belong to the level of x, unless the model is
+    told another.
     """
 
     at: Level
@@ -80,7 +81,8 @@ class Flow(NamedTuple):
 
 
 class Exponential:
-    """An integrand whose linear part has constant coefficients in lam: its quadrature is made of phi-functions."""
+    """An integrand whose linear part has constant coefficients in lam: its quadrature is made of
+    phi-functions."""
 
     def flow(self, s: Level, t: Level) -> Flow:
         raise NotImplementedError
@@ -89,7 +91,8 @@ class Exponential:
         h = to.lam - s.lam
         decay, gain, z, std = self.flow(s, to)
         w = stage.basis([(at[k].lam - s.lam) / h for k in stage.uses], stage.rule(len(stage.uses), z))
-        least = 1e-14 * max(map(abs, w))  # a weight that is 0 but for rounding would cost a pass over the latents
+        # a weight that is 0 but for rounding would cost a pass over the latents
+        least = 1e-14 * max(map(abs, w))
         return Update(to, decay, tuple((k, gain * wk) for k, wk in zip(stage.uses, w) if abs(wk) > least),
                       noise=self._noise(s, to, at) if std else ())
 
@@ -110,10 +113,12 @@ class Exponential:
 class DataPrediction(Exponential):
     """m = D, the denoised image: DPM-Solver++ and, with eta > 0, SDE-DPM-Solver++.
 
-        x_t = (sigma_t / sigma_s) e^(-eta h) x_s + alpha_t int e^(...) D dlam + sigma_t sqrt(1 - e^(-2 eta h)) s_noise xi
+        x_t = (sigma_t / sigma_s) e^(-eta h) x_s + alpha_t int e^(...) D dlam + sigma_t sqrt(1 - e^(-2 eta h))
+        s_noise xi
 
-    Lu et al. 2022b (arXiv:2211.01095), Proposition 4.1; the SDE is theirs for eta = 1, and the ODE for eta = 0.
-    Finite at both ends: a step of infinite length with one node is DDIM, x_t = (sigma_t / sigma_s) x_s + alpha_t D.
+    Lu et al. 2022b (arXiv:2211.01095), Proposition 4.1; the SDE is theirs for eta = 1, and the ODE for eta =
+    0. Finite at both ends: a step of infinite length with one node is DDIM, x_t = (sigma_t / sigma_s) x_s +
+    alpha_t D.
     """
 
     eta: float = 0.0

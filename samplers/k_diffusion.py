@@ -24,18 +24,19 @@ from .solver import Adaptive, Step, finite
 def k_diffusion_sampler(name: str, path: str = "ve", *, sigma_max: float | None = None,
                         sigma_min: float | None = None, mean: MeanAnswer | None = None,
                         **options: Any) -> Callable[..., Tensor]:
-    """fn(model, x, sigmas, extra_args=None, callback=None, disable=None) -> x at sigmas[-1], for a name of SAMPLERS.
+    """fn(model, x, sigmas, extra_args=None, callback=None, disable=None) -> x at sigmas[-1], for a name of
+    SAMPLERS.
 
-    model(x, sigma[B], **extra_args) returns the denoised x. callback gets a dict with x, i, sigma, sigma_hat, denoised
-    after the evaluation that opens interval i. x is [B, ...] noise at sigmas[0] plus signal, in any floating dtype: the
-    model sees that dtype, the solver works in at least float32, and x is left as it was. sigmas strictly decrease.
-    No graph is kept (torch.no_grad), as in k-diffusion.
-    Stochastic solvers take their seed from extra_args["seed"], or draw one from torch's generator. The noise
-    of image k of a batch is that of seed + k alone, on purpose: the WebUI's convention. ComfyUI's own samplers
-    draw one noise for the batch.
+    model(x, sigma[B], **extra_args) returns the denoised x. callback gets a dict with x, i, sigma, sigma_hat,
+    denoised after the evaluation that opens interval i. x is [B, ...] noise at sigmas[0] plus signal, in any
+    floating dtype: the model sees that dtype, the solver works in at least float32, and x is left as it was.
+    sigmas strictly decrease. No graph is kept (torch.no_grad), as in k-diffusion. Stochastic solvers take
+    their seed from extra_args["seed"], or draw one from torch's generator. The noise of image k of a batch is
+    that of seed + k alone, on purpose: the WebUI's convention. ComfyUI's own samplers draw one noise for the
+    batch.
 
-    sigma_max is the model's highest level: with it, a first_step that is not evaluated is refused in runs that
-    start lower. sigma_min is its lowest above 0: down to there an adaptive run to 0 controls its error
+    sigma_max is the model's highest level: with it, a first_step that is not evaluated is refused in runs
+    that start lower. sigma_min is its lowest above 0: down to there an adaptive run to 0 controls its error
     (sample.LOWEST if not given). first_step = "mean" needs a MeanAnswer that lives as long as model, prompt
     and shape are the same; the run that finds it empty fills it.
 
@@ -53,7 +54,8 @@ Follow = Callable[[Mapping[str, Any], Sequence[float]], Mapping[str, Any]]
 
 def k_diffusion_function(sampler: Sampler, path: str, options: Mapping[str, Any], *, noise_scale: float = 1.0,
                          sigma_max: float | None = None, sigma_min: float | None = None,
-                         mean: MeanAnswer | None = None, follow: Follow | None = None) -> Callable[..., Tensor]:
+                         mean: MeanAnswer | None = None,
+                         follow: Follow | None = None) -> Callable[..., Tensor]:
     """`k_diffusion_sampler` for any entry of the catalogue.
 
     noise_scale: the standard deviation of the model's noise. follow: told the levels that the solver goes
@@ -64,13 +66,15 @@ def k_diffusion_function(sampler: Sampler, path: str, options: Mapping[str, Any]
     solver, first_step = sampler.solver(**options), sampler.first_step(settings)
     gaussian = find_path(path)
     if first_step == "mean" and mean is None:
-        raise ValueError("first_step = 'mean' needs mean: give a MeanAnswer, the same one for every run of a prompt")
+        raise ValueError(
+            "first_step = 'mean' needs mean: give a MeanAnswer, the same one for every run of a prompt")
     lowest = None if sigma_min is None else gaussian.level(float(sigma_min))
     if isinstance(solver, Adaptive) and lowest and not finite(lowest):
         raise ValueError(f"sigma_min = {sigma_min}: give the model's lowest noise level above 0, or None")
 
     @torch.no_grad()
-    def fn(model: Callable[..., Tensor], x: Tensor, sigmas: Tensor, extra_args: Mapping[str, Any] | None = None,
+    def fn(model: Callable[...,
+                           Tensor], x: Tensor, sigmas: Tensor, extra_args: Mapping[str, Any] | None = None,
            callback: Callable[[dict], None] | None = None, disable: bool | None = None) -> Tensor:
         schedule = levels(sigmas, gaussian)
         extra = dict(extra_args or {})
@@ -97,7 +101,8 @@ def k_diffusion_function(sampler: Sampler, path: str, options: Mapping[str, Any]
                     denoise.check()  # the sooner cause, if there is one
                     raise
             else:
-                run = replace(solver, answered=lambda: bool(denoise.seen)) if isinstance(solver, Insertion) else solver
+                run = replace(solver, answered=lambda: bool(denoise.seen)) if isinstance(
+                    solver, Insertion) else solver
                 steps = run.steps(schedule, gaussian)
                 noise = no_noise
                 if any(step.noisy for step in steps):
@@ -112,8 +117,10 @@ def k_diffusion_function(sampler: Sampler, path: str, options: Mapping[str, Any]
     return fn
 
 
-def _first_answered(denoise: Callable[[Tensor, float], Tensor], answer: Callable[[Tensor], Tensor]) -> Callable:
-    """The first call answered without the model, or by it for a mean that has nothing to say yet and learns."""
+def _first_answered(denoise: Callable[[Tensor, float], Tensor], answer: Callable[[Tensor],
+                                                                                 Tensor]) -> Callable:
+    """The first call answered without the model, or by it for a mean that has nothing to say yet and
+    learns."""
     if not isinstance(answer, MeanAnswer) or answer.count:
         return answered(denoise, answer)
 
@@ -133,9 +140,11 @@ def _followed(steps: Sequence[Step]) -> list[float]:
 
 
 class _Denoiser:
-    """A k-diffusion model as denoise(x, sigma): its dtype outside, at least float32 inside, and what it said checked."""
+    """A k-diffusion model as denoise(x, sigma): its dtype outside, at least float32 inside, and what it
+    said checked."""
 
-    def __init__(self, model: Callable[..., Tensor], x: Tensor, extra_args: Mapping[str, Any], schedule: Sequence[Level]) -> None:
+    def __init__(self, model: Callable[..., Tensor], x: Tensor, extra_args: Mapping[str, Any],
+                 schedule: Sequence[Level]) -> None:
         self.model, self.like, self.extra_args = model, x, extra_args
         self.falling = [-level.sigma for level in schedule]
         self.seen: list[tuple[float, Tensor]] = []
@@ -153,13 +162,15 @@ class _Denoiser:
         return denoised
 
     def check(self) -> None:
-        """FloatingPointError naming the first step that was not finite. Once a run: it waits for the device."""
+        """FloatingPointError naming the first step that was not finite. Once a run: it waits for the
+        device."""
         if not self.seen or self.like.is_meta:
             return
         sigmas, sums = zip(*self.seen)
         for sigma, total in zip(sigmas, torch.stack(sums).tolist()):
             if not math.isfinite(total):
-                raise not_finite(sigma, f" in step {bisect_right(self.falling, -sigma)} of {len(self.falling) - 1},")
+                raise not_finite(
+                    sigma, f" in step {bisect_right(self.falling, -sigma)} of {len(self.falling) - 1},")
 
 
 def _seed(extra_args: Mapping[str, Any]) -> int:

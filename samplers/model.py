@@ -1,4 +1,5 @@
-"""The model, asked in k-diffusion's convention: what x and the answer must be, and what is said if they are not."""
+"""The model, asked in k-diffusion's convention: what x and the answer must be, and what is said if they
+are not."""
 from __future__ import annotations
 
 import math
@@ -20,17 +21,21 @@ def latents(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def answer(model: Callable[..., Tensor], x: Tensor, sigma: float | np.ndarray, extra_args: Mapping[str, Any]) -> Tensor:
+def answer(model: Callable[..., Tensor], x: Tensor, sigma: float | np.ndarray,
+           extra_args: Mapping[str, Any]) -> Tensor:
     """D = model(x, sigma[B], **extra_args) in at least float32; ValueError if its shape is not that of x."""
     denoised = model(x, per_image(sigma, x), **extra_args)
     if denoised.shape != x.shape:
-        raise ValueError(f"the model returned shape {list(denoised.shape)} at sigma = {np.max(sigma):.6g} for x of shape "
-                         f"{list(x.shape)}: it must return the denoised x")
+        raise ValueError(
+            f"the model returned shape {list(denoised.shape)} at sigma = {np.max(sigma):.6g} for x of shape "
+            f"{list(x.shape)}: it must return the denoised x")
     return denoised.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def finite_answer(model: Callable[..., Tensor], x: Tensor, sigma: float | np.ndarray, extra_args: Mapping[str, Any]) -> Tensor:
-    """The same for a measurement: FloatingPointError if it is not finite, at the cost of waiting for the device."""
+def finite_answer(model: Callable[..., Tensor], x: Tensor, sigma: float | np.ndarray,
+                  extra_args: Mapping[str, Any]) -> Tensor:
+    """The same for a measurement: FloatingPointError if it is not finite, at the cost of waiting for the
+    device."""
     denoised = answer(model, x, sigma, extra_args)
     if not denoised.sum().isfinite():  # NaN and infinity survive a sum
         raise not_finite(np.max(sigma))
@@ -38,12 +43,14 @@ def finite_answer(model: Callable[..., Tensor], x: Tensor, sigma: float | np.nda
 
 
 def not_finite(sigma: float, where: str = "") -> FloatingPointError:
-    return FloatingPointError(f"the model returned NaN or infinite values{where} at sigma = {sigma:.6g}: run it in a higher "
-                              "precision (float32 or bfloat16), or lower the guidance")
+    return FloatingPointError(
+        f"the model returned NaN or infinite values{where} at sigma = {sigma:.6g}: run it in a higher "
+        "precision (float32 or bfloat16), or lower the guidance")
 
 
 class UnsteadyModel(ValueError):
-    """A model whose answer depends on more than it is asked: something remembers, and answers in its place."""
+    """A model whose answer depends on more than it is asked: something remembers, and answers in its
+    place."""
 
 
 DELTA: Mapping[torch.dtype, Callable[[float], float]] = {
@@ -61,8 +68,9 @@ JUMPS = 30.0   # times as far as x no answer moves
 def check_precision(precision: torch.dtype) -> None:
     if precision not in DELTA:
         known = ", ".join(str(dtype).rpartition(".")[2] for dtype in DELTA)
-        raise ValueError(f"precision = {precision} is out of range: choose what the model computes in, one of {known}; "
-                         "weights in float8 are computed with in one of these")
+        raise ValueError(
+            f"precision = {precision} is out of range: choose what the model computes in, one of {known}; "
+            "weights in float8 are computed with in one of these")
 
 
 def signs(like: Tensor, seed: int) -> Tensor:
@@ -83,15 +91,17 @@ class Known(NamedTuple):
 
 def probe(denoise: Callable[[Tensor, float], Tensor], x: Tensor, sigma: float, delta: float,
           elsewhere: Callable[[], object], precision: torch.dtype) -> Known:
-    """D(x), of a model that was asked for x, elsewhere, for x + d and again for x; d is delta with random signs.
+    """D(x), of a model that was asked for x, elsewhere, for x + d and again for x; d is delta with random
+    signs.
 
-    A cache answers what it was asked before, or x and what the network added then, or computes a part, as long as
-    sigma is nearly the same. So the first answer is the network's own; so is the one after `elsewhere`, at another
-    level; and the last, so soon after it, is a cache's. sigma is in the middle of the range: a true denoiser
-    approaches D = x at low levels, a constant at high ones, and caches leave out the first and last steps.
+    A cache answers what it was asked before, or x and what the network added then, or computes a part, as
+    long as sigma is nearly the same. So the first answer is the network's own; so is the one after
+    `elsewhere`, at another level; and the last, so soon after it, is a cache's. sigma is in the middle of the
+    range: a true denoiser approaches D = x at low levels, a constant at high ones, and caches leave out the
+    first and last steps.
 
-    UnsteadyModel if the answer moves exactly as x does, or not at all (but that of a flat image, which knows no x),
-    or much too far, or if the two answers to x are apart.
+    UnsteadyModel if the answer moves exactly as x does, or not at all (but that of a flat image, which knows
+    no x), or much too far, or if the two answers to x are apart.
     """
     d = delta * signs(x, 0)
     first = denoise(x, sigma)
@@ -112,13 +122,15 @@ def probe(denoise: Callable[[Tensor, float], Tensor], x: Tensor, sigma: float, d
 
 
 def check_own(change: Tensor, d: Tensor, x: Tensor, sigma: float, precision: torch.dtype) -> None:
-    """UnsteadyModel if the answer to some image of x changed by d, to rounding, as x did: x and something stored."""
+    """UnsteadyModel if the answer to some image of x changed by d, to rounding, as x did: x and something
+    stored."""
     rounding = (torch.finfo(precision).eps * rms(x)).clamp(1e-3 * rms(d), 0.03 * rms(d))
     if (rms(change - d) <= rounding).any():
         raise unsteady(f"at sigma = {sigma:.4g} its answer moves exactly as x does")
 
 
 def unsteady(what: str) -> UnsteadyModel:
-    return UnsteadyModel(f"the model does not answer for itself: {what}. Something between keeps earlier answers (a cache "
-                         "such as TeaCache, or one that skips layers or steps), and what is measured through it would be "
-                         "wrong: switch it off while measuring")
+    return UnsteadyModel(
+        f"the model does not answer for itself: {what}. Something between keeps earlier answers (a cache "
+        "such as TeaCache, or one that skips layers or steps), and what is measured through it would be "
+        "wrong: switch it off while measuring")

@@ -1,7 +1,7 @@
 """The quadrature every solver uses: phi-functions, the moments made of them, and the weights they imply.
 
-A step of length h in lam integrates an exponential against what the model said at nodes r_j = (lam_j - lam_s) / h.
-Its weights w_j are fixed by moments M_p:
+A step of length h in lam integrates an exponential against what the model said at nodes r_j = (lam_j - lam_s)
+/ h. Its weights w_j are fixed by moments M_p:
 
     sum_j w_j r_j^p = M_p,   p = 0 .. n - 1
 
@@ -15,7 +15,8 @@ from typing import Callable, Mapping, Sequence
 Rule = Callable[[int, float], Sequence[float]]
 """rule(n, z) -> the moments M_0 .. M_(n-1) of an n-node quadrature."""
 Basis = Callable[[Sequence[float], Sequence], list]
-"""basis(nodes, moments) -> weights: how values at nodes become a polynomial, `weights` or `pseudo_weights`."""
+"""basis(nodes, moments) -> weights: how values at nodes become a polynomial, `weights` or
+`pseudo_weights`."""
 
 
 def phi(k: int, z: float) -> float:
@@ -47,13 +48,15 @@ def published(n: int, z: float) -> list[float]:
     """M_p = z phi_(p+1)(-z), as in the authors' third-order multistep code and k-diffusion's 3M SDE.
 
     For n <= 2 this is `taylor`. For n = 3 the factor 2! is missing there: the published 3M halves the second
-    derivative, so it is of order 2 with a small error constant. (LuChengTHU/dpm-solver, multistep third update.)
+    derivative, so it is of order 2 with a small error constant. (LuChengTHU/dpm-solver, multistep third
+    update.)
     """
     return [-math.expm1(-z)] + [z * phi(p + 1, -z) for p in range(1, n)]
 
 
 def midpoint(n: int, z: float) -> list[float]:
-    """`published`, but with M_1 = M_0 / 2 for two nodes: the 2M and 2S of Lu et al. 2022b (arXiv:2211.01095, Alg. 1-2).
+    """`published`, but with M_1 = M_0 / 2 for two nodes: the 2M and 2S of Lu et al. 2022b (arXiv:2211.01095,
+    Alg. 1-2).
 
     This is k-diffusion's and ComfyUI's dpmpp_2m, and the authors' solver_type "dpmsolver".
     """
@@ -83,9 +86,11 @@ ADAMS = ((1.0,), (1.5, -0.5), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 3
 
 
 def adams(nodes: Sequence[float], moments: Sequence[float]) -> list[float]:
-    """The Adams-Bashforth weights of equal steps, whatever the nodes: M_0 (1), (3, -1) / 2, (23, -16, 5) / 12, ...
+    """The Adams-Bashforth weights of equal steps, whatever the nodes: M_0 (1), (3, -1) / 2, (23, -16, 5) /
+    12, ...
 
-    The improved PNDM: Zhang & Chen 2022 (arXiv:2204.13902), section 3.3, after Liu et al. 2022 (arXiv:2202.09778).
+    The improved PNDM: Zhang & Chen 2022 (arXiv:2204.13902), section 3.3, after Liu et al. 2022
+    (arXiv:2202.09778).
     """
     return [moments[0] * c for c in ADAMS[len(nodes) - 1]]
 
@@ -98,12 +103,13 @@ def trapezoid(nodes: Sequence[float], moments: Sequence[float]) -> list[float]:
 def pseudo_weights(nodes: Sequence[float], moments: Sequence[float]) -> list[float]:
     """w of sum_p M_p m[r_0, ..., r_p]: leading divided differences in place of the polynomial's derivatives.
 
-    The "pseudo order" of DPM-Solver-v3 (Zheng et al. 2023, arXiv:2310.13268, section 3.3). For one or two nodes, with
-    r_0 = 0, this is `weights`.
+    The "pseudo order" of DPM-Solver-v3 (Zheng et al. 2023, arXiv:2310.13268, section 3.3). For one or two
+    nodes, with r_0 = 0, this is `weights`.
     """
     result = []
     for j, at in enumerate(nodes):
-        total, scale = 0.0, 1.0  # m_j enters m[r_0, ..., r_p] with 1 / prod_(i <= p, i != j) (r_j - r_i), if j <= p
+        # m_j enters m[r_0, ..., r_p] with 1 / prod_(i <= p, i != j) (r_j - r_i), if j <= p
+        total, scale = 0.0, 1.0
         for p, moment in enumerate(moments):
             if p != j:
                 scale /= at - nodes[p]

@@ -58,8 +58,8 @@ def advance(denoise: Denoiser, x: Tensor, step: Step, values: dict[int | Span, T
             noise: Noise = no_noise, observe: Observer | None = None, first: int = 0) -> Tensor:
     """x at step.t.
 
-    `values` holds the evaluations by their numbers, and increments of the noise by their spans. Those it lacks
-    are made and entered; those that no later update needs are dropped, but for the ones to `keep`.
+    `values` holds the evaluations by their numbers, and increments of the noise by their spans. Those it
+    lacks are made and entered; those that no later update needs are dropped, but for the ones to `keep`.
     """
     y = x
     for k, (evaluation, update) in enumerate(zip(step.evaluations, step.updates)):
@@ -81,8 +81,8 @@ def advance(denoise: Denoiser, x: Tensor, step: Step, values: dict[int | Span, T
 
 
 class Place(NamedTuple):
-    """A run that may be gone on with: the steps behind it, x, the values kept before it (latest first), and those of the
-    evaluations of the step that is next, as far as they were made."""
+    """A run that may be gone on with: the steps behind it, x, the values kept before it (latest first), and
+    those of the evaluations of the step that is next, as far as they were made."""
 
     done: int
     x: Tensor
@@ -91,7 +91,8 @@ class Place(NamedTuple):
 
 
 def onward(denoise: Denoiser, place: Place, step: Step, memory: int) -> tuple[Place, Place]:
-    """The place itself with all values of this step, and the place where the step leads, which remembers `memory` values.
+    """The place itself with all values of this step, and the place where the step leads, which remembers
+    `memory` values.
 
     What the place knows is not evaluated again.
     """
@@ -113,10 +114,12 @@ def combine(x: Tensor, update: Update, values: Mapping[int, Tensor]) -> Tensor:
     return lincomb((update.decay, x), *((c, values[k]) for k, c in update.terms), bias=update.bias)
 
 
-def evaluate(denoise: Denoiser, x: Tensor, evaluation: Evaluation, observe: Observer | None = None, i: int = 0) -> Tensor:
+def evaluate(denoise: Denoiser, x: Tensor, evaluation: Evaluation, observe: Observer | None = None,
+             i: int = 0) -> Tensor:
     """The value kept of one model call, whose answer is shown to the observer as the start of interval i."""
     scale = evaluation.scale
-    denoised = denoise(x if isinstance(scale, float) and scale == 1.0 else lincomb((scale, x)), evaluation.at.sigma)
+    denoised = denoise(x if isinstance(scale, float) and scale == 1.0 else lincomb((scale, x)),
+                       evaluation.at.sigma)
     if observe:
         observe(i, evaluation.at.sigma, x, denoised)
     if isinstance(evaluation.x, float) and (evaluation.x, evaluation.denoised) == (0.0, 1.0):
@@ -132,9 +135,10 @@ def on_device(step: Step, x: Tensor) -> Step:
                           bias=placed(u.bias, x))
 
     return step._replace(
-        evaluations=tuple(e._replace(x=placed(e.x, x), denoised=placed(e.denoised, x), scale=placed(e.scale, x))
-                          for e in step.evaluations),
-        updates=tuple(map(update, step.updates)), correction=step.correction and update(step.correction))
+        evaluations=tuple(
+            e._replace(x=placed(e.x, x), denoised=placed(e.denoised, x), scale=placed(e.scale, x))
+            for e in step.evaluations), updates=tuple(map(update, step.updates)), correction=step.correction
+        and update(step.correction))
 
 
 OPENING = 0.1
@@ -143,8 +147,8 @@ That step errs by alpha^2 / 2 in a state of unit variance (measured on a mixture
 a twentieth of the tolerance."""
 LOWEST = 0.002
 """sigma / alpha from which an adaptive run to 0 goes there at once, if the model's lowest level is not known.
-On normal data of spreads 0.02 to 1 that step erred by 1e-3 from 0.01 on, and by 7e-5 from 0.002 on, which took
-3 evaluations more at most tolerances."""
+On normal data of spreads 0.02 to 1 that step erred by 1e-3 from 0.01 on, and by 7e-5 from 0.002 on, which
+took 3 evaluations more at most tolerances."""
 MOST = 2000
 """Evaluations of an adaptive run at most. The tightest tolerances took up to 1,455 on exact problems."""
 
@@ -210,10 +214,11 @@ def _adapt(denoise: Denoiser, x: Tensor, s: Level, end: Level, levels: Sequence[
         error = _error(high / size, lower, before, solver)
         if not math.isfinite(error) or not s.lam < t.lam:
             raise FloatingPointError(
-                f"the error estimate of the step from sigma = {s.sigma:.6g} to {t.sigma:.6g} (interval {interval}) is "
-                f"{error}: the model returned NaN or infinite values there, or the tolerances (rtol = {solver.rtol:g}, "
-                f"atol = {solver.atol:g}) are tighter than its precision")
-        growth = float(np.float32(error ** (-1.0 / len(step.evaluations)))) if error else math.inf  # float32, as published
+                f"the error estimate of the step from sigma = {s.sigma:.6g} to {t.sigma:.6g} (interval "
+                f"{interval}) is {error}: the model returned NaN or infinite values there, or the tolerances "
+                f"(rtol = {solver.rtol:g}, atol = {solver.atol:g}) are tighter than its precision")
+        # float32, as published
+        growth = float(np.float32(error ** (-1.0 / len(step.evaluations)))) if error else math.inf
         h = min(solver.theta * (t.lam - s.lam) * growth, solver.longest)
         if error <= 1.0:
             x, s, before, values = high, t, lower, {}

@@ -2,18 +2,20 @@
 
 On every path the sampler's state is x = alpha x0 + sigma eps; a path is the curve (alpha, sigma), and
 
-    lam = log(alpha / sigma)          half the log of the signal-to-noise ratio (Lu et al. 2022, arXiv:2206.00927, sec. 3)
+    lam = log(alpha / sigma)          half the log of the signal-to-noise ratio (Lu et al. 2022,
+    arXiv:2206.00927, sec. 3)
 
-is the time in which all solvers of this package work. In y = x / alpha and varsigma = sigma / alpha the three paths are
-one and the same: dy / dvarsigma = eps.
+is the time in which all solvers of this package work. In y = x / alpha and varsigma = sigma / alpha the three
+paths are one and the same: dy / dvarsigma = eps.
 
     path                  alpha              sigma in        who
     VarianceExploding     1                  [0, inf)        k-diffusion, EDM; ComfyUI's eps, v and EDM models
     RectifiedFlow         1 - sigma          [0, 1]          SD3, Flux and other flow models (ComfyUI's CONST)
-    VariancePreserving    sqrt(1 - sigma^2)  [0, 1]          DDPM / score-SDE states, for schedules stated in t
+    VariancePreserving    sqrt(1 - sigma^2)  [0, 1]          DDPM / score-SDE states, for schedules stated in
+    t
 
-The ends are levels too: sigma = 0 has lam = +inf, and sigma = 1 (alpha = 0) of a flow or VP path has lam = -inf.
-All numbers are Python floats (float64, on the host).
+The ends are levels too: sigma = 0 has lam = +inf, and sigma = 1 (alpha = 0) of a flow or VP path has lam =
+-inf. All numbers are Python floats (float64, on the host).
 """
 from __future__ import annotations
 
@@ -99,16 +101,21 @@ def levels(sigmas: Sequence[float] | Tensor | np.ndarray, path: Path) -> list[Le
                          "shape [n + 1] for n steps, which all images of a batch share")
     sigmas = sigmas.tolist() if isinstance(sigmas, Tensor) else [float(sigma) for sigma in sigmas]
     if not sigmas:
-        raise ValueError("sigmas is empty: give the noise levels from the start to the end, at least one number")
+        raise ValueError(
+            "sigmas is empty: give the noise levels from the start to the end, at least one number")
     for i, sigma in enumerate(sigmas):
         if not math.isfinite(sigma):
-            raise ValueError(f"sigmas[{i}] = {sigma}: every sigma must be a finite number; check the scheduler")
+            raise ValueError(
+                f"sigmas[{i}] = {sigma}: every sigma must be a finite number; check the scheduler")
         if sigma < 0:
-            raise ValueError(f"sigmas[{i}] = {sigma:.6g} is negative: noise levels are >= 0; check the scheduler")
+            raise ValueError(
+                f"sigmas[{i}] = {sigma:.6g} is negative: noise levels are >= 0; check the scheduler")
         if sigma > path.sigma_limit:
             raise ValueError(
                 f"sigmas[{i}] = {sigma:.6g} is above {path.sigma_limit:g}, the highest noise level of a "
-                f"{type(path).__name__} path: use this model's own scheduler, or path='ve' for Karras/EDM sigmas")
+                f"{type(path).__name__} path: use this model's own scheduler, or path='ve' for Karras/EDM "
+                "sigmas"
+            )
         if i and sigma >= sigmas[i - 1]:
             fault, remedy = (("repeats", "remove the repeated value, or ask the scheduler for fewer steps")
                              if sigma == sigmas[i - 1] else

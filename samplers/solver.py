@@ -1,8 +1,9 @@
 """Solvers as data: which evaluations each step uses, and the finished coefficients of every step.
 
-A solver turns the levels of a schedule into a list of Steps before anything is evaluated. A Step names its evaluations
-by number: 0 is the one at its start, 1, 2, ... are its own inner ones in order, -1, -2, ... those of the steps before,
-latest first. So a multistep method is a stage that uses (0, -1, -2), a singlestep method a row of stages with inner levels:
+A solver turns the levels of a schedule into a list of Steps before anything is evaluated. A Step names its
+evaluations by number: 0 is the one at its start, 1, 2, ... are its own inner ones in order, -1, -2, ... those
+of the steps before, latest first. So a multistep method is a stage that uses (0, -1, -2), a singlestep method
+a row of stages with inner levels:
 
     Multistep of order 3    s_-2 ---- s_-1 ---- s -------> t        Stage((0, -1, -2))
     DPM_3S                                      s --o--o-> t        Stage((0,)), Stage((0, 1)), Stage((0, 2))
@@ -24,15 +25,16 @@ from .schedule import Level, Path, VarianceExploding
 class Step(NamedTuple):
     """One step of a run: evaluation k, then update k, and so on; the last update arrives at t.
 
-    A correction goes from the x that arrived at t, noise and all, to that of the same step with the evaluation
-    at t among its nodes: the next step's first, numbered after the step's own. A step with a plan is replaced
-    by what plan(x, before) returns after its first evaluation, when that depends on what the model said;
-    `before` is the step taken before it, and `told` what the plan of that one has to tell it.
+    A correction goes from the x that arrived at t, noise and all, to that of the same step with the
+    evaluation at t among its nodes: the next step's first, numbered after the step's own. A step with a plan
+    is replaced by what plan(x, before) returns after its first evaluation, when that depends on what the
+    model said; `before` is the step taken before it, and `told` what the plan of that one has to tell it.
     """
 
     evaluations: tuple[Evaluation, ...]
     updates: tuple[Update, ...]
-    intervals: int = 1  # how many of the schedule's intervals it covers; its inner levels are then the schedule's own
+    # how many of the schedule's intervals it covers; its inner levels are then the schedule's own
+    intervals: int = 1
     correction: Update | None = None
     plan: Callable[[Tensor, Step | None], Step] | None = None
     told: tuple = ()
@@ -67,25 +69,29 @@ class Tableau(NamedTuple):
 
 ORDER_1 = Tableau((), (Stage((0,)),))
 DPM_2S = Tableau((1 / 2,), (Stage((0,)), Stage((0, 1), midpoint)), embedded=Stage((0,)))
-DPM_3S = Tableau((1 / 3, 2 / 3), (Stage((0,)), Stage((0, 1)), Stage((0, 2))), embedded=Stage((0, 1), midpoint))
+DPM_3S = Tableau((1 / 3, 2 / 3), (Stage((0, )), Stage((0, 1)), Stage((0, 2))), embedded=Stage((0, 1),
+                                                                                              midpoint))
 DPM_2S_TAYLOR = Tableau((1 / 2,), (Stage((0,)), Stage((0, 1))), embedded=Stage((0,)))
-DPM_3S_TAYLOR = Tableau((1 / 3, 2 / 3), (Stage((0,)), Stage((0, 1)), Stage((0, 1, 2))), embedded=Stage((0, 1)))
+DPM_3S_TAYLOR = Tableau((1 / 3, 2 / 3), (Stage((0, )), Stage((0, 1)), Stage((0, 1, 2))), embedded=Stage(
+    (0, 1)))
 
 TABLEAUX: Mapping[tuple[int, str], Tableau] = {
     (1, "midpoint"): ORDER_1, (2, "midpoint"): DPM_2S, (3, "midpoint"): DPM_3S,
     (1, "taylor"): ORDER_1, (2, "taylor"): DPM_2S_TAYLOR, (3, "taylor"): DPM_3S_TAYLOR,
 }
-"""Lu et al. 2022 (arXiv:2206.00927), Algorithms 1-2, and 2022b (arXiv:2211.01095), Algorithm 1; "taylor" takes the
-polynomial through all evaluations where the published methods take a difference quotient."""
+"""Lu et al. 2022 (arXiv:2206.00927), Algorithms 1-2, and 2022b (arXiv:2211.01095), Algorithm 1; "taylor"
+takes the polynomial through all evaluations where the published methods take a difference quotient."""
 
 
 HEUN = Tableau((1.0,), (Stage((0,)), Stage((0, 1), basis=trapezoid)))
-"""Heun's method in sigma: the mean of eps at both ends. Karras et al. 2022 (arXiv:2206.00364), Algorithm 1."""
+"""Heun's method in sigma: the mean of eps at both ends. Karras et al. 2022 (arXiv:2206.00364), Algorithm
+1."""
 
 
 def step(integrand: Integrand, nodes: Sequence[Level], stages: Sequence[Stage], past: Sequence[Level] = (),
          intervals: int = 1, corrector: Stage | None = None) -> Step:
-    """The step over nodes = (s, inner levels ..., t); past are the levels at the starts of earlier steps, latest first."""
+    """The step over nodes = (s, inner levels ..., t); past are the levels at the starts of earlier steps,
+    latest first."""
     s, at = nodes[0], _numbered(nodes, past)
     updates = tuple(integrand.update(s, to, stage, at) for to, stage in zip(nodes[1:], stages))
     return Step(tuple(integrand.evaluation(level) for level in nodes[:-1]), updates, intervals,
@@ -109,7 +115,8 @@ def _numbered(nodes: Sequence[Level], past: Sequence[Level]) -> dict[int, Level]
 
 
 def joined(first: Step, second: Step) -> Step:
-    """Two steps as one: the inner evaluation is that of the second, and its update goes on from the first's."""
+    """Two steps as one: the inner evaluation is that of the second, and its update goes on from the
+    first's."""
     terms = tuple((k + 1, c) for k, c in second.updates[0].terms)
     return first._replace(evaluations=first.evaluations + second.evaluations,
                           updates=first.updates + (second.updates[0]._replace(terms=terms, chained=True),))
@@ -122,15 +129,17 @@ def ddim(integrand: Integrand, s: Level, t: Level) -> Step:
 
 
 CLEAN = 2.0
-"""sigma / alpha = 0.135. Without the lower order a last long step to there spoils a run: on exact digits, time-uniform steps to
-sigma 0.03, the error of v3 was 0.68 without and 0.05 with it, that of 2M 0.18 and 0.07."""
+"""sigma / alpha = 0.135. Without the lower order a last long step to there spoils a run: on exact digits,
+time-uniform steps to sigma 0.03, the error of v3 was 0.68 without and 0.05 with it, that of 2M 0.18 and
+0.07."""
 
 SHORT_RUN, LONG = 15, 1.7
-"""Steps of a run that still lowers its order, as the authors advise; and from what length in lambda, a factor 5.5 in sigma / alpha,
-the last step is of order 1. Figures in docs/notes.md."""
+"""Steps of a run that still lowers its order, as the authors advise; and from what length in lambda, a factor
+5.5 in sigma / alpha, the last step is of order 1. Figures in docs/notes.md."""
 
 CORRECTOR_HALF = -0.5
-"""Where the time of the usual models is 1/2: lam = -0.48 for Stable Diffusion (sigma 1.62), 0 for unshifted flow."""
+"""Where the time of the usual models is 1/2: lam = -0.48 for Stable Diffusion (sigma 1.62), 0 for
+unshifted flow."""
 
 
 def finite(*ends: Level) -> bool:
@@ -141,14 +150,16 @@ def finite(*ends: Level) -> bool:
 class Multistep:
     """Adams methods in lam: the polynomial through the last `order` evaluations; one evaluation a step.
 
-    The order rises from 1 at the start. With lower_order_final it falls again towards the end: "on" to 1 in the last step of
-    finite length; "auto" to 1 there if that step is LONG, else to 2, in runs of fewer than SHORT_RUN steps that end clean,
-    lam > CLEAN: to sigma = 0, or to the model's lowest sigma. Runs that stop before go on elsewhere, as with leftover noise, and
-    nothing ends there. What was said earlier holds for a long way with a model that has not made up its mind, and near the end
-    it has: there the polynomial through earlier answers goes astray, the farther the step goes.
+    The order rises from 1 at the start. With lower_order_final it falls again towards the end: "on" to 1 in
+    the last step of finite length; "auto" to 1 there if that step is LONG, else to 2, in runs of fewer than
+    SHORT_RUN steps that end clean, lam > CLEAN: to sigma = 0, or to the model's lowest sigma. Runs that stop
+    before go on elsewhere, as with leftover noise, and nothing ends there. What was said earlier holds for a
+    long way with a model that has not made up its mind, and near the end it has: there the polynomial through
+    earlier answers goes astray, the farther the step goes.
 
-    A corrector repeats every step s -> t with the evaluation at t among its nodes s, t, s_-1, ..., at no further model
-    call; it has corrector_extra nodes more than the predictor. "half" keeps it to lam >= CORRECTOR_HALF.
+    A corrector repeats every step s -> t with the evaluation at t among its nodes s, t, s_-1, ..., at no
+    further model call; it has corrector_extra nodes more than the predictor. "half" keeps it to lam >=
+    CORRECTOR_HALF.
     """
 
     integrand: Integrand
@@ -168,13 +179,16 @@ class Multistep:
         n, (s, t) = len(levels) - 1, levels[i:i + 2]
         if not finite(s, t):
             return ddim(self.integrand, s, t)
-        past = [level for level in reversed(levels[max(0, i + 1 - self.order):i]) if finite(level)]  # lam = -inf carries no slope
+        # lam = -inf carries no slope
+        past = [level for level in reversed(levels[max(0, i + 1 - self.order):i]) if finite(level)]
         order = min(self.order, 1 + len(past), self._highest(levels, i))
         predictor = Stage(tuple(range(0, -order, -1)), self.rule, self.basis)
-        corrector = Stage((0, 1, *range(-1, -order, -1))[:order + self.corrector_extra], self.rule, self.corrector_basis)
+        corrector = Stage((0, 1, *range(-1, -order, -1))[:order + self.corrector_extra], self.rule,
+                          self.corrector_basis)
         corrects = i + 1 < n and finite(levels[i + 2]) and 1 in corrector.uses and (
             self.corrector == "full" or (self.corrector == "half" and t.lam >= CORRECTOR_HALF))
-        return step(self.integrand, (s, t), (predictor,), past[:order - 1], corrector=corrector if corrects else None)
+        return step(self.integrand, (s, t), (predictor, ), past[:order - 1],
+                    corrector=corrector if corrects else None)
 
     def _highest(self, levels: Sequence[Level], i: int) -> int:
         """The highest order that lower_order_final leaves to interval i."""
@@ -195,7 +209,9 @@ class Singlestep:
     tableau: Tableau
 
     def steps(self, levels: Sequence[Level], path: Path) -> list[Step]:
-        return [self.step(s, t, path) if finite(s, t) else ddim(self.integrand, s, t) for s, t in pairwise(levels)]
+        return [
+            self.step(s, t, path) if finite(s, t) else ddim(self.integrand, s, t) for s, t in pairwise(levels)
+        ]
 
     def step(self, s: Level, t: Level, path: Path) -> Step:
         h = t.lam - s.lam
@@ -213,8 +229,8 @@ class Churned:
         varsigma_hat = varsigma (1 + gamma),   y_hat = y + s_noise sqrt(varsigma_hat^2 - varsigma^2) xi,
         gamma = min(s_churn / n, sqrt(2) - 1)  where  s_tmin <= varsigma <= s_tmax,  else 0
 
-    Karras et al. 2022 (arXiv:2206.00364), Algorithm 2. Theirs raises the start too, above the model's highest level; the
-    start is pure noise already, and ours leaves it. The end of a run is where the schedule ends.
+    Karras et al. 2022 (arXiv:2206.00364), Algorithm 2. Theirs raises the start too, above the model's highest
+    level; the start is pure noise already, and ours leaves it. The end of a run is where the schedule ends.
     """
 
     method: Singlestep
@@ -226,7 +242,8 @@ class Churned:
     def steps(self, levels: Sequence[Level], path: Path) -> list[Step]:
         n = len(levels) - 1
         gamma = min(self.s_churn / max(1, n), math.sqrt(2.0) - 1.0)
-        ticks = [VarianceExploding().at(-CLOCK + 2.0 * CLOCK * k / max(1, n)) for k in range(n + 1)]  # a step may end above s
+        # a step may end above s
+        ticks = [VarianceExploding().at(-CLOCK + 2.0 * CLOCK * k / max(1, n)) for k in range(n + 1)]
         result, s = [], levels[0]
         for clock, t in zip(pairwise(ticks), levels[1:]):
             step = self.method.steps([s, t], path)[0]
@@ -252,8 +269,9 @@ def _raised(step: Step, to: Level, noise: tuple[Span, float]) -> Step:
 class Grouped:
     """Singlestep methods over groups of intervals: a k-stage step takes k intervals of the schedule.
 
-    The schedule's own levels are the inner ones, so a schedule of n intervals costs n evaluations: "DPM-Solver-fast",
-    Lu et al. 2022 (arXiv:2206.00927), sec. 3.4 (orders 3, 3, ..., then what is left of the budget).
+    The schedule's own levels are the inner ones, so a schedule of n intervals costs n evaluations:
+    "DPM-Solver-fast", Lu et al. 2022 (arXiv:2206.00927), sec. 3.4 (orders 3, 3, ..., then what is left of the
+    budget).
     """
 
     integrand: Integrand
@@ -283,7 +301,8 @@ class Grouped:
 
 
 def _orders(n: int, order: int) -> list[int]:
-    """Orders that spend exactly n evaluations and end low: 3, 3, ..., 3, 2, 1 / 3, ..., 3, 1 / 3, ..., 3, 2."""
+    """Orders that spend exactly n evaluations and end low: 3, 3, ..., 3, 2, 1 / 3, ..., 3, 1 / 3, ..., 3,
+    2."""
     whole, rest = divmod(n, order)
     if order == 3 and rest == 0 and whole:
         return [3] * (whole - 1) + [2, 1]
@@ -291,24 +310,25 @@ def _orders(n: int, order: int) -> list[int]:
 
 
 LONGEST = 1.0
-"""In lam: a factor e in sigma / alpha. On normal data and a mixture, sigma from 1 to 70 to 0.03, the worst run
-of DPM-Solver-23 was 0.61 off without a limit, 0.037 with 2, 0.012 with 1.5 and 0.0075 with 1, at 19, 17, 18 and
-21 evaluations on average."""
+"""In lam: a factor e in sigma / alpha. On normal data and a mixture, sigma from 1 to 70 to 0.03, the worst
+run of DPM-Solver-23 was 0.61 off without a limit, 0.037 with 2, 0.012 with 1.5 and 0.0075 with 1, at 19, 17,
+18 and 21 evaluations on average."""
 
 
 @dataclass(frozen=True)
 class Adaptive:
     """A tableau with an embedded lower order; the step length follows from the difference of the two.
 
-        error = max over the batch of  RMS( (u_high - u_low) / max(atol, rtol max(|u_low|, |u_before|)) ),   u = x / sqrt(alpha^2 + sigma^2),
-        u_before: u_low of the last accepted step;   a step with error <= 1 is accepted;
-        h <- min(theta h error^(-1/order), longest, what is left)
+        error = max over the batch of  RMS( (u_high - u_low) / max(atol, rtol max(|u_low|, |u_before|)) ),   u
+        = x / sqrt(alpha^2 + sigma^2), u_before: u_low of the last accepted step;   a step with error <= 1 is
+        accepted; h <- min(theta h error^(-1/order), longest, what is left)
 
-    Lu et al. 2022 (arXiv:2206.00927), appendix C: DPM-Solver-12 and -23. Theirs is a VP state, where u is x. In a VE state x would
-    allow rtol |x_before| = rtol sigma for any step away from sigma: from sigma = 80 they accepted one step to the end, 1.8 off.
-    Their steps have no longest: after short ones, whose error is 0 but for rounding, the next went over the
-    whole range, where two orders may agree by chance. Of 135 runs on normal data, sigma from 1 to 66 to 0.05,
-    DPM-Solver-23 had 29 off by more than its tolerance of 0.05, at most by 2.07.
+    Lu et al. 2022 (arXiv:2206.00927), appendix C: DPM-Solver-12 and -23. Theirs is a VP state, where u is x.
+    In a VE state x would allow rtol |x_before| = rtol sigma for any step away from sigma: from sigma = 80
+    they accepted one step to the end, 1.8 off. Their steps have no longest: after short ones, whose error is
+    0 but for rounding, the next went over the whole range, where two orders may agree by chance. Of 135 runs
+    on normal data, sigma from 1 to 66 to 0.05, DPM-Solver-23 had 29 off by more than its tolerance of 0.05,
+    at most by 2.07.
     """
 
     integrand: Integrand

@@ -6,26 +6,32 @@ import torch
 from torch import Tensor
 
 Coefficient = float | np.ndarray | Tensor
-"""A host float; or an array that broadcasts over the channels or elements of one latent, a tensor once it is `placed`."""
+"""A host float; or an array that broadcasts over the channels or elements of one latent, a tensor once it
+is `placed`."""
 
 
 def placed(coefficient: Coefficient, x: Tensor) -> Coefficient:
-    """The coefficient where x is and in its precision; done before the loop, so that no step waits for a copy.
+    """The coefficient where x is and in its precision; done before the loop, so that no step waits for a
+    copy.
 
-    ValueError for an array that does not belong to latents of this shape, which would stretch them or scale the wrong axis.
+    ValueError for an array that does not belong to latents of this shape, which would stretch them or scale
+    the wrong axis.
     """
     if isinstance(coefficient, np.ndarray):
         own = tuple(x.shape)[x.ndim - coefficient.ndim:]
-        if not x.ndim - 1 <= coefficient.ndim <= x.ndim or any(size not in (1, of) for size, of in zip(coefficient.shape, own)):
-            raise ValueError(f"coefficients of shape {list(coefficient.shape)} do not fit x of shape {list(x.shape)}: statistics "
-                             "by channel or element serve only latents like those they were measured on; measure with pool = "
-                             "'all', which serves every shape")
+        if not x.ndim - 1 <= coefficient.ndim <= x.ndim or any(size not in (1, of)
+                                                               for size, of in zip(coefficient.shape, own)):
+            raise ValueError(
+                f"coefficients of shape {list(coefficient.shape)} do not fit x of shape {list(x.shape)}: "
+                "statistics by channel or element serve only latents like those they were measured on; "
+                "measure with pool = 'all', which serves every shape")
         return torch.from_numpy(coefficient).to(x.dtype).to(x.device, non_blocking=True)
     return coefficient
 
 
 def lincomb(*terms: tuple[Coefficient, Tensor], bias: Coefficient = 0.0) -> Tensor:
-    """sum_k c_k v_k + bias as a new tensor; float coefficients stay on the host, so nothing is copied or waited for."""
+    """sum_k c_k v_k + bias as a new tensor; float coefficients stay on the host, so nothing is copied or
+    waited for."""
     (c, v), *rest = [term for term in terms if isinstance(term[0], Tensor) or term[0] != 0.0] or terms[:1]
     total = v * c
     for c, v in rest:
@@ -35,7 +41,8 @@ def lincomb(*terms: tuple[Coefficient, Tensor], bias: Coefficient = 0.0) -> Tens
 
 def per_image(value: float | np.ndarray, x: Tensor) -> Tensor:
     """One number for every image of x, [B] in its dtype: the same for all, or their own."""
-    return x.new_full((len(x),), value) if isinstance(value, float) else torch.from_numpy(value).flatten().to(x)
+    return x.new_full(
+        (len(x), ), value) if isinstance(value, float) else torch.from_numpy(value).flatten().to(x)
 
 
 def rms(v: Tensor) -> Tensor:

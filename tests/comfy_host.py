@@ -30,7 +30,9 @@ def pack() -> types.ModuleType:
     comfy_sampling()
     import nodes
     for name in ("nodes_custom_sampler", "nodes_align_your_steps"):
-        asyncio.run(nodes.load_custom_node(str(environment.ensure().comfyui / "comfy_extras" / f"{name}.py"), module_parent="comfy_extras"))
+        asyncio.run(
+            nodes.load_custom_node(str(environment.ensure().comfyui / "comfy_extras" / f"{name}.py"),
+                                   module_parent="comfy_extras"))
     spec = importlib.util.spec_from_file_location("custom_nodes_x_lambda-solvers", ROOT / "__init__.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -40,7 +42,8 @@ def pack() -> types.ModuleType:
 
 @functools.cache
 def k_diffusion_sampling() -> types.ModuleType:
-    """k_diffusion.sampling, without the rest of that package: its __init__ needs a setuptools that torch refuses."""
+    """k_diffusion.sampling, without the rest of that package: its __init__ needs a setuptools that torch
+    refuses."""
     spec = importlib.util.find_spec("k_diffusion")
     package = types.ModuleType("k_diffusion")
     package.__path__ = list(spec.submodule_search_locations)
@@ -66,7 +69,8 @@ class Model:
         self.denoiser = denoiser
         self.inner_model = types.SimpleNamespace(
             inner_model=types.SimpleNamespace(model_sampling=model_sampling),
-            model_patcher=types.SimpleNamespace(get_model_object={"model_sampling": model_sampling}.__getitem__))
+            model_patcher=types.SimpleNamespace(
+                get_model_object={"model_sampling": model_sampling}.__getitem__))
 
     def __call__(self, x, sigma, **extra):
         return self.denoiser(x, sigma)

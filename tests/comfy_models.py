@@ -20,7 +20,8 @@ def part(name: str) -> types.ModuleType:
 
 
 class Network(torch.nn.Module):
-    """Data near +-1, around what the conditions say. Every call is remembered; more images than `most` are too many."""
+    """Data near +-1, around what the conditions say. Every call is remembered; more images than `most` are
+    too many."""
 
     dtype = torch.float32
 
@@ -36,8 +37,9 @@ class Network(torch.nn.Module):
         conds = len(transformer_options["cond_or_uncond"])
         sigma = transformer_options["sigmas"]
         told = transformer_options.get("sample_sigmas", torch.zeros(0))
-        self.calls.append(types.SimpleNamespace(images=len(x) // conds, sigma=sigma.tolist(), told=told.tolist(),
-                                                context=context[:, 0, 0].tolist(), shape=list(x.shape)))
+        self.calls.append(
+            types.SimpleNamespace(images=len(x) // conds, sigma=sigma.tolist(), told=told.tolist(),
+                                  context=context[:, 0, 0].tolist(), shape=list(x.shape)))
         if self.most and len(x) // conds > self.most:
             import comfy.model_management
             raise comfy.model_management.OOM_EXCEPTION(f"{len(x) // conds} images are too many")

@@ -1,7 +1,8 @@
 """The path, the order of the tests, and one ComfyUI server for all that start it alike.
 
-This folder (`problems`), the repository root (`samplers`) and dev/ (`measure`) go on the path after everything else, because
-ComfyUI has a top-level module `nodes` too: tests that run ComfyUI do so in a process of its own.
+This folder (`problems`), the repository root (`samplers`) and dev/ (`measure`) go on the path after
+everything else, because ComfyUI has a top-level module `nodes` too: tests that run ComfyUI do so in a process
+of its own.
 """
 from __future__ import annotations
 
@@ -19,8 +20,10 @@ from slow import slow  # noqa: E402
 
 torch.set_num_threads(1)  # the tensors here are small: threads would only wait for each other
 
-LONGEST = ["browser", "server_v3", "server_identity", "server_amed", "server_compare", "server_metadata", "server",
-           "workflows", "amed", "calibrate"]
+LONGEST = [
+    "browser", "server_v3", "server_identity", "server_amed", "server_compare", "server_metadata", "server",
+    "workflows", "amed", "calibrate"
+]
 """Where the most time goes. Two processes end together if what takes longest is begun first."""
 
 
@@ -48,13 +51,16 @@ def pytest_terminal_summary(terminalreporter) -> None:
     if skipped:
         terminalreporter.section(f"{len(skipped)} CHECKS WERE NOT RUN", sep="!", red=True)
         for reason in sorted({report.longrepr[2].removeprefix("Skipped: ") for report in skipped}):
-            same = [report.nodeid for report in skipped if report.longrepr[2].removeprefix("Skipped: ") == reason]
+            same = [
+                report.nodeid for report in skipped if report.longrepr[2].removeprefix("Skipped: ") == reason
+            ]
             terminalreporter.line(f"{len(same)}: {reason} ({same[0]}{', ...' * (len(same) > 1)})")
 
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory) -> Path:
-    """A ComfyUI base directory with the pack, the tiny checkpoint and tests/doubles. All servers of a process share it."""
+    """A ComfyUI base directory with the pack, the tiny checkpoint and tests/doubles. All servers of a
+    process share it."""
     import environment
     path = environment.base_directory(tmp_path_factory.mktemp("comfyui"))
     environment.link_to(path / "custom_nodes" / "doubles", ROOT / "tests" / "doubles")
@@ -71,7 +77,8 @@ def servers(base):
         def of(*arguments: str) -> Server:
             if arguments not in running:
                 log = base / f"server{''.join(arguments)}.log"
-                running[arguments] = stack.enter_context(Server(environment.ensure(), base, *arguments, log=log))
+                running[arguments] = stack.enter_context(
+                    Server(environment.ensure(), base, *arguments, log=log))
             return running[arguments]
 
         yield of

@@ -21,7 +21,8 @@ REFERENCE = json.loads((Path(__file__).parent / "reference" / "official_outputs.
 
 
 def alpha_of(sigma: Tensor, path: str) -> Tensor:
-    return {"ve": torch.ones_like(sigma), "flow": 1 - sigma, "vp": (1 - sigma * sigma).clamp(min=0).sqrt()}[path]
+    return {"ve": torch.ones_like(sigma), "flow": 1 - sigma,
+            "vp": (1 - sigma * sigma).clamp(min=0).sqrt()}[path]
 
 
 def column(sigma: Tensor, x: Tensor) -> Tensor:
@@ -30,7 +31,8 @@ def column(sigma: Tensor, x: Tensor) -> Tensor:
 
 @dataclass
 class Gaussian:
-    """Data N(mean, spread^2), mean and spread per element: D is linear in x and the ODE has a closed-form solution.
+    """Data N(mean, spread^2), mean and spread per element: D is linear in x and the ODE has a closed-form
+    solution.
 
     x_t = alpha_t m + (x_s - alpha_s m) sqrt(v_t / v_s),  v = alpha^2 c^2 + sigma^2.
     """
@@ -66,7 +68,8 @@ class Mixture:
         alpha = alpha_of(sigma, self.path)
         variance = (alpha * self.stds) ** 2 + sigma**2                                    # [B, K]
         offset = y[:, None, :] - alpha[..., None] * self.means                            # [B, K, d]
-        log_p = self.weights.log() - 0.5 * offset.square().sum(-1) / variance - 0.5 * y.shape[1] * variance.log()
+        log_p = self.weights.log(
+        ) - 0.5 * offset.square().sum(-1) / variance - 0.5 * y.shape[1] * variance.log()
         posterior = log_p.softmax(1)
         mean = self.means + (alpha * self.stds**2 / variance)[..., None] * offset
         return (posterior[..., None] * mean).sum(1).reshape(x.shape)
@@ -93,10 +96,12 @@ def reference_mixture(path: str) -> tuple[Mixture, Tensor]:
 
 def sigmas_between(start: float, end: float, n: int, path: str) -> Tensor:
     """n intervals, uniform in lam, from lam = start to lam = end."""
-    return torch.tensor([PATHS[path].at(start + (end - start) * i / n).sigma for i in range(n + 1)], dtype=torch.float64)
+    return torch.tensor([PATHS[path].at(start + (end - start) * i / n).sigma for i in range(n + 1)],
+                        dtype=torch.float64)
 
 
-def starting_noise(shape: tuple[int, ...], sigma: float, path: str, seed: int = 0, dtype=torch.float64) -> Tensor:
+def starting_noise(shape: tuple[int, ...], sigma: float, path: str, seed: int = 0,
+                   dtype=torch.float64) -> Tensor:
     """A draw of x at sigma for the default Gaussian problem."""
     generator = torch.Generator().manual_seed(seed)
     eps, x0 = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -112,7 +117,8 @@ def smooth_statistics(seed: int = 0) -> Statistics:
 
 
 def gaussian_statistics(mean: float = 0.7, spread: float = 0.4) -> Statistics:
-    """The exact statistics of `Gaussian`: D is linear, f = -mean l depends on lam alone, so s = 0 and b = f'."""
+    """The exact statistics of `Gaussian`: D is linear, f = -mean l depends on lam alone, so s = 0 and b =
+    f'."""
     lam = np.linspace(-12.0, 12.0, 2001)
     noise = np.exp(-2 * lam)
     l = noise / (spread**2 + noise)  # noqa: E741
@@ -121,7 +127,8 @@ def gaussian_statistics(mean: float = 0.7, spread: float = 0.4) -> Statistics:
 
 @functools.cache
 def fitted_statistics() -> Statistics:
-    """Measured on five trajectories of the reference's mixture: a solver fitted to them has weights that are not v3's."""
+    """Measured on five trajectories of the reference's mixture: a solver fitted to them has weights that
+    are not v3's."""
     model, noise = reference_mixture("ve")
     x = torch.randn((5, *noise.shape[1:]), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     return estimate_statistics(model, x * math.exp(5.0), [math.exp(5.0), math.exp(-6.0)], fitted=True)
@@ -135,7 +142,8 @@ def needed(name: str) -> dict:
 
 
 def serving(name: str, statistics: Statistics) -> Statistics:
-    """Statistics for a solver of the catalogue. The fitted one gets a single trajectory, of zeros, and so keeps v3's weights."""
+    """Statistics for a solver of the catalogue. The fitted one gets a single trajectory, of zeros, and so
+    keeps v3's weights."""
     if SAMPLERS[name].family != "Fitted Multistep":
         return statistics
     coarse = statistics.on(np.linspace(-5.0, 6.0, 65))

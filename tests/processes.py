@@ -1,4 +1,5 @@
-"""Copies of this process, which race and are killed: without the seconds that an import of torch takes each time."""
+"""Copies of this process, which race and are killed: without the seconds that an import of torch takes
+each time."""
 from __future__ import annotations
 
 import os
@@ -17,7 +18,8 @@ EVERY_PLACE = pytest.mark.parametrize("place", [HALF, WHOLE, IN_PLACE])
 
 
 def copy(work: Callable[[], object]) -> int:
-    """The id of a copy of this process that does this and nothing else. Its status is 0, or 1 if that raises."""
+    """The id of a copy of this process that does this and nothing else. Its status is 0, or 1 if that
+    raises."""
     process = os.fork()
     if process:
         return process
@@ -67,7 +69,8 @@ def kill_within_write(count: int, place: str) -> None:
 
 
 def slow(model: Callable, seconds: float = 100.0) -> Callable:
-    """The model, as if each of its calls took so long: whatever is kept every few seconds is written after every call."""
+    """The model, as if each of its calls took so long: whatever is kept every few seconds is written after
+    every call."""
     now = 0.0
 
     def called(x, sigma):

@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import re
 
-SLOW = {  # a test's name, or of its cases those whose id this expression finds: a test that is not slow, or other cases
+# a test's name, or of its cases those whose id this expression finds: a test that is not slow, or other cases
+SLOW = {
     "test_the_example_workflows_run_with_every_sampler": "test_an_example_runs_on_the_tiny_checkpoint_and_its_image_restores_it",
     "test_an_example_runs_on_the_tiny_checkpoint_and_its_image_restores_it[few_steps|compare]": "other cases",
     "test_checkpoints_in_low_precision_sample_as_in_float32[bf16|fp8]": "other cases",
@@ -24,11 +25,12 @@ SLOW = {  # a test's name, or of its cases those whose id this expression finds:
     "test_the_run_that_measures_makes_the_image_of_all_later_ones_under_hook_keyframes_too[amed]": "other cases",
 }
 INTERFACE = "newest-nodes2"
-BOTH_ENDS = ("test_an_edited_step_count_is_seen_at_once_on_the_sampler", "test_ksampler_shows_a_panel_for_our_names_only",
+BOTH_ENDS = ("test_an_edited_step_count_is_seen_at_once_on_the_sampler",
+             "test_ksampler_shows_a_panel_for_our_names_only",
              "test_every_example_runs_by_the_run_button_and_shows_its_evaluations[ksampler]",
              "test_a_collapsed_sampler_hides_its_panel_and_shows_it_again")
-"""What the kind of nodes makes a difference to: in the pinned interface with classic nodes too. All else of the browser is
-tested in INTERFACE, the newest with Nodes 2.0; in all four with --all."""
+"""What the kind of nodes makes a difference to: in the pinned interface with classic nodes too. All else of
+the browser is tested in INTERFACE, the newest with Nodes 2.0; in all four with --all."""
 RUNS_LONG = ("few_steps", "compare_samplers", "amed", "share")
 
 

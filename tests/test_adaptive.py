@@ -1,4 +1,5 @@
-"""Adaptive runs: from the first level to the last whatever lies between, at the tolerance, and with an end."""
+"""Adaptive runs: from the first level to the last whatever lies between, at the tolerance, and with an
+end."""
 from __future__ import annotations
 
 import math
@@ -157,7 +158,8 @@ def test_the_tightest_tolerances_are_within_the_bound(name: str) -> None:
 def test_the_callback_and_the_bar_follow_the_schedule(name: str, path: str, capsys) -> None:
     high, low = ends(path)
     sigmas, seen = [high, *(high * share for share in (0.5, 0.2, 0.05)), 0.0], []
-    run(name, path, sigmas, sigma_min=low, callback=lambda info: seen.append((info["i"], float(info["sigma"]))))
+    run(name, path, sigmas, sigma_min=low, callback=lambda info: seen.append(
+        (info["i"], float(info["sigma"]))))
     intervals = [i for i, _ in seen]
     assert intervals == sorted(intervals) and {0, 3} <= set(intervals)
     assert all(sigmas[i] >= sigma > sigmas[i + 1] - 1e-12 for i, sigma in seen)

@@ -1,4 +1,5 @@
-"""AMED and its plugins: what they are untrained, what training by forward evaluations achieves, its file, its predictor."""
+"""AMED and its plugins: what they are untrained, what training by forward evaluations achieves, its file,
+its predictor."""
 from __future__ import annotations
 
 import json
@@ -28,7 +29,8 @@ SIGMAS = [60.0 * (0.02 / 60.0) ** (i / 4) for i in range(5)]
 
 def noises(count: int, seed: int = 0, sigma: float = 60.0) -> torch.Tensor:
     shape = reference_mixture("ve")[1].shape[1:]
-    return torch.randn((count, *shape), generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * sigma
+    return torch.randn(
+        (count, *shape), generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * sigma
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -67,25 +69,30 @@ def error(what: Amed, base: str, model=None) -> float:
     fn = k_diffusion_function(FAMILIES["amed"], "ve", {"trained": what, "base": base})
     result = fn(model, x, torch.tensor(SIGMAS, dtype=torch.float64), disable=True)
     fine = torch.tensor([60.0 * (0.02 / 60.0) ** (i / 400) for i in range(401)], dtype=torch.float64)
-    return float((result - k_diffusion_sampler("dpmpp_2m")(model, x, fine, disable=True)).square().mean().sqrt())
+    return float(
+        (result - k_diffusion_sampler("dpmpp_2m")(model, x, fine, disable=True)).square().mean().sqrt())
 
 
 SHARE_LEFT = {"ipndm": 1.0, "ipndm_3": 1.0, "dpm_3m": 0.95}
-"""Of the untrained error at most, and of other bases 0.8; for the first two nothing better is found, and nothing is changed."""
+"""Of the untrained error at most, and of other bases 0.8; for the first two nothing better is found, and
+nothing is changed."""
 
 
 @pytest.mark.parametrize("first_step", ["evaluate", "afs"])
 @pytest.mark.parametrize("base", BASES)
-def test_training_lowers_the_error_at_the_end_and_spends_its_budget_at_most(base: str, first_step: str) -> None:
+def test_training_lowers_the_error_at_the_end_and_spends_its_budget_at_most(base: str,
+                                                                            first_step: str) -> None:
     model = Counted(reference_mixture("ve")[0])
     trained = fit_amed(model, noises(48), SIGMAS, base=base, first_step=first_step, held_out=16)
     losses = trained.about["losses"]
     assert losses["trained"]["training"][-1] <= losses["untrained"]["training"][-1]
-    generation = nfe(NAMES.get(base, "amed"), SIGMAS, first_step=first_step, trained=replace(trained, base=None))
+    generation = nfe(NAMES.get(base, "amed"), SIGMAS, first_step=first_step,
+                     trained=replace(trained, base=None))
     assert model.calls == trained.about["evaluations"] <= BUDGET * generation
     share = SHARE_LEFT.get(base, 0.8) + 1e-9
     assert losses["trained"]["held out"][-1] <= share * losses["untrained"]["held out"][-1]
-    assert error(trained, base) <= share * error(Amed.untrained(levels(SIGMAS, PATHS["ve"]), base, first_step), base)
+    assert error(trained,
+                 base) <= share * error(Amed.untrained(levels(SIGMAS, PATHS["ve"]), base, first_step), base)
 
 
 def test_amed_trained_is_far_better_than_untrained() -> None:
@@ -101,13 +108,15 @@ def test_the_cost_is_told_beforehand(steps: int, first_step: str, learn: tuple) 
     model = Counted(reference_mixture("ve")[0])
     trained = fit_amed(model, noises(4), sigmas, first_step=first_step, learn=learn)
     told = training_cost(levels(sigmas, PATHS["ve"]), first_step=first_step, learn=learn)
-    assert model.calls == trained.about["evaluations"] <= told <= BUDGET * (2 * steps - 1 - (first_step == "afs"))
+    assert model.calls == trained.about["evaluations"] <= told <= BUDGET * (2 * steps - 1 -
+                                                                            (first_step == "afs"))
 
 
 @pytest.mark.parametrize("first_step", ["evaluate", "afs"])
 def test_short_and_long_schedules_spend_alike(first_step: str) -> None:
     for steps in range(2, 21):
-        schedule = levels([14.0 * (0.03 / 14.0) ** (i / (steps - 1)) for i in range(steps)] + [0.0], PATHS["ve"])
+        schedule = levels([14.0 * (0.03 / 14.0)**(i / (steps - 1)) for i in range(steps)] + [0.0],
+                          PATHS["ve"])
         run = 2 * steps - 1 - (first_step == "afs")
         assert 0.7 * BUDGET * run < training_cost(schedule, first_step=first_step) <= BUDGET * run
 
@@ -127,7 +136,8 @@ def test_schedules_to_zero_and_from_pure_noise_are_trained_in_between(path: str)
     trained = fit_amed(reference_mixture(path)[0], x, sigmas, path=path)
     moved = (np.abs(trained.table - (0.5, 1.0, 1.0)) > 1e-6).any(1)
     assert moved.tolist() == {"ve": [True, True, False], "flow": [False, True, False]}[path]
-    result = k_diffusion_sampler("amed", path, trained=trained)(reference_mixture(path)[0], x, torch.tensor(sigmas), disable=True)
+    result = k_diffusion_sampler("amed", path, trained=trained)(reference_mixture(path)[0], x,
+                                                                torch.tensor(sigmas), disable=True)
     assert result.isfinite().all()
 
 
@@ -135,9 +145,13 @@ def test_another_schedule_is_refused_by_name_unless_interpolation_is_allowed() -
     model, x = reference_mixture("ve")[0], noises(2)
     trained = fit_amed(model, noises(8), SIGMAS)
     other = torch.tensor([60.0, 5.0, 0.5, 0.02], dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"trained for 4 steps over sigma / alpha = 60, 8\.1.* schedule is 3 steps over .*60, 5, 0\.5"):
+    with pytest.raises(
+            ValueError,
+            match=r"trained for 4 steps over sigma / alpha = 60, 8\.1.* schedule is 3 steps over .*60, 5, 0\.5"
+    ):
         k_diffusion_sampler("amed", trained=trained)(model, x, other, disable=True)
-    assert k_diffusion_sampler("amed", trained=trained, interpolate=True)(model, x, other, disable=True).isfinite().all()
+    assert k_diffusion_sampler("amed", trained=trained, interpolate=True)(model, x, other,
+                                                                          disable=True).isfinite().all()
     same = [k_diffusion_sampler("amed", trained=trained, interpolate=how)(
         model, x, torch.tensor(SIGMAS, dtype=torch.float64), disable=True) for how in (False, True)]
     torch.testing.assert_close(same[0], same[1], rtol=0, atol=1e-6)
@@ -204,7 +218,8 @@ def test_a_training_that_was_cut_short_goes_on_and_ends_alike(tmp_path, at: int)
 
 
 @pytest.mark.parametrize("other", ["noise", "model", "nothing"])
-def test_what_was_kept_of_a_training_on_other_noise_or_another_model_is_not_used(tmp_path, other: str) -> None:
+def test_what_was_kept_of_a_training_on_other_noise_or_another_model_is_not_used(tmp_path,
+                                                                                 other: str) -> None:
     def cancel(done, total, loss):
         if done == 60:
             raise Cancelled
@@ -229,7 +244,8 @@ def test_a_damaged_partial_file_is_not_used(tmp_path) -> None:
 
 
 def trained_file(tmp_path, predictor: Predictor | None = None):
-    trained = replace(fit_amed(reference_mixture("ve")[0], noises(8), SIGMAS, about={"model": "m"}), predictor=predictor)
+    trained = replace(fit_amed(reference_mixture("ve")[0], noises(8), SIGMAS, about={"model": "m"}),
+                      predictor=predictor)
     trained.save(tmp_path / "a.safetensors")
     return trained, tmp_path / "a.safetensors"
 
@@ -244,7 +260,8 @@ def test_a_file_keeps_everything(tmp_path, predictor) -> None:
     assert loaded.about["losses"] == trained.about["losses"] and loaded.about["model"] == "m"
     assert (loaded.predictor is None) == (predictor is None)
     if predictor:
-        assert all(torch.equal(loaded.predictor.weights[name], value) for name, value in predictor.weights.items())
+        assert all(
+            torch.equal(loaded.predictor.weights[name], value) for name, value in predictor.weights.items())
     with pytest.raises(FileExistsError):
         trained.save(path)
 
@@ -269,7 +286,9 @@ def test_a_file_cut_anywhere_is_refused(tmp_path) -> None:
 def test_a_file_with_impossible_content_is_refused(tmp_path, change: dict, message: str) -> None:
     _, path = trained_file(tmp_path)
     tensors = {name: value for name, value in {**load_file(path), **change}.items() if value is not None}
-    about = {"format": "lambda-solvers amed 2", "about": json.dumps({"base": "amed", "first_step": "evaluate"})}
+    about = {
+        "format": "lambda-solvers amed 2", "about": json.dumps({"base": "amed", "first_step": "evaluate"})
+    }
     save_file(tensors, tmp_path / "b.safetensors", metadata=about)
     with pytest.raises(CalibrationError, match=message):
         Amed.load(tmp_path / "b.safetensors")
@@ -278,13 +297,15 @@ def test_a_file_with_impossible_content_is_refused(tmp_path, change: dict, messa
 def test_statistics_are_not_taken_for_amed_nor_the_other_way_round(tmp_path) -> None:
     _, path = trained_file(tmp_path)
     Statistics.constant().save(tmp_path / "s.safetensors")
-    with pytest.raises(CalibrationError, match="not a file of lambda-solvers statistics, but of lambda-solvers amed 2"):
+    with pytest.raises(CalibrationError,
+                       match="not a file of lambda-solvers statistics, but of lambda-solvers amed 2"):
         Statistics.load(path)
-    with pytest.raises(CalibrationError, match="not a file of lambda-solvers amed, but of lambda-solvers statistics 1"):
+    with pytest.raises(CalibrationError,
+                       match="not a file of lambda-solvers amed, but of lambda-solvers statistics 1"):
         Amed.load(tmp_path / "s.safetensors")
 
 
-# --- predictor --------------------------------------------------------------------------------------------------------
+# --- predictor ----------------------------------------------------------------------------------------------
 
 class SmallUNet(torch.nn.Module):
     """A denoiser with a middle block, smooth in x and in sigma."""
@@ -293,7 +314,8 @@ class SmallUNet(torch.nn.Module):
         super().__init__()
         torch.manual_seed(seed)
         conv = lambda i, o, s=1: torch.nn.Conv2d(i, o, 3, s, 1, dtype=torch.float64)  # noqa: E731
-        self.down, self.middle, self.up = conv(4, 16, 2), conv(16, 16), torch.nn.ConvTranspose2d(16, 3, 4, 2, 1, dtype=torch.float64)
+        self.down, self.middle, self.up = conv(4, 16, 2), conv(16, 16), torch.nn.ConvTranspose2d(
+            16, 3, 4, 2, 1, dtype=torch.float64)
         self.seen = None
 
     def forward(self, x, sigma):
@@ -311,7 +333,8 @@ def test_the_gradient_by_forward_differences_is_that_of_back_propagation(base: s
     x = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 10
     path, schedule = PATHS["ve"], levels([10.0, 2.0, 0.4], PATHS["ve"])
     weights = dict(Predictor.new(2, torch.float64).weights)
-    weights["heads.weight"] = torch.randn(3, 12, generator=torch.Generator().manual_seed(4), dtype=torch.float64) * 0.2
+    weights["heads.weight"] = torch.randn(3, 12, generator=torch.Generator().manual_seed(4),
+                                          dtype=torch.float64) * 0.2
     denoise = lambda x, sigma: net(x, per_image(sigma, x))  # noqa: E731
     table = np.zeros((2, 3))
     with torch.no_grad():
@@ -369,32 +392,42 @@ def test_a_predictor_of_zero_is_its_table() -> None:
     for base in ("amed", "dpmpp_2m", "ipndm"):
         for first_step in ("evaluate", "afs"):
             table = np.array([[0.4, 1.1, 0.9], [0.6, 0.95, 1.05], [0.5, 1.0, 1.0]])
-            plain = Amed(np.array([level.lam for level in levels(sigmas.tolist(), PATHS["ve"])]), table, base, first_step)
-            results = [k_diffusion_sampler(NAMES[base], trained=what)(net, x, sigmas, disable=True)
-                       for what in (plain, replace(plain, predictor=Predictor.new(), features=lambda: net.seen))]
+            plain = Amed(np.array([level.lam for level in levels(sigmas.tolist(), PATHS["ve"])]), table, base,
+                         first_step)
+            results = [
+                k_diffusion_sampler(NAMES[base], trained=what)(net, x, sigmas, disable=True)
+                for what in (plain, replace(plain, predictor=Predictor.new(), features=lambda: net.seen))
+            ]
             torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-5)
 
 
 def moving(first_step: str = "evaluate", base: str = "amed", steps: int = 3):
-    """A U-Net, x, sigmas, and an AMED with a predictor that moves every number by what the middle block holds."""
+    """A U-Net, x, sigmas, and an AMED with a predictor that moves every number by what the middle block
+    holds."""
     net = SmallUNet()
     x = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 10
     sigmas = torch.tensor([10.0 * 0.2**i for i in range(steps)] + [0.0], dtype=torch.float64)
-    weights = {**Predictor.new(2).weights, "heads.weight": torch.randn(3, 12, generator=torch.Generator().manual_seed(4))}
+    weights = {
+        **Predictor.new(2).weights, "heads.weight": torch.randn(3, 12,
+                                                                generator=torch.Generator().manual_seed(4))
+    }
     untrained = Amed.untrained(levels(sigmas.tolist(), PATHS["ve"]), base, first_step)
     return net, x, sigmas, replace(untrained, predictor=Predictor(weights))
 
 
 def test_a_predictor_that_nothing_shows_the_middle_block_is_refused() -> None:
     net, x, sigmas, trained = moving()
-    with pytest.raises(ValueError, match="a predictor, which looks at the model's middle block, and nothing shows it: give it features"):
+    with pytest.raises(
+            ValueError, match=
+            "a predictor, which looks at the model's middle block, and nothing shows it: give it features"):
         k_diffusion_sampler("amed", trained=trained)(net, x, sigmas, disable=True)
     assert nfe("amed", sigmas.tolist(), trained=trained) == 5  # to plan, none is needed
 
 
 @pytest.mark.parametrize("first_step", ["mean", "afs"])
 @pytest.mark.parametrize("base", ["amed", "dpmpp_2m", "ipndm"])
-def test_a_first_step_that_the_model_did_not_answer_is_planned_without_its_middle_block(base: str, first_step: str) -> None:
+def test_a_first_step_that_the_model_did_not_answer_is_planned_without_its_middle_block(
+        base: str, first_step: str) -> None:
     """Whatever runs before has left behind there."""
     net, x, sigmas, trained = moving("evaluate" if first_step == "mean" else "afs", base)
     mean = MeanAnswer()
@@ -412,7 +445,8 @@ def test_a_first_step_that_the_model_did_not_answer_is_planned_without_its_middl
         results.append(run())
     assert torch.equal(*results) and len(seen) == 2  # of two learned intervals each, only the second
     learning = replace(trained, features=lambda: seen.append(net.seen) or net.seen)
-    k_diffusion_sampler(NAMES[base], trained=learning, first_step=first_step, mean=MeanAnswer())(net, x, sigmas, disable=True)
+    k_diffusion_sampler(NAMES[base], trained=learning, first_step=first_step,
+                        mean=MeanAnswer())(net, x, sigmas, disable=True)
     assert len(seen) == (4 if first_step == "mean" else 3)  # an empty mean lets the model answer
 
 
@@ -420,9 +454,13 @@ def test_a_first_step_that_the_model_did_not_answer_is_planned_without_its_middl
 def test_a_planned_list_of_steps_serves_one_x_after_another(base: str) -> None:
     net, x, sigmas, trained = moving(base=base, steps=4)
     solver = Insertion(replace(trained, features=lambda: net.seen), BASES[base])
-    steps, denoise = solver.steps(levels(sigmas.tolist(), PATHS["ve"]), PATHS["ve"]), lambda x, sigma: net(x, per_image(sigma, x))
+    steps, denoise = solver.steps(levels(sigmas.tolist(), PATHS["ve"]),
+                                  PATHS["ve"]), lambda x, sigma: net(x, per_image(sigma, x))
     with torch.no_grad():
-        alone = [sample(denoise, y, solver.steps(levels(sigmas.tolist(), PATHS["ve"]), PATHS["ve"])) for y in (x, 3 - x)]
+        alone = [
+            sample(denoise, y, solver.steps(levels(sigmas.tolist(), PATHS["ve"]), PATHS["ve"]))
+            for y in (x, 3 - x)
+        ]
         again = [sample(denoise, y, steps) for y in (x, 3 - x)]
     assert not torch.allclose(*alone)
     for one, other in zip(alone, again):
@@ -448,4 +486,5 @@ def test_a_training_killed_within_a_write_goes_on_from_what_it_had_saved(tmp_pat
     counted = Counted(model)
     resumed = fit_amed(counted, noises(8), SIGMAS, base="dpmpp_2m", partial=partial)
     np.testing.assert_allclose(resumed.table, whole.table, rtol=1e-9)
-    assert counted.calls <= whole.about["evaluations"] - 20 and not partial.exists()  # the teacher at least was kept
+    # the teacher at least was kept
+    assert counted.calls <= whole.about["evaluations"] - 20 and not partial.exists()

@@ -24,29 +24,33 @@ def noted():
     metadata._noted.clear()
 
 
-# --- an image is not lost ---------------------------------------------------------------------------------------------
+# --- an image is not lost -----------------------------------------------------------------------------------
 
 def no_describing(guider):
     raise RuntimeError("no such weights")
 
 
 FAULTS = {
-    "a description": lambda monkeypatch: {"describe": no_describing},
-    "the graph's shape": lambda monkeypatch: monkeypatch.setattr(module("status.runs"), "model_chain", lambda *graph: {1: 2}["inputs"]),
-    "the chain's JSON": lambda monkeypatch: monkeypatch.setattr(module("status.runs"), "model_chain", lambda *graph: object()),
-    "the connection": lambda monkeypatch: {"send": ConnectionError("gone")},
-    "what is running": lambda monkeypatch: monkeypatch.setattr(module("status.runs"), "get_progress_state", lambda: None),
+    "a description": lambda monkeypatch: {"describe": no_describing}, "the graph's shape": lambda monkeypatch:
+    monkeypatch.setattr(module("status.runs"), "model_chain", lambda *graph: {1: 2}["inputs"]),
+    "the chain's JSON": lambda monkeypatch: monkeypatch.setattr(module("status.runs"), "model_chain", lambda *
+                                                                graph: object()),
+    "the connection": lambda monkeypatch: {"send": ConnectionError("gone")}, "what is running": lambda
+    monkeypatch: monkeypatch.setattr(module("status.runs"), "get_progress_state", lambda: None),
     "a calibration's arrays": lambda monkeypatch: {"use": {"statistics": object()}},
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_whatever_fails_after_a_run_the_run_has_its_result_and_the_log_a_warning(fault, monkeypatch, caplog) -> None:
+def test_whatever_fails_after_a_run_the_run_has_its_result_and_the_log_a_warning(fault, monkeypatch,
+                                                                                 caplog) -> None:
     options = FAULTS[fault](monkeypatch) or {}
     sent = run(ksampler(), "5", 12, monkeypatch, **options)  # it asserts that the result is there
     assert not sent
-    assert [record.levelname for record in caplog.records] == ["WARNING"] * len(caplog.records) and caplog.records
-    assert all("its images are not concerned" in record.message and record.exc_info for record in caplog.records)
+    assert [record.levelname
+            for record in caplog.records] == ["WARNING"] * len(caplog.records) and caplog.records
+    assert all("its images are not concerned" in record.message and record.exc_info
+               for record in caplog.records)
 
 
 def test_a_line_that_cannot_be_shown_is_still_in_the_log_and_ends_nothing(monkeypatch, caplog) -> None:
@@ -55,17 +59,21 @@ def test_a_line_that_cannot_be_shown_is_still_in_the_log_and_ends_nothing(monkey
     assert "Lambda Solvers: measured \ud800" in caplog.messages
 
 
-# --- who is told, and what --------------------------------------------------------------------------------------------
+# --- who is told, and what ----------------------------------------------------------------------------------
 
-def test_texts_and_runs_are_sent_to_the_one_who_queued_and_to_nobody_if_that_is_not_known(monkeypatch) -> None:
+
+def test_texts_and_runs_are_sent_to_the_one_who_queued_and_to_nobody_if_that_is_not_known(
+        monkeypatch) -> None:
     assert run(ksampler(), "5", 12, monkeypatch, said="hello") == [
         ("hello", "5", "me"), ("lambda_solvers.run", {"node": "5"}, "me")]
     assert run(ksampler(), "5", 12, monkeypatch, said="hello", client=None) == []  # None would be everybody
     assert lines(ksampler())[0] == "count: model evaluations: 12 (last run)"
 
 
-def test_a_text_has_nothing_that_the_interface_would_take_for_html_and_the_log_has_it_as_it_is(monkeypatch, caplog) -> None:
-    """Frontend 1.32.9 puts progress texts into innerHTML; names of patches come from files and from other packs."""
+def test_a_text_has_nothing_that_the_interface_would_take_for_html_and_the_log_has_it_as_it_is(
+        monkeypatch, caplog) -> None:
+    """Frontend 1.32.9 puts progress texts into innerHTML; names of patches come from files and from other
+    packs."""
     caplog.set_level(logging.INFO)
     calibration, name = module("library"), '<img src=x onerror="alert(1)">'
     [fault] = calibration.faults({**ABOUT, "patches": [name]}, ABOUT)
@@ -74,7 +82,7 @@ def test_a_text_has_nothing_that_the_interface_would_take_for_html_and_the_log_h
     assert f"Lambda Solvers: {fault}" in caplog.messages and name in fault
 
 
-# --- what others have -------------------------------------------------------------------------------------------------
+# --- what others have ---------------------------------------------------------------------------------------
 
 @pytest.fixture
 def unregistered(monkeypatch):
@@ -85,13 +93,16 @@ def unregistered(monkeypatch):
     ours = list(module("names").NAMES)
     for name in ours:
         monkeypatch.delattr(sampling, f"sample_{name}")
-    for where, name in ((comfy.samplers.KSampler, "SAMPLERS"), (comfy.samplers, "SAMPLER_NAMES"), (comfy.samplers, "KSAMPLER_NAMES")):
+    for where, name in ((comfy.samplers.KSampler, "SAMPLERS"), (comfy.samplers, "SAMPLER_NAMES"),
+                        (comfy.samplers, "KSAMPLER_NAMES")):
         monkeypatch.setattr(where, name, [entry for entry in getattr(where, name) if entry not in ours])
-    return types.SimpleNamespace(samplers=comfy.samplers, sampling=sampling, register=module("sampling").register)
+    return types.SimpleNamespace(samplers=comfy.samplers, sampling=sampling,
+                                 register=module("sampling").register)
 
 
 @pytest.mark.parametrize("listed", [True, False])
-def test_a_sampler_of_another_s_with_one_of_our_names_is_left_alone_and_named_in_the_log(unregistered, caplog, listed) -> None:
+def test_a_sampler_of_another_s_with_one_of_our_names_is_left_alone_and_named_in_the_log(
+        unregistered, caplog, listed) -> None:
     theirs = lambda *args, **options: "theirs"  # noqa: E731
     unregistered.sampling.sample_lambda_2m = theirs
     if listed:
@@ -105,15 +116,18 @@ def test_a_sampler_of_another_s_with_one_of_our_names_is_left_alone_and_named_in
         assert unregistered.samplers.KSampler.SAMPLERS.count("lambda_3m") == 1
         assert "named lambda_2m already" in caplog.text and "lambda_3m" not in caplog.text
         assert ask(ksampler(sampler_name="lambda_2m"))["lines"] == []  # nothing is said of what is not ours
-        assert "lambda_2m" not in module("status.web").about()["names"] and "lambda_3m" in module("status.web").about()["names"]
+        assert "lambda_2m" not in module("status.web").about()["names"] and "lambda_3m" in module(
+            "status.web").about()["names"]
     finally:
         del unregistered.sampling.sample_lambda_2m
 
 
-def test_a_name_that_another_pack_lists_and_runs_in_a_way_of_its_own_is_left_alone(unregistered, caplog) -> None:
+def test_a_name_that_another_pack_lists_and_runs_in_a_way_of_its_own_is_left_alone(unregistered,
+                                                                                   caplog) -> None:
     unregistered.samplers.SAMPLER_NAMES.append("lambda_amed")
     unregistered.register()
-    assert not hasattr(unregistered.sampling, "sample_lambda_amed") and "named lambda_amed already" in caplog.text
+    assert not hasattr(unregistered.sampling,
+                       "sample_lambda_amed") and "named lambda_amed already" in caplog.text
     assert unregistered.samplers.SAMPLER_NAMES.count("lambda_amed") == 1
 
 
@@ -121,7 +135,8 @@ def test_the_pack_loaded_anew_is_there_once(caplog) -> None:
     pack()
     import comfy.samplers
     importlib.reload(sys.modules[f"{pack().__name__}.nodes"])
-    assert [comfy.samplers.SAMPLER_NAMES.count(name) for name in module("names").NAMES] == [1] * len(module("names").NAMES)
+    assert [comfy.samplers.SAMPLER_NAMES.count(name)
+            for name in module("names").NAMES] == [1] * len(module("names").NAMES)
     assert len(module("events").listeners) == 2 and "already" not in caplog.text
 
 
@@ -133,7 +148,7 @@ def test_what_replaces_a_sampler_of_ours_later_is_not_taken_for_ours(monkeypatch
     assert module("bench").parse("lambda_2m")[0].sampler.sampler_function is sampling.sample_lambda_2m
 
 
-# --- imports ----------------------------------------------------------------------------------------------------------
+# --- imports ------------------------------------------------------------------------------------------------
 
 LOADED = """
 import sys
@@ -157,12 +172,13 @@ print("listeners", len(events.listeners), sys.modules[pack.__name__ + ".nodes.se
 
 def loaded(*missing: str) -> str:
     """What a process says that loads the pack where these modules cannot be imported, and samples."""
-    return subprocess.run([sys.executable, "-c", LOADED, *missing], capture_output=True, text=True, cwd=ROOT, env={**os.environ},
-                          timeout=300, check=False)
+    return subprocess.run([sys.executable, "-c", LOADED, *missing], capture_output=True, text=True, cwd=ROOT,
+                          env={**os.environ}, timeout=300, check=False)
 
 
 @pytest.mark.parametrize("missing", ["server", "aiohttp"])
-def test_what_only_the_interface_needs_may_be_missing_samplers_and_nodes_work_and_one_warning_names_it(missing) -> None:
+def test_what_only_the_interface_needs_may_be_missing_samplers_and_nodes_work_and_one_warning_names_it(
+        missing) -> None:
     done = loaded(missing)
     assert done.returncode == 0, done.stderr
     assert "listeners 0 None" in done.stdout
@@ -181,23 +197,28 @@ def test_comfyui_s_scheduler_nodes_are_not_imported_but_looked_up(monkeypatch) -
     assert done.returncode == 0 and "listeners 2 None" in done.stdout, done.stderr
 
 
-IMPORTED = ("import importlib.util, sys; sys.path[:0] = sys.argv[2:];"
-            "s = importlib.util.spec_from_file_location('pack', sys.argv[1] + '/__init__.py', submodule_search_locations=[sys.argv[1]]);"
-            "m = importlib.util.module_from_spec(s); sys.modules['pack'] = m; s.loader.exec_module(m);"
-            "print(hasattr(m, 'comfy_entrypoint'))")
+IMPORTED = (
+    "import importlib.util, sys; sys.path[:0] = sys.argv[2:];s = "
+    "importlib.util.spec_from_file_location('pack', sys.argv[1] + '/__init__.py', "
+    "submodule_search_locations=[sys.argv[1]]);m = importlib.util.module_from_spec(s); sys.modules['pack'] = "
+    "m; s.loader.exec_module(m);print(hasattr(m, 'comfy_entrypoint'))")
 
 
-@pytest.mark.parametrize("content, part", [
-    ({"comfy/__init__.py": "", "comfy/samplers.py": "import gone_from_torch"}, "No module named 'gone_from_torch'"),
-    ({"comfy/__init__.py": ""}, "No module named 'comfy.samplers'"),
-    ({"comfy/__init__.py": "", "comfy/samplers.py": "from comfy import gone"}, "cannot import name 'gone'"),
-    ({"comfy/__init__.py": "", "comfy/samplers.py": ""}, "No module named 'comfy_api'"),
-])
-def test_an_import_that_fails_inside_comfyui_is_raised_so_that_comfyui_says_so(tmp_path, content, part) -> None:
+@pytest.mark.parametrize(
+    "content, part",
+    [({"comfy/__init__.py": "",
+       "comfy/samplers.py": "import gone_from_torch"}, "No module named 'gone_from_torch'"),
+     ({"comfy/__init__.py": ""}, "No module named 'comfy.samplers'"),
+     ({"comfy/__init__.py": "", "comfy/samplers.py": "from comfy import gone"}, "cannot import name 'gone'"),
+     ({"comfy/__init__.py": "", "comfy/samplers.py": ""}, "No module named 'comfy_api'"), ])
+def test_an_import_that_fails_inside_comfyui_is_raised_so_that_comfyui_says_so(tmp_path, content,
+                                                                               part) -> None:
     for name, text in content.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    done = subprocess.run([sys.executable, "-c", IMPORTED, str(ROOT), str(tmp_path)], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTED, str(ROOT), str(tmp_path)], capture_output=True, text=True,
+        cwd=tmp_path)
     assert done.returncode == 1 and part in done.stderr
 
 
@@ -210,17 +231,22 @@ def test_install_goes_on_where_the_folder_cannot_be_made(tmp_path) -> None:
     assert done.returncode == 0 and "solver_calibrations cannot be made" in done.stdout, done.stderr
 
 
-# --- the calibration in the image's metadata --------------------------------------------------------------------------
+# --- the calibration in the image's metadata ----------------------------------------------------------------
 
-def test_the_calibration_of_a_run_is_noted_in_the_prompt_that_comfyui_writes_into_the_image(monkeypatch, noted, tmp_path) -> None:
+
+def test_the_calibration_of_a_run_is_noted_in_the_prompt_that_comfyui_writes_into_the_image(
+        monkeypatch, noted, tmp_path) -> None:
     drawn, storage = two_trajectories(), sys.modules[f"{pack().__name__}.samplers.learning.storage"]
     drawn = module("kinds").Statistics(drawn.lam, **drawn.curves(), root=drawn.root)
     digest = storage.digest(drawn.arrays())
     drawn.save(tmp_path / "a.safetensors")
-    assert storage.digest(type(drawn).load(tmp_path / "a.safetensors").arrays()) == digest and len(digest) == 12
+    assert storage.digest(type(drawn).load(
+        tmp_path / "a.safetensors").arrays()) == digest and len(digest) == 12
     graph, unused = (ksampler(sampler_name="lambda_v3") for _ in range(2))
     run(graph, "5", 12, monkeypatch, family="dpm_solver_v3", statistics=drawn, use={"statistics": drawn})
-    assert noted(graph, "5") == {"version": module("status.metadata").version(), "calibrations": [{"name": "file", "digest": digest}]}
+    assert noted(graph, "5") == {
+        "version": module("status.metadata").version(), "calibrations": [{"name": "file", "digest": digest}]
+    }
     assert noted(graph, "1") is None and graph["5"]["inputs"] == unused["5"]["inputs"]
     assert f"note: the last run used file, digest {digest}" in lines(graph)
     plain = ksampler()
@@ -231,7 +257,8 @@ def test_the_calibration_of_a_run_is_noted_in_the_prompt_that_comfyui_writes_int
 
 def test_a_digest_tells_other_names_shapes_and_values_apart() -> None:
     digest, one = module("events").digest, two_trajectories().arrays()
-    others = [{**one, "l": one["l"] + 1e-9}, {**one, "l": one["l"][:, None]}, {("k" if name == "l" else name): value for name, value in one.items()}]
+    others = [{**one, "l": one["l"] + 1e-9}, {**one, "l": one["l"][:, None]},
+              {("k" if name == "l" else name): value for name, value in one.items()}]
     assert len({digest(one), *map(digest, others)}) == 4
     assert digest({name: value.astype(">f8") for name, value in one.items()}) == digest(one)
 
@@ -260,13 +287,15 @@ def test_a_result_that_comfyui_has_kept_is_noted_anew_in_the_next_prompt_and_wha
     said = noted(graph, "5")
     again = queued({"prompt": ksampler() | {"20": node("SaveImage", images=["5", 0])}, "number": 3})["prompt"]
     assert noted(again, "5") == {**said, "cached": True}
-    run(again, "5", 12, monkeypatch, use={"statistics": module("kinds").Statistics.constant()})  # it was not kept after all
+    # it was not kept after all
+    run(again, "5", 12, monkeypatch, use={"statistics": module("kinds").Statistics.constant()})
     assert "cached" not in noted(again, "5") and noted(again, "5")["calibrations"] != said["calibrations"]
     other = json.loads(json.dumps(graph))  # as the image has it, with another model
     other["1"]["inputs"]["ckpt_name"] = "b.safetensors"
     assert noted(queued({"prompt": other})["prompt"], "5") is None
     assert queued({"prompt": {"1": {"class_type": "A", "inputs": {"a": ["1", 0]}}}})  # it goes round
-    assert queued({}) == {} and queued({"prompt": {"5": {"_meta": {"title": "A"}}}}) == {"prompt": {"5": {"_meta": {"title": "A"}}}}
+    assert queued({}) == {} and queued({"prompt": {"5": {"_meta": {"title": "A"}}}
+                                        }) == {"prompt": {"5": {"_meta": {"title": "A"}}}}
 
 
 def test_a_prompt_with_strange_metadata_loses_no_image(monkeypatch, caplog) -> None:
@@ -276,34 +305,39 @@ def test_a_prompt_with_strange_metadata_loses_no_image(monkeypatch, caplog) -> N
     assert "its images are not concerned" in caplog.text and graph["5"]["_meta"] == "KSampler"
 
 
-@pytest.mark.parametrize("came, name", [("given", "given"), ("attached", "attached"), ("saved", "folder/one"), ("measured", "model-cfg3"),
-                                        ("not written", "measured")])
+@pytest.mark.parametrize("came, name", [("given", "given"), ("attached", "attached"), ("saved", "folder/one"),
+                                        ("measured", "model-cfg3"), ("not written", "measured")])
 def test_a_calibration_is_known_by_where_it_came_from(monkeypatch, came: str, name: str, tmp_path) -> None:
     calibration, store, found = module("library"), module("store"), two_trajectories()
     told = {**ABOUT, "model": "model", "any": "any-1"}
     monkeypatch.setattr(calibration, "description", lambda guider: told)
     monkeypatch.setattr(calibration.canonical, "conditions", lambda run: contextlib.nullcontext())
     monkeypatch.setattr(calibration, "warn", lambda *run: None)
-    monkeypatch.setattr(calibration, "choice", lambda *run: ("folder/one.safetensors", found) if came == "saved" else None)
+    monkeypatch.setattr(calibration, "choice", lambda *run: ("folder/one.safetensors", found)
+                        if came == "saved" else None)
     monkeypatch.setattr(store, "partial", lambda name: None)
     where = tmp_path / ("gone/gone" if came == "not written" else "") / "model-cfg3.safetensors"
     monkeypatch.setattr(store, "spare", lambda name, content: where)
     one = {name: lambda *run: 1 for name in ("cost", "images", "sampled")}
-    kind = types.SimpleNamespace(option="statistics", type=type(found), attachment="a", noun="statistics", makes="", **one,
-                                 name=lambda about: "", about=lambda run: {}, measure=lambda *run: found)
+    kind = types.SimpleNamespace(option="statistics", type=type(found), attachment="a", noun="statistics",
+                                 makes="", **one, name=lambda about: "", about=lambda run: {},
+                                 measure=lambda *run: found)
     model = Model(lambda x, sigma: x, sampling_of("EPS"))
     model.inner_model.model_patcher.get_attachment = lambda name: found if came == "attached" else None
     monkeypatch.setattr(module("measuring").Run, "apart", lambda self: contextlib.nullcontext())
     asked = module("measuring").Run(model, torch.zeros(1), torch.tensor([1.0, 0.0]), {}, {})
-    assert calibration.calibration_for(kind, asked, found if came == "given" else None, "auto") == (name, found)
+    assert calibration.calibration_for(kind, asked, found if came == "given" else None,
+                                       "auto") == (name, found)
 
 
-# --- requests that nobody sends by mistake ----------------------------------------------------------------------------
+# --- requests that nobody sends by mistake ------------------------------------------------------------------
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -10**400, 2.1**64])
 def test_numbers_that_no_workflow_has_are_refused(value) -> None:
     """Python's JSON reads them all, and a schedule of them ended in an error of the server's."""
-    for graph in (ksampler(cfg=value), custom(scheduler=node("KarrasScheduler", steps=5, sigma_max=value, sigma_min=0.03, rho=7.0))):
+    for graph in (ksampler(cfg=value),
+                  custom(
+                      scheduler=node("KarrasScheduler", steps=5, sigma_max=value, sigma_min=0.03, rho=7.0))):
         with pytest.raises(ValueError, match="must be from -1.8"):
             module("status.web").checked({"node": "5", "graph": graph})
     assert module("status.web").checked({"node": "5", "graph": ksampler(seed=2**64 - 1)})

@@ -23,11 +23,13 @@ ENDS = {"ve": [14.6, 0.03], "flow": [1.0, 0.97, 0.03], "vp": [0.998, 0.03]}
 def mixture(seed: int = 0, path: str = "ve") -> Mixture:
     generator = torch.Generator().manual_seed(seed)
     means = torch.randn(12, 48, generator=generator, dtype=torch.float64) * 0.7
-    return Mixture(means, torch.full((12,), 0.15, dtype=torch.float64), torch.ones(12, dtype=torch.float64) / 12, path)
+    return Mixture(means, torch.full((12, ), 0.15, dtype=torch.float64),
+                   torch.ones(12, dtype=torch.float64) / 12, path)
 
 
 def noise(k: int, sigma: float = 14.6, seed: int = 0, dtype=torch.float64) -> torch.Tensor:
-    return torch.randn(k, 3, 4, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype) * sigma
+    return torch.randn(k, 3, 4, 4, generator=torch.Generator().manual_seed(seed),
+                       dtype=torch.float64).to(dtype) * sigma
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -44,7 +46,8 @@ def test_statistics_belong_to_the_model_not_to_the_path() -> None:
     ratios = [10.0, 0.05]
     x = noise(16, 10.0)
     ve = estimate_statistics(mixture(), x, ratios, intervals=20)
-    flow = estimate_statistics(mixture(path="flow"), x / 11.0, [r / (1 + r) for r in ratios], intervals=20, path="flow")
+    flow = estimate_statistics(mixture(path="flow"), x / 11.0, [r / (1 + r) for r in ratios], intervals=20,
+                               path="flow")
     for name in ("l", "s", "b", "gamma"):
         assert np.allclose(getattr(ve, name), getattr(flow, name), atol=1e-6)
 
@@ -57,8 +60,9 @@ def test_the_definitions_hold_for_a_mixture_by_automatic_differentiation() -> No
     def denoise(flat):
         return model(flat.reshape(1, 3, 4, 4), torch.full((1,), sigma, dtype=torch.float64)).reshape(-1)
 
-    exact = 1 - float(torch.stack([torch.autograd.functional.jacobian(denoise, v.reshape(-1)).diagonal().mean()
-                                   for v in y]).mean())
+    exact = 1 - float(
+        torch.stack([torch.autograd.functional.jacobian(denoise, v.reshape(-1)).diagonal().mean()
+                     for v in y]).mean())
     found = estimate_statistics(model, y.repeat(16, 1, 1, 1), [sigma, 0.5], intervals=4)
     assert found.l[0] == pytest.approx(exact, abs=0.01)
 
@@ -67,7 +71,8 @@ def test_the_definitions_hold_for_a_mixture_by_automatic_differentiation() -> No
 def test_pooling_keeps_the_axes_it_says(pool: str) -> None:
     found = estimate_statistics(mixture(), noise(8), [14.6, 0.03], intervals=8, pool=pool)
     assert found.l.shape == {"all": (9,), "channel": (9, 3, 1, 1), "none": (9, 3, 4, 4)}[pool]
-    result = k_diffusion_sampler("dpm_solver_v3", statistics=found)(mixture(), noise(2), torch.tensor([14.6, 2.0, 0.3, 0.0]),
+    result = k_diffusion_sampler("dpm_solver_v3", statistics=found)(mixture(), noise(2),
+                                                                    torch.tensor([14.6, 2.0, 0.3, 0.0]),
                                                                     disable=True)
     assert result.isfinite().all()
 
@@ -84,7 +89,8 @@ def test_the_grid_takes_the_model_s_own_levels_where_it_has_enough() -> None:
     assert len(found.lam) == 41 and all(min(abs(s - t) for t in table) < 1e-9 for s in seen[PROBE:])
     assert found.about["evaluations"] == len(seen) == 82 + PROBE
     assert np.diff(found.lam).std() < 0.02
-    assert [len(nodes(ENDS["flow"], 10, PATHS["flow"])), nodes(ENDS["flow"], 10, PATHS["flow"])[0].sigma] == [12, 1.0]
+    assert [len(nodes(ENDS["flow"], 10, PATHS["flow"])),
+            nodes(ENDS["flow"], 10, PATHS["flow"])[0].sigma] == [12, 1.0]
 
 
 def test_progress_counts_every_evaluation_and_more_samples_are_drawn_like_the_first() -> None:
@@ -149,17 +155,22 @@ def test_a_cancelled_estimation_goes_on_where_it_was(tmp_path) -> None:
     counts = []
     for stop in (7, 12, 19):
         with pytest.raises(Cancelled):
-            estimate_statistics(mixture(), noise(4), [14.6, 0.03], intervals=12, partial=partial, progress=cancel_at(stop))
+            estimate_statistics(mixture(), noise(4), [14.6, 0.03], intervals=12, partial=partial,
+                                progress=cancel_at(stop))
         assert [p.name for p in tmp_path.iterdir()] == ["x.part"]
     found = estimate_statistics(mixture(), noise(4), [14.6, 0.03], intervals=12, partial=partial,
                                 progress=lambda done, total: counts.append(done))
-    assert counts[:PROBE] == [1, 2, 3, 4] and counts[PROBE] > 16 and counts[-1] == 30 and list(tmp_path.iterdir()) == []
+    assert counts[:PROBE] == [1, 2, 3, 4] and counts[PROBE] > 16 and counts[-1] == 30 and list(
+        tmp_path.iterdir()) == []
     for name in ("l", "s", "b", "gamma"):
         assert np.array_equal(getattr(found, name), getattr(expected, name))
 
 
-OTHER = {"noise": {"x": noise(4, seed=7)}, "model": {"model": mixture(1)}, "seed": {"seed": 1}, "range": {"sigmas": [14.6, 0.1]},
-         "precision": {"precision": torch.float32}, "description": {"about": {"model": "other"}}, "nothing": {}}
+OTHER = {
+    "noise": {"x": noise(4, seed=7)}, "model": {"model": mixture(1)}, "seed": {"seed": 1},
+    "range": {"sigmas": [14.6, 0.1]}, "precision": {"precision": torch.float32},
+    "description": {"about": {"model": "other"}}, "nothing": {}
+}
 
 
 @pytest.mark.parametrize("other", [*OTHER, "damaged"])
@@ -173,7 +184,10 @@ def test_what_was_kept_of_another_estimation_is_not_taken_up(tmp_path, other: st
             if done == stop:
                 raise KeyboardInterrupt
 
-        how = {"model": mixture(), "x": noise(4), "sigmas": [14.6, 0.03], "intervals": 6, "progress": progress, **changes}
+        how = {
+            "model": mixture(), "x": noise(4), "sigmas": [14.6, 0.03], "intervals": 6, "progress": progress,
+            **changes
+        }
         try:
             return estimate_statistics(**how), counts
         except KeyboardInterrupt:
@@ -241,13 +255,15 @@ def test_an_estimation_killed_at_any_moment_leaves_nothing_that_loads_wrongly_an
     assert [p.name for p in tmp_path.iterdir() if not p.name.startswith(".")] == ["x.safetensors"]
 
 
-# --- caches -----------------------------------------------------------------------------------------------------------
+# --- caches -------------------------------------------------------------------------------------------------
 
 class Cache:
-    """A wrapper that answers in a model's place where sigma is nearly what it was: from x and what the model added to it, or what
-    it said, or (as block caches do) from an inner part of the model kept while the rest is computed."""
+    """A wrapper that answers in a model's place where sigma is nearly what it was: from x and what the model
+    added to it, or what it said, or (as block caches do) from an inner part of the model kept while the rest
+    is computed."""
 
-    def __init__(self, model, keeps: str, window: tuple[float, float] = (0.0, math.inf), every: int = 0) -> None:
+    def __init__(self, model, keeps: str, window: tuple[float, float] = (0.0, math.inf),
+                 every: int = 0) -> None:
         self.model, self.keeps, self.window, self.every = model, keeps, window, every
         self.sigma, self.calls, self.served = math.nan, 0, 0
 
@@ -260,22 +276,27 @@ class Cache:
             self.x, self.answer = x, self.model(x, sigma)
             return self.answer
         self.served += 1
-        return {"answer": self.answer, "residual": x + (self.answer - self.x),
-                "noise": x - now * (self.x - self.answer) / now, "velocity": x / (1 + now**2) + self.answer - self.x / (1 + now**2),
-                "inner": self.answer + 0.3 * (self.model(x, sigma) - self.answer)}[self.keeps]
+        return {
+            "answer": self.answer, "residual": x + (self.answer - self.x),
+            "noise": x - now * (self.x - self.answer) / now,
+            "velocity": x / (1 + now**2) + self.answer - self.x / (1 + now**2),
+            "inner": self.answer + 0.3 * (self.model(x, sigma) - self.answer)
+        }[self.keeps]
 
 
 @pytest.mark.parametrize("what", ["statistics", "amed", "refit"])
-@pytest.mark.parametrize("cache", [
-    {"keeps": "residual"}, {"keeps": "answer"}, {"keeps": "noise"}, {"keeps": "velocity"}, {"keeps": "inner"},
-    {"keeps": "residual", "window": (0.1, 5.0)}, {"keeps": "answer", "window": (0.1, 5.0)}, {"keeps": "residual", "every": 2}])
+@pytest.mark.parametrize(
+    "cache", [{"keeps": "residual"}, {"keeps": "answer"}, {"keeps": "noise"}, {"keeps": "velocity"},
+              {"keeps": "inner"}, {"keeps": "residual", "window": (0.1, 5.0)},
+              {"keeps": "answer", "window": (0.1, 5.0)}, {"keeps": "residual", "every": 2}])
 def test_a_cache_is_refused_before_anything_is_measured_through_it(cache: dict, what: str) -> None:
     cached = Cache(mixture(), **cache)
     found = estimate_statistics(mixture(), noise(4), [14.6, 0.03], intervals=8, fitted=True)
     measure = {"statistics": lambda: estimate_statistics(cached, noise(4), [14.6, 0.03], intervals=8),
                "amed": lambda: fit_amed(cached, noise(4), [14.6, 2.0, 0.4, 0.03]),
                "refit": lambda: refit_multistep(cached, noise(4), found, 4)}[what]
-    with pytest.raises(UnsteadyModel, match="the model does not answer for itself: .* switch it off while measuring"):
+    with pytest.raises(UnsteadyModel,
+                       match="the model does not answer for itself: .* switch it off while measuring"):
         measure()
     assert cached.served and cached.calls == PROBE
 
@@ -295,16 +316,19 @@ def test_a_cache_that_only_begins_to_answer_later_is_refused_on_the_way() -> Non
 
 def test_a_model_that_answers_at_random_is_refused() -> None:
     with pytest.raises(UnsteadyModel, match="two answers to the same x"):
-        estimate_statistics(lambda x, sigma: mixture()(x, sigma) + 1e-5 * torch.randn_like(x), noise(4), [14.6, 0.03])
+        estimate_statistics(lambda x, sigma: mixture()(x, sigma) + 1e-5 * torch.randn_like(x), noise(4),
+                            [14.6, 0.03])
     with pytest.raises(UnsteadyModel, match="jumps when x hardly moves"):
-        estimate_statistics(lambda x, sigma: mixture()(x, sigma) + 0.1 * torch.randn_like(x), noise(4), [14.6, 0.03])
+        estimate_statistics(lambda x, sigma: mixture()(x, sigma) + 0.1 * torch.randn_like(x), noise(4),
+                            [14.6, 0.03])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("spread", [0.0, 0.05, 0.4, 2.0])
 @pytest.mark.parametrize("ends", [[14.6, 0.03], [80.0, 0.002], [700.0, 0.03]])
 def test_true_denoisers_are_not_taken_for_caches(dtype, spread: float, ends: list) -> None:
-    """Constant ones, linear ones; near sigma = 0, where D is nearly x, and at high sigma, where it hardly moves."""
+    """Constant ones, linear ones; near sigma = 0, where D is nearly x, and at high sigma, where it hardly
+    moves."""
     if spread == 0.05 and ends[0] > 99 and dtype in (torch.float16, torch.bfloat16):
         pytest.skip("less than its rounding")
     model = Gaussian(mean=0.5, spread=spread)
@@ -312,7 +336,7 @@ def test_true_denoisers_are_not_taken_for_caches(dtype, spread: float, ends: lis
     assert np.isfinite(estimate_statistics(model, x, ends, intervals=24).l).all()
 
 
-# --- half precision ---------------------------------------------------------------------------------------------------
+# --- half precision -----------------------------------------------------------------------------------------
 
 def only(dtype, model):
     """A model that works in one dtype, and takes no other, as networks do."""
@@ -335,11 +359,14 @@ def test_models_in_half_precision_are_measured_refitted_and_trained(dtype) -> No
     assert losses["trained"]["training"][-1] < losses["untrained"]["training"][-1]
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"pool": "space"}, "pool = 'space' is out of range"), ({"intervals": 3}, "intervals = 3 is out of range"),
-    ({"samples": 0}, "samples = 0 is out of range"), ({"path": "edm"}, "unknown path"),
-    ({"precision": torch.float8_e4m3fn}, "precision = torch.float8_e4m3fn is out of range: .* one of float64, float32, float16, bfloat16"),
-    ({"sigmas": [1.0]}, "has 1 levels inside the path"), ({"sigmas": [1.0, -1.0]}, "negative")])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"pool": "space"}, "pool = 'space' is out of range"),
+     ({"intervals": 3}, "intervals = 3 is out of range"), ({"samples": 0}, "samples = 0 is out of range"),
+     ({"path": "edm"}, "unknown path"),
+     ({"precision": torch.float8_e4m3fn
+       }, "precision = torch.float8_e4m3fn is out of range: .* one of float64, float32, float16, bfloat16"),
+     ({"sigmas": [1.0]}, "has 1 levels inside the path"), ({"sigmas": [1.0, -1.0]}, "negative")])
 def test_bad_arguments_are_refused(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         estimate_statistics(Gaussian(), noise(2), **{"sigmas": [14.6, 0.03], **changes})

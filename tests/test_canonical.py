@@ -24,12 +24,14 @@ def test_a_run_is_the_same_whatever_was_measured_before(folder, name: str) -> No
     ghost = run_of(name, GHOST)
     again = run_of(name, PANDA, network := Network())
     assert torch.equal(again, alone) and not torch.equal(again, ghost)
-    assert len(network.calls) <= 7 and len(list(folder.glob("*.safetensors"))) == 1  # what "ghost" measured serves
+    # what "ghost" measured serves
+    assert len(network.calls) <= 7 and len(list(folder.glob("*.safetensors"))) == 1
 
 
 def test_near_guidances_are_measured_at_one_that_does_not_depend_on_the_first(folder) -> None:  # noqa: F811
     guidance = part("nodes.canonical").guidance
-    assert [guidance(scale) for scale in (1.0, 1.1, 1.3, 3.2, 7.0, 7.4, 7.6, 11.1)] == [1, 1, 1.25, 3, 7, 7, 8, 12]
+    assert [guidance(scale)
+            for scale in (1.0, 1.1, 1.3, 3.2, 7.0, 7.4, 7.6, 11.1)] == [1, 1, 1.25, 3, 7, 7, 8, 12]
     assert all(guidance(guidance(scale / 7)) == guidance(scale / 7) for scale in range(300))
     alone = run_of("lambda_v3", PANDA, cfg=7.6)
     for file in folder.glob("*.safetensors"):
@@ -73,7 +75,8 @@ def test_a_model_that_asks_for_more_than_a_text_is_refused_with_the_remedy(monke
 
         monkeypatch.setattr(run.guider.inner_model, "extra_conds", lacking)
         before = run.guider.conds, run.guider.cfg
-        with pytest.raises(ValueError, match="KeyError: 'lyrics'.*every prompt"), part("nodes.canonical").conditions(run):
+        with pytest.raises(ValueError,
+                           match="KeyError: 'lyrics'.*every prompt"), part("nodes.canonical").conditions(run):
             pass
         assert (run.guider.conds, run.guider.cfg) == before
 
@@ -88,9 +91,11 @@ def test_what_every_prompt_measures_is_that_prompt_s_own(folder) -> None:  # noq
             network = Network()
             made = guider(model(network), prompt(words), prompt(0.0), 7.0)
             options = {"order": 2}
-            found[words, how] = in_a_run(made, lambda run: library.calibration_for(
-                kinds.STATISTICS_KIND, part("nodes.measuring").Run(run.model, run.x, run.sigmas, run.extra_args, options),
-                None, how))[1]
+            found[words, how] = in_a_run(
+                made, lambda run: library.calibration_for(
+                    kinds.STATISTICS_KIND,
+                    part("nodes.measuring").Run(run.model, run.x, run.sigmas, run.extra_args, options), None,
+                    how))[1]
     assert (found[GHOST, "auto"].l == found[PANDA, "auto"].l).all()
     assert (found[GHOST, "every prompt"].l != found[PANDA, "every prompt"].l).any()
     assert len(list(folder.glob("*.safetensors"))) == 3
@@ -101,7 +106,8 @@ def test_a_text_of_nearly_the_same_size_is_taken_for_the_same() -> None:
     spoken = torch.randn(1, 77, 16, generator=torch.Generator().manual_seed(1))
     padded = torch.cat([spoken, torch.zeros(1, 51, 16)], 1)
     assert text.like(spoken, False) == text((1, 77, 16), 1.0) == text.like(1.2 * spoken, False)
-    assert text.like(padded, False) == text((1, 128, 16), 1.0)              # tokens of zeros say nothing of the size
+    # tokens of zeros say nothing of the size
+    assert text.like(padded, False) == text((1, 128, 16), 1.0)
     assert text.like(spoken.repeat(1, 2, 1), False).shape == (1, 128, 16)   # 154 tokens
     assert text.like(9.0 * spoken, False).scale == 8.0 and text.like(spoken[:, 0], False).shape == (1, 16)
     assert text.like(spoken, True).scale == 0.0 and text.like(0.0 * spoken, False).made(0).abs().max() == 0.0

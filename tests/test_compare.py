@@ -1,4 +1,5 @@
-"""Compare Samplers in this process: what it parses, the steps a budget buys, counted calls, and the pictures."""
+"""Compare Samplers in this process: what it parses, the steps a budget buys, counted calls, and the
+pictures."""
 from __future__ import annotations
 
 import importlib
@@ -78,20 +79,23 @@ def test_a_line_is_a_name_with_options_of_comfyui_or_of_ours() -> None:
     assert [e.label for e in entries] == ["dpmpp_2m", "lambda/dpmpp_2m, rule = taylor", "lambda_3m", "dpm_2s",
                                           "dpmpp_2m_sde, eta=0.5"]
     assert entries[0].sampler.sampler_function is comfy_sampling().sample_dpmpp_2m
-    assert entries[1].sampler.extra_options == {"rule": "taylor"} and entries[4].sampler.extra_options == {"eta": 0.5}
+    assert entries[1].sampler.extra_options == {"rule": "taylor"
+                                                } and entries[4].sampler.extra_options == {"eta": 0.5}
     assert [e.listed for e in entries] == ["dpmpp_2m", "euler", "lambda_3m", "euler", "dpmpp_2m_sde"]
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("", "samplers is empty: write one sampler on each line"),
-    ("eular", "unknown sampler 'eular': write a name of KSampler's list"),
-    ("lambda/euler", "unknown sampler 'lambda/euler'"),
-    ("dpmpp_2m, rule=taylor", "ComfyUI's dpmpp_2m has no option 'rule': choose from none, or write lambda/dpmpp_2m"),
-    ("euler, s_noize=1", "has no option 's_noize': choose from s_churn, s_tmin, s_tmax, s_noise"),
-    ("lambda/dpmpp_2m, rule=heun", "rule = 'heun' is out of range: choose one of midpoint, taylor"),
-    ("lambda/dpmpp_2m, first_step=mean", "the mean is learned from other seeds, and here all runs have one noise.*write evaluate or afs"),
-    ("lambda/dpmpp_2m, taylor", "'taylor' in the line .* is no option: write name, option=value"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("", "samplers is empty: write one sampler on each line"),
+     ("eular", "unknown sampler 'eular': write a name of KSampler's list"),
+     ("lambda/euler", "unknown sampler 'lambda/euler'"),
+     ("dpmpp_2m, rule=taylor",
+      "ComfyUI's dpmpp_2m has no option 'rule': choose from none, or write lambda/dpmpp_2m"),
+     ("euler, s_noize=1", "has no option 's_noize': choose from s_churn, s_tmin, s_tmax, s_noise"),
+     ("lambda/dpmpp_2m, rule=heun", "rule = 'heun' is out of range: choose one of midpoint, taylor"),
+     ("lambda/dpmpp_2m, first_step=mean",
+      "the mean is learned from other seeds, and here all runs have one noise.*write evaluate or afs"),
+     ("lambda/dpmpp_2m, taylor", "'taylor' in the line .* is no option: write name, option=value"), ])
 def test_a_line_that_is_none_is_refused_with_what_to_write(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         module("bench").parse(text)
@@ -105,27 +109,32 @@ def test_schedulers_and_budgets_are_checked() -> None:
         "gits:1.20", "align_your_steps:SDXL", "optimal_steps:FLUX"]
     for text, message in (("karas", "unknown 'karas': write names"), (" , ", "empty: write names"),
                           ("align_your_steps:SD3", "write align_your_steps: and one of SD1, SDXL, SVD"),
-                          ("gits", "'gits': write gits: and one of 0.80, 0.85, .*, 1.50"), ("gits:1.23", "write gits: and"),
+                          ("gits", "'gits': write gits: and one of 0.80, 0.85, .*, 1.50"),
+                          ("gits:1.23", "write gits: and"),
                           ("optimal_steps:", "write optimal_steps: and one of FLUX, Wan, Chroma, such as")):
         with pytest.raises(ValueError, match=message):
             comparison.parse_schedulers(text)
-    for text, message in (("0", "'0' is out of range: write whole numbers from 1 to 1000"), ("5, x", "'x' is out"),
-                          ("", "empty"), ("-3", "'-3' is out"), ("2.5", "'2.5' is out"), ("1001", "'1001' is out")):
+    for text, message in (("0", "'0' is out of range: write whole numbers from 1 to 1000"),
+                          ("5, x", "'x' is out"), ("", "empty"), ("-3", "'-3' is out"),
+                          ("2.5", "'2.5' is out"), ("1001", "'1001' is out")):
         with pytest.raises(ValueError, match=message):
             comparison.parse_budgets(text)
 
 
-@pytest.mark.parametrize("name", [name for name in SAMPLERS if SAMPLERS[name].evaluations_per_step is not None])
+@pytest.mark.parametrize("name",
+                         [name for name in SAMPLERS if SAMPLERS[name].evaluations_per_step is not None])
 def test_a_rehearsal_of_ours_makes_as_many_calls_as_the_catalogue_says(name: str) -> None:
     bench, one = bench_of(), entry("lambda/" + name)
     for steps in (1, 4, 7):
-        assert bench.rehearse(one.rehearsal, bench.sigmas(one, "karras", steps)).evaluations == nfe(name, steps)
+        assert bench.rehearse(one.rehearsal, bench.sigmas(one, "karras",
+                                                          steps)).evaluations == nfe(name, steps)
     assert bench.predictions == 0
 
 
-@pytest.mark.parametrize(("name", "steps"), [
-    ("euler", {5: 5, 8: 8}), ("heun", {5: 3, 8: 4}), ("dpm_2", {5: 3, 8: 4}), ("heunpp2", {5: 2, 8: 3}),
-    ("uni_pc", {5: 5, 8: 8}), ("lambda/dpmpp_3s", {5: 2, 8: 3}), ("dpmpp_2m_cfg_pp", {5: 5}), ("ddim", {5: 5})])
+@pytest.mark.parametrize(("name", "steps"), [("euler", {5: 5, 8: 8}), ("heun", {5: 3, 8: 4}),
+                                             ("dpm_2", {5: 3, 8: 4}), ("heunpp2", {5: 2, 8: 3}),
+                                             ("uni_pc", {5: 5, 8: 8}), ("lambda/dpmpp_3s", {5: 2, 8: 3}),
+                                             ("dpmpp_2m_cfg_pp", {5: 5}), ("ddim", {5: 5})])
 def test_a_budget_buys_the_most_steps_that_fit(name: str, steps: dict[int, int]) -> None:
     cells = module("bench").plan(bench_of(), entry(name), ["karras"], list(steps))
     assert {cell.budget: cell.steps for cell in cells} == steps
@@ -134,9 +143,11 @@ def test_a_budget_buys_the_most_steps_that_fit(name: str, steps: dict[int, int])
     assert longer.steps >= cells[0].steps
 
 
-TABLES = {"align_your_steps:SDXL": ("nodes_align_your_steps", "AlignYourStepsScheduler", "SDXL"),
-          "align_your_steps:SD1": ("nodes_align_your_steps", "AlignYourStepsScheduler", "SD1"),
-          "gits:1.20": ("nodes_gits", "GITSScheduler", 1.2), "gits:0.80": ("nodes_gits", "GITSScheduler", 0.8)}
+TABLES = {
+    "align_your_steps:SDXL": ("nodes_align_your_steps", "AlignYourStepsScheduler", "SDXL"),
+    "align_your_steps:SD1": ("nodes_align_your_steps", "AlignYourStepsScheduler", "SD1"),
+    "gits:1.20": ("nodes_gits", "GITSScheduler", 1.2), "gits:0.80": ("nodes_gits", "GITSScheduler", 0.8)
+}
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -146,15 +157,20 @@ def test_a_table_is_the_schedule_of_comfyui_s_node_and_below_denoise_1_its_end(n
     node, bench = getattr(importlib.import_module(f"comfy_extras.{file}"), node), bench_of()
     assert torch.equal(bench.sigmas(entry("euler"), name, steps), node.execute(setting, steps, 1.0).result[0])
     bench.denoise = 0.5
-    assert torch.equal(bench.sigmas(entry("euler"), name, steps), node.execute(setting, 2 * steps, 0.5).result[0])
+    assert torch.equal(bench.sigmas(entry("euler"), name, steps),
+                       node.execute(setting, 2 * steps, 0.5).result[0])
 
 
 def test_a_table_for_other_models_or_of_too_many_steps_is_a_result_that_says_so() -> None:
     plan, bench = module("bench").plan, bench_of()
-    said = {name: plan(bench, entry("euler"), [name], [budget])[0].fault for name, budget in (
-        ("gits:1.20", 1), ("optimal_steps:FLUX", 5), ("align_your_steps:SVD", 5), ("align_your_steps:SD1", 5))}
+    said = {
+        name: plan(bench, entry("euler"), [name], [budget])[0].fault
+        for name, budget in (("gits:1.20", 1), ("optimal_steps:FLUX", 5), ("align_your_steps:SVD", 5),
+                             ("align_your_steps:SD1", 5))
+    }
     assert "gits:1.20 begins at 2 steps" in said["gits:1.20"] and said["align_your_steps:SD1"] == ""
-    assert "optimal_steps:FLUX is not for this model: it starts at sigma 0.9968 on path flow" in said["optimal_steps:FLUX"]
+    assert "optimal_steps:FLUX is not for this model: it starts at sigma 0.9968 on path flow" in said[
+        "optimal_steps:FLUX"]
     assert "starts at sigma 700 on path ve, the model at 14.61" in said["align_your_steps:SVD"]
 
 
@@ -168,8 +184,10 @@ def test_a_comfyui_without_a_table_s_node_refuses_that_table_only(monkeypatch) -
 
 def test_the_cost_is_said_in_images_before_and_in_time_once_evaluations_were_timed() -> None:
     cost = module("compare").cost_of
-    assert cost(620).startswith("as long as 31 images of 20 steps, and more where") and "1 image of" in cost(5)
-    assert cost(620, 240.0) == "as long as 31 images of 20 steps, about 4 minutes" and cost(20, 7.4).endswith("about 7 seconds")
+    assert cost(620).startswith("as long as 31 images of 20 steps, and more where") and "1 image of" in cost(
+        5)
+    assert cost(620, 240.0) == "as long as 31 images of 20 steps, about 4 minutes" and cost(
+        20, 7.4).endswith("about 7 seconds")
 
 
 def test_a_step_that_is_not_evaluated_is_not_paid_for() -> None:
@@ -200,7 +218,10 @@ def test_stochastic_and_adaptive_samplers_are_found_out(name: str, stochastic: b
 def test_errors_fall_with_evaluations_and_the_reference_is_the_exact_solution() -> None:
     comparison = module("bench")
     bench = bench_of(gaussian)
-    cells = [cell for name in ("euler", "lambda_2m") for cell in comparison.plan(bench, entry(name), ["karras"], [5, 10, 20])]
+    cells = [
+        cell for name in ("euler", "lambda_2m")
+        for cell in comparison.plan(bench, entry(name), ["karras"], [5, 10, 20])
+    ]
     start = float(cells[0].sigmas[0])
     reference = comparison.solve(bench, comparison.grids(bench, start, 200), lambda: None)
     low = float(bench.model.get_model_object("model_sampling").sigma_min)  # the last step is D at sigma_min
@@ -226,7 +247,8 @@ def test_a_failing_run_is_a_result_and_cancel_goes_through() -> None:
         return denoiser
 
     reference = torch.randn(2, 3, 8, 8)
-    failed = comparison.measured(bench_of(raises(RuntimeError("out of | luck"))), cell, reference, lambda: None)
+    failed = comparison.measured(bench_of(raises(RuntimeError("out of | luck"))), cell, reference,
+                                 lambda: None)
     assert failed.fault == "RuntimeError: out of | luck"
     broken = comparison.measured(bench_of(lambda x, sigma: x * math.nan), cell, reference, lambda: None)
     assert broken.fault == "NaN or infinite values after 5 evaluations" and math.isnan(broken.error)
@@ -272,13 +294,19 @@ def test_the_cheapest_has_the_fewest_evaluations_within_the_error_and_else_the_n
     compare, comparison = module("compare"), module("bench")
 
     def cell(label: str, evaluations: int, error: float):
-        return comparison.Cell(entry(label), "karras", evaluations, sigmas=torch.zeros(evaluations + 1), error=error,
-                               outcome=comparison.Outcome(torch.zeros(1), evaluations, 0))
+        return comparison.Cell(entry(label), "karras", evaluations, sigmas=torch.zeros(evaluations + 1),
+                               error=error, outcome=comparison.Outcome(torch.zeros(1), evaluations, 0))
 
-    cells = [cell("euler", 8, 0.2), cell("dpmpp_2m", 8, 0.09), cell("lambda_2m", 8, 0.08), cell("deis", 10, 0.01),
-             comparison.Cell(entry("heun"), "karras", 5, fault="no")]
+    cells = [
+        cell("euler", 8, 0.2),
+        cell("dpmpp_2m", 8, 0.09),
+        cell("lambda_2m", 8, 0.08),
+        cell("deis", 10, 0.01),
+        comparison.Cell(entry("heun"), "karras", 5, fault="no")
+    ]
     assert compare.cheapest(cells, 0.1) is cells[2]
-    assert compare.words_for(cells[2], cells[3], 0.1) == "lambda_2m with karras, 8 steps: 8 evaluations, error 0.080 (within 0.1)"
+    assert compare.words_for(cells[2], cells[3],
+                             0.1) == "lambda_2m with karras, 8 steps: 8 evaluations, error 0.080 (within 0.1)"
     assert compare.cheapest(cells, 0.001) is None
     assert compare.words_for(None, cells[3], 0.001).startswith(
         "nothing is within 0.001; the nearest, which SAMPLER and SIGMAS are, is deis with karras")
@@ -287,25 +315,33 @@ def test_the_cheapest_has_the_fewest_evaluations_within_the_error_and_else_the_n
     assert sampler.sampler_function is cells[3].entry.sampler.sampler_function and sigmas is cells[3].sigmas
     assert [blocked.message for blocked in compare.driving(None, "nothing ran")] == ["nothing ran"] * 2
     rows = compare.table(cells, {}, "x").splitlines()
-    assert rows[4] == "| heun | karras | of 5 |  |  | failed: no |" and rows[5].startswith("| lambda_2m | karras | 8 | 8 | 0.0800 |")
+    assert rows[4] == "| heun | karras | of 5 |  |  | failed: no |" and rows[5].startswith(
+        "| lambda_2m | karras | 8 | 8 | 0.0800 |")
 
 
 def test_axes_are_marked_at_a_few_round_numbers() -> None:
     picture = module("picture")
-    assert picture.ticks(-0.65, 1.04) == [-0.5, 0.0, 0.5, 1.0] and picture.ticks(-2.7, 3.5, 8) == [-2, -1, 0, 1, 2, 3]
+    assert picture.ticks(-0.65, 1.04) == [-0.5, 0.0, 0.5, 1.0] and picture.ticks(-2.7, 3.5,
+                                                                                 8) == [-2, -1, 0, 1, 2, 3]
     assert picture.log_ticks(0.07, 1.1, 5) == pytest.approx([0.1, 0.2, 0.5, 1.0])
     assert picture.log_ticks(3e-4, 0.2, 5) == pytest.approx([1e-3, 1e-2, 1e-1])
-    assert picture.log_ticks(0.41, 0.49, 5) == pytest.approx([0.42, 0.44, 0.46, 0.48])  # no two of 1, 2, 5 are in it
+    # no two of 1, 2, 5 are in it
+    assert picture.log_ticks(0.41, 0.49, 5) == pytest.approx([0.42, 0.44, 0.46, 0.48])
     random = np.random.default_rng(0)
     for low, high in np.sort(random.normal(size=(200, 2)) * 10.0 ** random.integers(-6, 6, (200, 1)), axis=1):
         marks = picture.ticks(low, high)
-        assert 2 <= len(marks) <= 5 and all(low <= mark <= high or math.isclose(mark, low) or math.isclose(mark, high) for mark in marks)
+        assert 2 <= len(marks) <= 5 and all(
+            low <= mark <= high or math.isclose(mark, low) or math.isclose(mark, high) for mark in marks)
 
 
 def test_the_plot_puts_every_mark_in_its_colour_and_the_sheet_frames_the_good() -> None:
     picture = module("picture")
-    lines = [picture.Line("euler", "karras", False, [(5, 0.5), (10, 0.2)]), picture.Line("deis", "karras", True, [(5, 0.3)]),
-             picture.Line("a sampler with a long line of options, order=2, rule=taylor", "sgm_uniform", False, [(40, 1e-3)])]
+    lines = [
+        picture.Line("euler", "karras", False, [(5, 0.5), (10, 0.2)]),
+        picture.Line("deis", "karras", True, [(5, 0.3)]),
+        picture.Line("a sampler with a long line of options, order=2, rule=taylor", "sgm_uniform", False,
+                     [(40, 1e-3)])
+    ]
     pixels = np.asarray(picture.errors(lines, 0.1, 0.01))
     assert pixels.shape == (600, 1000, 3)
     for colour in (*picture.HUES[:3], picture.GOOD, picture.DOUBT):

@@ -1,4 +1,5 @@
-"""The fitted solver: exact where a multistep method can be, v3 where nothing more is known, and the best nodes there are."""
+"""The fitted solver: exact where a multistep method can be, v3 where nothing more is known, and the best
+nodes there are."""
 from __future__ import annotations
 
 import itertools
@@ -22,7 +23,8 @@ from test_calibrate import mixture, noise
 
 
 def calibration(model=None, x=None, **how) -> Statistics:
-    return estimate_statistics(model or mixture(), noise(6) if x is None else x, [14.6, 0.03], fitted=True, **how)
+    return estimate_statistics(model or mixture(),
+                               noise(6) if x is None else x, [14.6, 0.03], fitted=True, **how)
 
 
 def teacher(model, x: torch.Tensor, statistics: Statistics, path: str = "ve") -> torch.Tensor:
@@ -38,14 +40,16 @@ def run(model, x: torch.Tensor, steps) -> torch.Tensor:
 @pytest.mark.parametrize("path", ["ve", "vp"])
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 10, 20])
 def test_a_gaussian_is_solved_exactly_in_any_number_of_steps(n: int, path: str, monkeypatch) -> None:
-    """Its denoiser is linear, so the trajectories' step from anywhere to anywhere is a combination of y_s and f_s.
+    """Its denoiser is linear, so the trajectories' step from anywhere to anywhere is a combination of y_s and
+    f_s.
 
     On the grid itself; between its points what is known of D is interpolated.
     """
     monkeypatch.setattr(fitted, "REFINE", 1)
     ends = {"ve": [14.6, 0.03], "vp": [0.998, 0.03]}[path]
     model = Gaussian(path)
-    found = estimate_statistics(model, starting_noise((4, 3, 4, 4), ends[0], path), ends, path=path, fitted=True)
+    found = estimate_statistics(model, starting_noise((4, 3, 4, 4), ends[0], path), ends, path=path,
+                                fitted=True)
     x = starting_noise((2, 3, 4, 4), ends[0], path, seed=9)
     goal = teacher(model, x, found, path)
     end = float(found.lam[-1])
@@ -56,7 +60,8 @@ def test_a_gaussian_is_solved_exactly_in_any_number_of_steps(n: int, path: str, 
 
 
 def test_the_weights_of_a_polynomial_integrand_are_recovered() -> None:
-    """D = a + b lam: y = a + b (lam - 1) + c e^-lam. v3's weights are wrong for it, with s that it does not have."""
+    """D = a + b lam: y = a + b (lam - 1) + c e^-lam. v3's weights are wrong for it, with s that it does
+    not have."""
     a, b, c = np.random.default_rng(0).normal(size=(3, 4, 50))
     lam = np.linspace(-2.0, 3.0, 11)
     denoised = a + b * lam[:, None, None]
@@ -71,7 +76,8 @@ def test_the_weights_of_a_polynomial_integrand_are_recovered() -> None:
     for fitted, step in list(zip(plan.steps(PATHS["ve"]), exact))[1:]:  # the first has no history
         update, goal = fitted.updates[0], step.updates[0]
         assert update.decay == pytest.approx(goal.decay, abs=1e-9)
-        assert [(k, -w) for k, w in update.terms] == [(k, pytest.approx(w, abs=1e-9)) for k, w in goal.terms]  # f = -D
+        # f = -D
+        assert [(k, -w) for k, w in update.terms] == [(k, pytest.approx(w, abs=1e-9)) for k, w in goal.terms]
 
 
 def test_the_nodes_are_the_best_of_all_paths_through_the_grid() -> None:
@@ -140,7 +146,8 @@ def test_the_error_falls_as_evaluations_are_added_and_is_below_v3_s() -> None:
     goal = k_diffusion_sampler("dpmpp_2m")(model, x, fine, disable=True)
 
     def error(name: str, n: int, **options) -> float:
-        sigmas = torch.tensor([14.6 * (0.03 / 14.6) ** (i / (n - 1)) for i in range(n)] + [0.0], dtype=torch.float64)
+        sigmas = torch.tensor([14.6 * (0.03 / 14.6)**(i / (n - 1)) for i in range(n)] + [0.0],
+                              dtype=torch.float64)
         result = k_diffusion_sampler(name, statistics=found, **options)(model, x, sigmas, disable=True)
         return float((result - goal).abs().median())
 
@@ -158,8 +165,10 @@ def test_flow_and_ve_are_one_solver_after_x_over_alpha() -> None:
     for name in ("fitted", "fitted_chosen"):
         ve = k_diffusion_sampler(name, statistics=found)(
             mixture(), x, torch.tensor(ratios, dtype=torch.float64), disable=True)
-        flow = k_diffusion_sampler(name, "flow", statistics=found)(
-            mixture(path="flow"), x / 11.0, torch.tensor([r / (1 + r) for r in ratios], dtype=torch.float64), disable=True)
+        flow = k_diffusion_sampler(name, "flow", statistics=found)(mixture(path="flow"), x / 11.0,
+                                                                   torch.tensor([r / (1 + r) for r in ratios],
+                                                                                dtype=torch.float64),
+                                                                   disable=True)
         torch.testing.assert_close(flow * 1.05, ve, rtol=0, atol=1e-9)
 
 
@@ -199,10 +208,12 @@ def test_what_a_fit_needs_is_saved_and_an_old_file_serves_v3_alone(tmp_path) -> 
     replace(found, root=None, damping=None).save(tmp_path / "old.safetensors")
     old = Statistics.load(tmp_path / "old.safetensors")
     x, sigmas = noise(1), torch.tensor([14.6, 1.0, 0.0], dtype=torch.float64)
-    assert k_diffusion_sampler("dpm_solver_v3", statistics=old)(mixture(), x, sigmas, disable=True).isfinite().all()
+    assert k_diffusion_sampler("dpm_solver_v3", statistics=old)(mixture(), x, sigmas,
+                                                                disable=True).isfinite().all()
     with pytest.raises(ValueError, match=r"serve DPM-Solver-v3 only.*measure again with fitted = True"):
         k_diffusion_sampler("fitted", statistics=old)(mixture(), x, sigmas, disable=True)
-    with pytest.raises(CalibrationError, match=r"root has shape \[6, 18, 18\]: it must be \[trajectories, 19, 19\]"):
+    with pytest.raises(CalibrationError,
+                       match=r"root has shape \[6, 18, 18\]: it must be \[trajectories, 19, 19\]"):
         replace(found, root=found.root[:, 1:, 1:])
 
 
@@ -257,18 +268,21 @@ def test_where_every_choice_is_exact_nodes_are_even() -> None:
 def test_the_chosen_nodes_serve_any_solver() -> None:
     found = calibration(intervals=8)
     sigmas = fitted_sigmas(found, 5, 14.6)
-    assert [math.log(1 / s) for s in sigmas[:-1]] == pytest.approx(fit_multistep(found, 5, start=math.log(1 / 14.6)).lam)
+    assert [math.log(1 / s)
+            for s in sigmas[:-1]] == pytest.approx(fit_multistep(found, 5, start=math.log(1 / 14.6)).lam)
     assert sigmas[-1] == 0.0
     for start, count in ((14.6, 600), (0.05, 3), (0.05, 1)):
         sigmas = fitted_sigmas(found, count, start)
         assert len(sigmas) == count + 1 and sigmas[0] == pytest.approx(start) and sigmas[-1] == 0.0
     for count in (0, -1):
-        with pytest.raises(ValueError, match=f"evaluations = {count} is out of range: choose a whole number >= 1"):
+        with pytest.raises(ValueError,
+                           match=f"evaluations = {count} is out of range: choose a whole number >= 1"):
             fitted_sigmas(found, count, 14.6)
     for count in (1, 2, 3):
         assert len(fitted_sigmas(found, count, 1.0, "flow")) == count + 1
     flow = fitted_sigmas(found, 5, 1.0, "flow")  # sigma = 1 has no lam: one node less
-    assert flow[0] == 1.0 and [math.log((1 - s) / s) for s in flow[1:-1]] == pytest.approx(fit_multistep(found, 4).lam)
+    assert flow[0] == 1.0 and [math.log((1 - s) / s)
+                               for s in flow[1:-1]] == pytest.approx(fit_multistep(found, 4).lam)
 
 
 def test_impossible_requests_are_refused_each_with_its_remedy() -> None:
@@ -278,21 +292,24 @@ def test_impossible_requests_are_refused_each_with_its_remedy() -> None:
     with pytest.raises(ValueError, match="pool = 'channel' with fitted = True"):
         calibration(intervals=8, pool="channel")
     with pytest.raises(ValueError, match="the statistics cover lambda"):
-        k_diffusion_sampler("fitted", statistics=found)(mixture(), noise(1), torch.tensor([99.0, 1.0, 0.0]), disable=True)
+        k_diffusion_sampler("fitted", statistics=found)(mixture(), noise(1), torch.tensor([99.0, 1.0, 0.0]),
+                                                        disable=True)
     with pytest.raises(ValueError, match="the statistics cover lambda"):
         fit_multistep(found, 4, start=-9.0)
     assert levels([14.6, 0.0], PATHS["ve"])[0].lam == pytest.approx(found.lam[0])
 
 
 def test_the_catalogue_s_stand_in_has_weights_that_are_fitted_and_nearly_as_good_as_v3_s() -> None:
-    """What tests of the whole catalogue run (problems.needed) is the fitted solver, and not v3 by another name. Five images teach
-    too little of this mixture to be better than v3; wrong weights are far worse."""
+    """What tests of the whole catalogue run (problems.needed) is the fitted solver, and not v3 by another
+    name. Five images teach too little of this mixture to be better than v3; wrong weights are far worse."""
     found, model = fitted_statistics(), reference_mixture("ve")[0]
-    x = torch.randn((32, *reference_mixture("ve")[1].shape[1:]), generator=torch.Generator().manual_seed(8)) * 60.0
+    x = torch.randn(
+        (32, *reference_mixture("ve")[1].shape[1:]), generator=torch.Generator().manual_seed(8)) * 60.0
     fine, few = (torch.tensor([60.0 * (0.02 / 60.0) ** (i / n) for i in range(n + 1)]) for n in (300, 7))
     exact = k_diffusion_sampler("dpmpp_3s")(model, x.double(), fine.double(), disable=True)
     error = {}
     for kind, statistics in (("fitted", found), ("v3's", replace(found, root=np.zeros_like(found.root[:1])))):
-        result = k_diffusion_sampler("fitted", statistics=statistics)(model, x.double(), few.double(), disable=True)
+        result = k_diffusion_sampler("fitted", statistics=statistics)(model, x.double(), few.double(),
+                                                                      disable=True)
         error[kind] = float((result - exact).square().mean().sqrt())
     assert error["fitted"] < 1.25 * error["v3's"] and abs(error["fitted"] / error["v3's"] - 1) > 0.05, error

@@ -63,7 +63,8 @@ def test_an_adaptive_run_is_one_run_on_every_path_too(name: str, prediction: str
     for path in PATHS:
         first, last = map(PATHS[path].at, (-4.4, 3.9))
         model, x = Counted(reference_mixture(path)[0]), start("ve", PATHS["ve"].at(-4.4).sigma) * first.alpha
-        results.append(run(name, path, [first.sigma, last.sigma], x, model, prediction=prediction) / last.alpha)
+        results.append(
+            run(name, path, [first.sigma, last.sigma], x, model, prediction=prediction) / last.alpha)
         counts.append(model.calls)
     assert len(set(counts)) == 1
     for other in results[1:]:
@@ -97,15 +98,21 @@ def test_a_constant_denoiser_is_solved_exactly_by_steps_of_any_size(name: str, p
     gaussian, sigmas = PATHS[path], FULL[path][1:-1]
     x = start(path, sigmas[0])
     target = torch.linspace(-2, 2, x.numel(), dtype=torch.float64).reshape(x.shape)
-    options = {**ode(name), **({"statistics": serving(name, Statistics.constant(1.0, 0.0, 0.0))} if "statistics" in needed(name) else {})}
+    options = {
+        **ode(name), **({
+            "statistics": serving(name, Statistics.constant(1.0, 0.0, 0.0))
+        } if "statistics" in needed(name) else {})
+    }
     result = run(name, path, sigmas, x, model=lambda x, sigma, **extra: target, **options)
     s, t = gaussian.level(sigmas[0]), gaussian.level(sigmas[-1])
-    torch.testing.assert_close(result, t.alpha * target + t.sigma * (x - s.alpha * target) / s.sigma, rtol=0, atol=1e-9)
+    torch.testing.assert_close(result, t.alpha * target + t.sigma * (x - s.alpha * target) / s.sigma, rtol=0,
+                               atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["dpmpp_2m", "dpmpp_3m", "dpmpp_2s", "dpmpp_3s"])
 def test_a_polynomial_denoiser_is_integrated_exactly_once_the_history_is_full(name: str) -> None:
-    """D a polynomial in lam, of degree below the order, whatever x: exact but for the steps that start the history."""
+    """D a polynomial in lam, of degree below the order, whatever x: exact but for the steps that start the
+    history."""
     order = SAMPLERS[name].fixed["order"]
     lams = [-1.5, -0.8, -0.3, 0.4, 1.3, 1.9]
     warm = order - 1 if name.endswith("m") else 0
@@ -117,11 +124,12 @@ def test_a_polynomial_denoiser_is_integrated_exactly_once_the_history_is_full(na
     seen = []
     x = torch.full((1, 1), 1.3, dtype=torch.float64)
     result = k_diffusion_sampler(name, rule="taylor", lower_order_final="off")(
-        lambda x, sigma: torch.full_like(x, d(-math.log(float(sigma)))), x, torch.tensor(sigmas, dtype=torch.float64),
-        callback=lambda seen_: seen.append(seen_["x"].clone()), disable=True) if warm else k_diffusion_sampler(
-        name, rule="taylor")(lambda x, sigma: torch.full_like(x, d(-math.log(float(sigma)))), x,
-                             torch.tensor(sigmas, dtype=torch.float64),
-                             callback=lambda seen_: seen.append(seen_["x"].clone()), disable=True)
+        lambda x, sigma: torch.full_like(x, d(-math.log(float(sigma)))), x,
+        torch.tensor(sigmas, dtype=torch.float64), callback=lambda seen_: seen.append(seen_["x"].clone()),
+        disable=True) if warm else k_diffusion_sampler(
+            name, rule="taylor")(lambda x, sigma: torch.full_like(x, d(-math.log(float(sigma)))), x,
+                                 torch.tensor(sigmas, dtype=torch.float64),
+                                 callback=lambda seen_: seen.append(seen_["x"].clone()), disable=True)
     s, t = lams[warm], lams[-1]
     integral = quad(lambda lam: math.exp(lam - t) * d(lam), s, t, epsabs=1e-13, epsrel=1e-13)[0]
     assert float(result) == pytest.approx(math.exp(s - t) * float(seen[warm]) + integral, abs=1e-12)
@@ -132,18 +140,23 @@ def test_a_polynomial_denoiser_is_integrated_exactly_once_the_history_is_full(na
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_v3_contains_dpm_solver(order: int, path: str, curves) -> None:
     x, sigmas = start(path, FULL[path][1]), torch.tensor(FULL[path][1:], dtype=torch.float64)
-    results = [k_diffusion_function(FAMILIES[name], path, options)(reference_mixture(path)[0], x, sigmas, disable=True)
-               for name, options in (
-                   ("v3", {"statistics": Statistics.constant(*curves), "order": order, "corrector": "off"}),
-                   ("multistep", {"order": order, "rule": "taylor", "prediction": "data" if curves[0] else "noise"}))]
+    results = [
+        k_diffusion_function(FAMILIES[name], path, options)(reference_mixture(path)[0], x, sigmas,
+                                                            disable=True)
+        for name, options in (
+            ("v3", {"statistics": Statistics.constant(*curves), "order": order, "corrector": "off"}),
+            ("multistep", {"order": order, "rule": "taylor", "prediction": "data" if curves[0] else "noise"}))
+    ]
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-8)
 
 
 def test_v3_with_the_exact_statistics_of_a_linear_model_is_exact_in_any_step() -> None:
     problem = Gaussian("ve")
     x, sigmas = starting_noise((2, 3), 10.0, "ve"), torch.tensor([10.0, 1.5, 0.05], dtype=torch.float64)
-    result = k_diffusion_sampler("dpm_solver_v3", statistics=gaussian_statistics())(problem, x, sigmas, disable=True)
-    torch.testing.assert_close(result, problem.exact(x, 10.0, 0.05), rtol=0, atol=2e-4)  # the curves are linear in pieces
+    result = k_diffusion_sampler("dpm_solver_v3", statistics=gaussian_statistics())(problem, x, sigmas,
+                                                                                    disable=True)
+    # the curves are linear in pieces
+    torch.testing.assert_close(result, problem.exact(x, 10.0, 0.05), rtol=0, atol=2e-4)
 
 
 def test_the_2s_midpoint_uses_only_the_middle_evaluation() -> None:
@@ -155,14 +168,16 @@ def test_the_2s_midpoint_uses_only_the_middle_evaluation() -> None:
 @given(st.lists(st.floats(0.01, 0.99), min_size=2, max_size=9, unique=True).filter(
     lambda s: all(b - a > 1e-3 for a, b in zip(sorted(s), sorted(s)[1:]))), st.sampled_from(FIXED))
 def test_a_run_may_be_cut_anywhere_when_the_solver_has_no_memory(sigmas: list[float], name: str) -> None:
-    """Leftover noise: two runs in a row are one run, for singlestep solvers and first order; the SDE's noise included."""
+    """Leftover noise: two runs in a row are one run, for singlestep solvers and first order; the SDE's
+    noise included."""
     sampler = SAMPLERS[name]
-    if sampler.fixed.get("fast") or (
-            isinstance(solver := sampler.solver(**needed(name)), (Multistep, Fitted)) and solver.order > 1) or (
-            isinstance(solver, Insertion) and isinstance(solver.base, Multistep) and solver.base.order > 1):
+    if sampler.fixed.get("fast") or (isinstance(solver := sampler.solver(**needed(name)), (Multistep, Fitted))
+                                     and solver.order > 1) or (isinstance(solver, Insertion) and isinstance(
+                                         solver.base, Multistep) and solver.base.order > 1):
         return
     sigmas = sorted(sigmas, reverse=True)
     x = start("flow", sigmas[0])
     cut = len(sigmas) // 2
     half = run(name, "flow", sigmas[:cut + 1], x)
-    torch.testing.assert_close(run(name, "flow", sigmas[cut:], half), run(name, "flow", sigmas, x), rtol=0, atol=1e-9)
+    torch.testing.assert_close(run(name, "flow", sigmas[cut:], half), run(name, "flow", sigmas, x), rtol=0,
+                               atol=1e-9)

@@ -19,7 +19,10 @@ def identity() -> types.ModuleType:
 def weights(seed: int = 0, **more: torch.Tensor) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     made = {f"diffusion_model.{k}.weight": torch.randn(24, 16, generator=generator) for k in range(4)}
-    return {**made, "diffusion_model.norm.query_norm.scale": torch.ones(16), "diffusion_model.0.bias": torch.ones(24), **more}
+    return {
+        **made, "diffusion_model.norm.query_norm.scale": torch.ones(16),
+        "diffusion_model.0.bias": torch.ones(24), **more
+    }
 
 
 class Held(torch.nn.Module):
@@ -55,8 +58,13 @@ def test_a_checkpoint_keeps_its_fingerprint_in_other_formats_and_in_other_versio
     known = fingerprint(weights())
     for dtype in (torch.float16, torch.bfloat16, torch.float8_e4m3fn):
         assert fingerprint({name: value.to(dtype) for name, value in weights().items()}) == known
-    newer = {name.replace("query_norm.scale", "query_norm.weight"): value for name, value in weights().items()}
-    newer |= {"diffusion_model.0.weight_scale": torch.ones(24, 1), "diffusion_model.0.comfy_quant": torch.zeros(3, 3, dtype=torch.uint8)}
+    newer = {
+        name.replace("query_norm.scale", "query_norm.weight"): value for name, value in weights().items()
+    }
+    newer |= {
+        "diffusion_model.0.weight_scale": torch.ones(24, 1),
+        "diffusion_model.0.comfy_quant": torch.zeros(3, 3, dtype=torch.uint8)
+    }
     assert fingerprint(newer) == fingerprint(weights(), buffers=True) == known
     backup = {"diffusion_model.0.weight": types.SimpleNamespace(weight=weights()["diffusion_model.0.weight"])}
     patched = {**weights(), "diffusion_model.0.weight": torch.zeros(24, 16)}
@@ -73,13 +81,15 @@ def quantised(value: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_checkpoint_in_comfyui_s_quantised_tensors_keeps_its_fingerprint() -> None:
-    packed, other = ({name: quantised(value) if value.ndim > 1 else value for name, value in weights(seed).items()}
-                     for seed in (0, 1))
+    packed, other = ({
+        name: quantised(value) if value.ndim > 1 else value for name, value in weights(seed).items()
+    } for seed in (0, 1))
     assert fingerprint(packed) == fingerprint(weights()) != fingerprint(other)
 
 
 class GGMLTensor(torch.Tensor):
-    """As ComfyUI-GGUF has it: packed bytes, under the shape of what they stand for, that cannot be detached."""
+    """As ComfyUI-GGUF has it: packed bytes, under the shape of what they stand for, that cannot be
+    detached."""
 
     @staticmethod
     def __new__(cls, packed: torch.Tensor, tensor_shape: torch.Size):
@@ -127,8 +137,12 @@ def test_two_checkpoints_of_gguf_have_fingerprints_of_their_own() -> None:
 def test_other_weights_have_another_fingerprint_packed_ones_too() -> None:
     assert fingerprint(weights(1)) != fingerprint(weights())
     for dtype in (torch.uint8, torch.int8):
-        packed = [fingerprint({"diffusion_model.0.weight": torch.randint(0, 256, (24, 16), generator=torch.Generator().manual_seed(seed))
-                               .to(dtype)}) for seed in (0, 0, 1)]
+        packed = [
+            fingerprint({
+                "diffusion_model.0.weight": torch.randint(
+                    0, 256, (24, 16), generator=torch.Generator().manual_seed(seed)).to(dtype)
+            }) for seed in (0, 0, 1)
+        ]
         assert packed[0] == packed[1] != packed[2]
 
 
@@ -177,23 +191,31 @@ def seen(value: float):
     return made
 
 
-@pytest.mark.parametrize("one, other", [
-    (dict(area=(16, 32, 0, 0)), dict(area=(16, 32, 0, 8))), (dict(strength=1.0), dict(strength=0.5)),
-    (dict(mask=torch.zeros(1, 8, 8)), dict(mask=torch.ones(1, 8, 8))),
-    (dict(hooks=lambda: hooks(0.2)), dict(hooks=lambda: hooks(1.0))),
-    (dict(hooks=lambda: hooks(1.0)), dict(hooks=lambda: hooks(1.0, (0.5, 0.3)))),
-    (dict(control=lambda: control(1.0)), dict(control=lambda: control(0.1))),
-    (dict(control=lambda: control(1.0)), dict(control=lambda: control(1.0, 0.5))),
-    (dict(control=lambda: control(1.0)), dict(control=lambda: control(1.0, previous=control(1.0)))),
-    (dict(control=lambda: net(0)), dict(control=lambda: net(1))),
-    (dict(clip_vision_output=lambda: seen(1.0)), dict(clip_vision_output=lambda: seen(-2.0))),
-    (dict(region=torch.tensor([True, False])), dict(region=torch.tensor([False, True]))),
-    (dict(small=torch.tensor([1.0, -1.0]).to(torch.float8_e4m3fn)), dict(small=torch.tensor([-1.0, 1.0]).to(torch.float8_e4m3fn)))],
-    ids=["area", "strength", "mask", "hook", "keyframe", "control", "hint", "second control", "network", "clip vision", "bool", "float8"])
+@pytest.mark.parametrize(
+    "one, other",
+    [(dict(area=(16, 32, 0, 0)), dict(area=(16, 32, 0, 8))), (dict(strength=1.0), dict(strength=0.5)),
+     (dict(mask=torch.zeros(1, 8, 8)), dict(mask=torch.ones(1, 8, 8))),
+     (dict(hooks=lambda: hooks(0.2)), dict(hooks=lambda: hooks(1.0))),
+     (dict(hooks=lambda: hooks(1.0)), dict(hooks=lambda: hooks(1.0, (0.5, 0.3)))),
+     (dict(control=lambda: control(1.0)), dict(control=lambda: control(0.1))),
+     (dict(control=lambda: control(1.0)), dict(control=lambda: control(1.0, 0.5))),
+     (dict(control=lambda: control(1.0)), dict(control=lambda: control(1.0, previous=control(1.0)))),
+     (dict(control=lambda: net(0)), dict(control=lambda: net(1))),
+     (dict(clip_vision_output=lambda: seen(1.0)), dict(clip_vision_output=lambda: seen(-2.0))),
+     (dict(region=torch.tensor([True, False])), dict(region=torch.tensor([False, True]))),
+     (dict(small=torch.tensor([1.0, -1.0]).to(torch.float8_e4m3fn)),
+      dict(small=torch.tensor([-1.0, 1.0]).to(torch.float8_e4m3fn)))], ids=[
+          "area", "strength", "mask", "hook", "keyframe", "control", "hint", "second control", "network",
+          "clip vision", "bool", "float8"
+      ])
 def test_two_prompts_are_told_apart_by_everything_that_conditions_them(one: dict, other: dict) -> None:
-    a, b = ({name: make() if callable(make) else make for name, make in cond.items()} for cond in (one, other))
+    a, b = ({name: make() if callable(make) else make for name, make in cond.items()}
+            for cond in (one, other))
     assert conditions(**a) != conditions(**b) and conditions(**a) != conditions()
-    again = {name: make() if callable(make) else make.clone() if isinstance(make, torch.Tensor) else make for name, make in one.items()}
+    again = {
+        name: make() if callable(make) else make.clone() if isinstance(make, torch.Tensor) else make
+        for name, make in one.items()
+    }
     assert conditions(**a) == conditions(**again)
 
 
@@ -215,12 +237,18 @@ def test_what_wraps_the_model_is_named_unless_it_leaves_the_model_what_it_is() -
         return executor(*args)
 
     def lines(**wrappers) -> list[str]:
-        return identity().changed(types.SimpleNamespace(object_patches={}, model_options={}, wrappers={
-            "apply_model": {key.replace("_", ".") or None: [function] for key, function in wrappers.items()}}))
+        return identity().changed(
+            types.SimpleNamespace(
+                object_patches={}, model_options={}, wrappers={
+                    "apply_model": {
+                        key.replace("_", ".") or None: [function] for key, function in wrappers.items()
+                    }
+                }))
 
     assert lines() == lines(easycache=painted) == lines(torch_compile=painted) == []
     name = "test_what_wraps_the_model_is_named_unless_it_leaves_the_model_what_it_is."
-    assert lines(other=painted) == lines(other=functools.partial(painted, 1)) == [f"{name}painted of test_identity"]
+    assert lines(other=painted) == lines(
+        other=functools.partial(painted, 1)) == [f"{name}painted of test_identity"]
     assert lines(other=functools.partial(other)) == [f"{name}other of test_identity"]
     assert lines(other=[].append) == ["list.append of None"]  # of no module
     painted.__module__ = f"{pack().__name__}-extras.nodes"  # a sibling's
@@ -287,10 +315,12 @@ def found(made: dict, wanted: dict, folder) -> bool:
     folder_paths.folder_names_and_paths["solver_calibrations"] = ([str(folder)], {".safetensors"})
     try:
         flat = np.zeros(5)
-        statistics = samplers.Statistics(np.arange(5.0), flat + 1, flat, flat, about=json.loads(json.dumps(made)))
+        statistics = samplers.Statistics(np.arange(5.0), flat + 1, flat, flat,
+                                         about=json.loads(json.dumps(made)))
         statistics.save(folder / "a.safetensors", overwrite=True)
         folder_paths.filename_list_cache.pop("solver_calibrations", None)
-        kind = types.SimpleNamespace(type=samplers.Statistics, serves=lambda *run: 1, suited=lambda found, conditions: found)
+        kind = types.SimpleNamespace(type=samplers.Statistics, serves=lambda *run: 1,
+                                     suited=lambda found, conditions: found)
         return library().choice(kind, wanted, "saved only", {}, "ve", []) is not None
     finally:
         folder_paths.folder_names_and_paths["solver_calibrations"] = kept
@@ -341,7 +371,8 @@ def patched(*loras: tuple[int, float, range]) -> dict:
 
 
 @pytest.mark.parametrize("lora, left", [(0.0, -1.0), (0.4, -1.8)])
-def test_the_fingerprint_is_the_checkpoint_s_while_loras_and_hooks_have_patched_its_weights(lora, left) -> None:
+def test_the_fingerprint_is_the_checkpoint_s_while_loras_and_hooks_have_patched_its_weights(lora,
+                                                                                            left) -> None:
     network, seen = Network(), []
     patcher = model(network)
     group = hooks(1.0)
@@ -364,16 +395,17 @@ def test_the_fingerprint_is_the_checkpoint_s_while_loras_and_hooks_have_patched_
 ALL, FEW, MORE = range(24), range(6), range(6, 24)
 
 
-@pytest.mark.parametrize("one, other, same", [
-    ([(1, 0.8, ALL)], [(1, 0.8, ALL)], True), ([(1, 0.8, ALL)], [(1, 0.81, ALL)], True),
-    ([(1, 0.8, ALL)], [(1, 0.5, ALL)], False), ([(1, 0.8, ALL)], [(2, 0.8, ALL)], False),
-    ([(1, 0.8, ALL)], [], False), ([(1, 0.8, ALL)], [(1, -0.8, ALL)], False),
-    ([(1, 0.8, ALL), (2, 0.8, ALL)], [(1, 0.8, ALL), (2, 0.82, ALL)], True),
-    ([(1, 0.8, FEW), (2, 0.8, MORE)], [(1, 0.8, FEW), (2, 0.82, MORE)], True),
-    ([(1, 0.8, FEW), (2, 0.8, MORE)], [(1, 0.8, FEW), (2, 0.3, MORE)], False),
-    ([(1, 1.0, ALL), (2, 0.2, ALL)], [(1, 0.2, ALL), (2, 1.0, ALL)], False)],
-    ids=["same", "near", "far", "another", "none", "against", "one of two", "on other weights", "one of two far",
-         "exchanged"])
+@pytest.mark.parametrize(
+    "one, other, same", [([(1, 0.8, ALL)], [(1, 0.8, ALL)], True), ([(1, 0.8, ALL)], [(1, 0.81, ALL)], True),
+                         ([(1, 0.8, ALL)], [(1, 0.5, ALL)], False), ([(1, 0.8, ALL)], [(2, 0.8, ALL)], False),
+                         ([(1, 0.8, ALL)], [], False), ([(1, 0.8, ALL)], [(1, -0.8, ALL)], False),
+                         ([(1, 0.8, ALL), (2, 0.8, ALL)], [(1, 0.8, ALL), (2, 0.82, ALL)], True),
+                         ([(1, 0.8, FEW), (2, 0.8, MORE)], [(1, 0.8, FEW), (2, 0.82, MORE)], True),
+                         ([(1, 0.8, FEW), (2, 0.8, MORE)], [(1, 0.8, FEW), (2, 0.3, MORE)], False),
+                         ([(1, 1.0, ALL), (2, 0.2, ALL)], [(1, 0.2, ALL), (2, 1.0, ALL)], False)], ids=[
+                             "same", "near", "far", "another", "none", "against", "one of two",
+                             "on other weights", "one of two far", "exchanged"
+                         ])
 def test_loras_of_near_strengths_share_a_calibration(tmp_path, one: list, other: list, same: bool) -> None:
     one, other = patched(*one), patched(*other)
     assert found(one, other, tmp_path) is same and (not faults(one, other)) is same

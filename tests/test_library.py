@@ -1,4 +1,5 @@
-"""ComfyUI's modules as a library: no server, nobody to show a progress to, and samplers that measure all the same."""
+"""ComfyUI's modules as a library: no server, nobody to show a progress to, and samplers that measure all
+the same."""
 from __future__ import annotations
 
 import os
@@ -28,5 +29,6 @@ with torch.inference_mode():
 
 
 def test_every_kind_of_sampler_runs_without_a_server(tmp_path) -> None:
-    subprocess.run([sys.executable, "-c", CODE, str(tmp_path)], check=True, cwd=environment.ROOT, env={**os.environ}, timeout=300)
+    subprocess.run([sys.executable, "-c", CODE, str(tmp_path)], check=True, cwd=environment.ROOT,
+                   env={**os.environ}, timeout=300)
     assert len(list(tmp_path.glob("solver_calibrations/*.safetensors"))) == 3

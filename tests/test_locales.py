@@ -9,7 +9,8 @@ import pytest
 import locales
 from comfy_host import pack
 
-FILES = [(language, name) for language in ("en", "zh") for name in ("main.json", "nodeDefs.json", "settings.json")]
+FILES = [(language, name) for language in ("en", "zh")
+         for name in ("main.json", "nodeDefs.json", "settings.json")]
 REMEDY = "put the texts into dev/zh.json and run `python dev/locales.py`"
 
 
@@ -28,7 +29,8 @@ def test_every_text_has_a_translation_and_no_translation_is_left_over() -> None:
 @pytest.mark.parametrize("language, name", FILES)
 def test_the_files_are_what_the_definitions_say(contents, language: str, name: str) -> None:
     found = (locales.LOCALES / language / name).read_text(encoding="utf-8")
-    assert found == locales.written(contents[language][name]), f"locales/{language}/{name} is out of date: {REMEDY}"
+    assert found == locales.written(
+        contents[language][name]), f"locales/{language}/{name} is out of date: {REMEDY}"
 
 
 def test_a_translation_keeps_the_places_of_the_numbers() -> None:
@@ -38,7 +40,8 @@ def test_a_translation_keeps_the_places_of_the_numbers() -> None:
 
 def test_no_text_of_a_node_or_setting_has_a_sign_that_the_interface_would_interpret(contents) -> None:
     def words(content):
-        return [content] if isinstance(content, str) else [word for part in content.values() for word in words(part)]
+        return [content] if isinstance(content,
+                                       str) else [word for part in content.values() for word in words(part)]
     for language in contents:
         for name in ("nodeDefs.json", "settings.json"):
             assert [word for word in words(contents[language][name]) if re.search("[{}@|]", word)] == []

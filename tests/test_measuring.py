@@ -1,4 +1,5 @@
-"""How a model is measured inside ComfyUI: as many images at once as the run has, told the levels of its calls."""
+"""How a model is measured inside ComfyUI: as many images at once as the run has, told the levels of its
+calls."""
 from __future__ import annotations
 
 from dataclasses import replace
@@ -29,7 +30,8 @@ def made(network: Network, video: bool = False, cfg: float = 3.0):
 
 @pytest.mark.parametrize("batch", [1, 2, 3])
 @pytest.mark.parametrize("name", ["lambda_2m", *MEASURED])
-def test_a_model_that_takes_the_run_s_batch_and_no_more_is_measured_in_calls_of_one_shape(name, batch) -> None:
+def test_a_model_that_takes_the_run_s_batch_and_no_more_is_measured_in_calls_of_one_shape(name,
+                                                                                          batch) -> None:
     network = Network(most=batch)
     result = sampled(made(network), listed(name), batch)
     assert result.isfinite().all() and {call.images for call in network.calls} == {batch}
@@ -117,7 +119,9 @@ def test_answers_of_another_shape_are_told_and_not_waited_for() -> None:
     said = part("samplers.model").answer
 
     def asked(run) -> None:
-        with pytest.raises(ValueError, match="the model returned shape .0, 4, 40, 40. at sigma = 1 for x of shape .5, 4, 40, 40."):
+        with pytest.raises(
+                ValueError,
+                match="the model returned shape .0, 4, 40, 40. at sigma = 1 for x of shape .5, 4, 40, 40."):
             said(run.denoise, torch.ones(5, *IMAGE), 1.0, {})
 
     in_a_run(guider(patcher, prompt(0.3), prompt(0.0)), asked, batch=2)
@@ -245,7 +249,8 @@ class TeaCache:
 
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("name", MEASURED)
-def test_a_model_that_does_not_answer_for_itself_is_refused_and_what_wraps_it_named(folder, name, batch) -> None:
+def test_a_model_that_does_not_answer_for_itself_is_refused_and_what_wraps_it_named(folder, name,
+                                                                                    batch) -> None:
     patcher = model(Network())
     patcher.set_model_unet_function_wrapper(TeaCache())
     cached = guider(patcher, prompt(0.3), prompt(0.0))
@@ -256,7 +261,8 @@ def test_a_model_that_does_not_answer_for_itself_is_refused_and_what_wraps_it_na
     assert sampled(cached, listed("lambda_2m"), batch).isfinite().all()
     sampled(made(Network()), listed(name), batch)  # measured without, and given
     [file] = folder.glob("*.safetensors")
-    kind = next(kind for kind in part("nodes.kinds").KINDS if kind.option == ("trained" if "amed" in name else "statistics"))
+    kind = next(kind for kind in part("nodes.kinds").KINDS
+                if kind.option == ("trained" if "amed" in name else "statistics"))
     patcher.set_attachments(kind.attachment, kind.type.load(file))
     assert sampled(guider(patcher, prompt(0.3), prompt(0.0)), listed(name), batch).isfinite().all()
 
@@ -273,7 +279,8 @@ def test_a_refit_refuses_it_too() -> None:
     wanted = found.about  # measured before the cache was put there
 
     def refit(run) -> None:
-        with pytest.raises(ValueError, match="Other nodes have put around this model: TeaCache of test_measuring"):
+        with pytest.raises(ValueError,
+                           match="Other nodes have put around this model: TeaCache of test_measuring"):
             kind.refit(run, found, 4, {**about(run), "patches": wanted["patches"]}, None)
 
     in_a_run(guider(patcher, prompt(0.3), prompt(0.0)), refit)
@@ -285,13 +292,14 @@ def test_latents_of_several_kinds_are_refused_by_name_where_a_model_is_measured(
     import comfy.nested_tensor
     latents = comfy.nested_tensor.NestedTensor([torch.zeros(1, *VIDEO), torch.zeros(1, 4, 8)])
     with pytest.raises(ValueError, match="latents are nested"):
-        part("nodes.measuring").measured(model(Network()), [prompt(0.0)], prompt(0.0), 1.0, {"samples": latents},
-                                           0, None, lambda run: None)
+        part("nodes.measuring").measured(model(Network()), [prompt(0.0)], prompt(0.0), 1.0,
+                                         {"samples": latents}, 0, None, lambda run: None)
     network = Network()
     patcher = model(network)
     told, shapes = patcher.model.extra_conds, comfy.conds.CONDConstant([[1, 4, 8, 8], [1, 4, 8]])
     patcher.model.extra_conds = lambda **more: {**told(**more), "latent_shapes": shapes}
-    with pytest.raises(ValueError, match="nested .several in one, such as video.*Choose a sampler that needs none"):
+    with pytest.raises(ValueError,
+                       match="nested .several in one, such as video.*Choose a sampler that needs none"):
         sampled(guider(patcher, prompt(0.3), prompt(0.0)), listed("lambda_v3"))
     assert not network.calls
 
@@ -324,7 +332,8 @@ FALLING = [5.0, 4.0, 3.0, 2.0, 1.0]
 def test_a_guidance_that_changes_from_step_to_step_is_sampled_and_refused_a_calibration(cfg) -> None:
     results = [sampled(scheduled(scales), listed("lambda_2m")) for scales in (cfg, FALLING)]
     assert torch.equal(*results)
-    with pytest.raises(ValueError, match="guidance of this ScheduledCFG is .*, and statistics hold for one number"):
+    with pytest.raises(ValueError,
+                       match="guidance of this ScheduledCFG is .*, and statistics hold for one number"):
         sampled(scheduled(cfg), listed("lambda_v3"))
     kind = part("nodes.kinds").STATISTICS_KIND
     described = part("nodes.library").described

@@ -1,4 +1,5 @@
-"""What a model is given and what it may answer, for everything that asks it: runs, and the three ways of measuring."""
+"""What a model is given and what it may answer, for everything that asks it: runs, and the three ways of
+measuring."""
 from __future__ import annotations
 
 import math
@@ -27,7 +28,8 @@ def sampled(model, x):
 
 
 MEASURING = {
-    "estimate_statistics": lambda model, x, measured, **how: estimate_statistics(model, x, [14.6, 0.03], fitted=True, **how),
+    "estimate_statistics": lambda model, x, measured, **how: estimate_statistics(
+        model, x, [14.6, 0.03], fitted=True, **how),
     "fit_amed": lambda model, x, measured, **how: fit_amed(model, x, SIGMAS, **how),
     "refit_multistep": lambda model, x, measured, **how: refit_multistep(model, x, measured, 5, **how),
 }
@@ -50,15 +52,18 @@ def spoiled(model, call: int, value: float):
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("call", [1, 2, 15])
 @pytest.mark.parametrize("name", MEASURING)
-def test_an_answer_that_is_not_finite_ends_the_measuring_where_it_came_and_is_not_kept(name, call, bad, measured, tmp_path) -> None:
+def test_an_answer_that_is_not_finite_ends_the_measuring_where_it_came_and_is_not_kept(
+        name, call, bad, measured, tmp_path) -> None:
     measure, x = MEASURING[name], noise(4, seed=3)
-    with pytest.raises(FloatingPointError, match=r"NaN or infinite values at sigma = [\d.]+: run it in a higher precision"):
+    with pytest.raises(FloatingPointError,
+                       match=r"NaN or infinite values at sigma = [\d.]+: run it in a higher precision"):
         measure(spoiled(mixture(), call, bad), x, measured, partial=tmp_path / "x.part")
     kept = measure(mixture(), x, measured, partial=tmp_path / "x.part")
     plain = measure(mixture(), x, measured)
     for what in ("table", "l", "s", "damping", "root"):
         if hasattr(plain, what):
-            torch.testing.assert_close(torch.tensor(getattr(kept, what)), torch.tensor(getattr(plain, what)), rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(torch.tensor(getattr(kept, what)), torch.tensor(getattr(plain, what)),
+                                       rtol=1e-9, atol=1e-9)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -82,25 +87,37 @@ def test_where_new_numbers_are_tried_such_an_answer_says_that_they_are_bad(name:
 
 @pytest.mark.parametrize("shape", [(4, 1, 1, 1), (3, 4, 4), (1, 3, 4, 4)])
 @pytest.mark.parametrize("name", MEASURING)
-def test_an_answer_of_another_shape_is_refused_though_it_would_broadcast(name: str, shape: tuple, measured) -> None:
+def test_an_answer_of_another_shape_is_refused_though_it_would_broadcast(name: str, shape: tuple,
+                                                                         measured) -> None:
     with pytest.raises(ValueError, match=r"the model returned shape .* for x of shape \[4, 3, 4, 4\]"):
-        MEASURING[name](lambda x, sigma: torch.zeros(shape, dtype=x.dtype), noise(4)[:, :, :4, :4].expand(4, 3, 4, 4), measured)
+        MEASURING[name](lambda x, sigma: torch.zeros(shape, dtype=x.dtype),
+                        noise(4)[:, :, :4, :4].expand(4, 3, 4, 4), measured)
 
 
-@pytest.mark.parametrize("x", [torch.zeros(2, 3, 4, 4, dtype=torch.int64), torch.ones(2, 3, 4, 4, dtype=torch.bool),
-                               torch.zeros(0, 3, 4, 4), torch.tensor(1.0)], ids=["int", "bool", "no image", "a number"])
+@pytest.mark.parametrize("x", [
+    torch.zeros(2, 3, 4, 4, dtype=torch.int64),
+    torch.ones(2, 3, 4, 4, dtype=torch.bool),
+    torch.zeros(0, 3, 4, 4),
+    torch.tensor(1.0)
+], ids=["int", "bool", "no image", "a number"])
 @pytest.mark.parametrize("name", ["estimate_statistics", "fit_amed", "refit_multistep", "sampled"])
 def test_what_are_no_latents_is_refused(name: str, x: torch.Tensor, measured) -> None:
     run = {**MEASURING, "sampled": lambda model, x, measured: sampled(model, x)}[name]
-    with pytest.raises(ValueError, match=r"x has (dtype torch.(int64|bool): give latents in a floating dtype|shape .*: give at least one)"):
+    with pytest.raises(
+            ValueError, match=
+            r"x has (dtype torch.(int64|bool): give latents in a floating dtype|shape .*: give at least one)"
+    ):
         run(Gaussian(), x, measured)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_whole_numbers_are_sigmas_too(name: str) -> None:
     x = noise(2).float()
-    results = [k_diffusion_sampler(name, **needed(name))(Gaussian(), x, torch.tensor([14, 6, 2, 0], dtype=dtype),
-                                                         {"seed": 1}, disable=True) for dtype in (torch.int64, torch.float32)]
+    results = [
+        k_diffusion_sampler(name, **needed(name))(Gaussian(), x, torch.tensor([14, 6, 2, 0], dtype=dtype),
+                                                  {"seed": 1}, disable=True)
+        for dtype in (torch.int64, torch.float32)
+    ]
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
@@ -109,7 +126,8 @@ def test_whole_numbers_are_sigmas_too(name: str) -> None:
 def test_a_schedule_of_one_level_has_no_step(name: str, path: str) -> None:
     x = noise(2)
     for sigma in (1.0, 0.5):
-        assert torch.equal(k_diffusion_sampler(name, path, **needed(name))(None, x, torch.tensor([sigma]), disable=True), x)
+        assert torch.equal(
+            k_diffusion_sampler(name, path, **needed(name))(None, x, torch.tensor([sigma]), disable=True), x)
 
 
 def test_a_number_in_quotes_is_no_number_of_steps() -> None:
@@ -142,7 +160,8 @@ def test_a_partial_file_that_cannot_be_written_is_one_warning(name: str, measure
 def test_nor_does_it_hide_why_the_measuring_was_cut_short(tmp_path, caplog) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(FloatingPointError):
-        estimate_statistics(spoiled(mixture(), 9, math.nan), noise(2), [14.6, 0.03], partial=tmp_path / "file" / "x.part")
+        estimate_statistics(spoiled(mixture(), 9, math.nan), noise(2), [14.6, 0.03],
+                            partial=tmp_path / "file" / "x.part")
     assert len(caplog.records) == 1
 
 

@@ -13,11 +13,17 @@ from comfy_host import ROOT, Model, comfy_sampling, pack, sampling_of
 from problems import reference_mixture
 from samplers import FAMILIES, SAMPLERS
 
-NAMES = ["lambda_2m", "lambda_3m", "lambda_2m_sde", "lambda_3m_sde", "lambda_v3", "lambda_amed", "lambda_amed_2m", "lambda_fitted"]
+NAMES = [
+    "lambda_2m", "lambda_3m", "lambda_2m_sde", "lambda_3m_sde", "lambda_v3", "lambda_amed", "lambda_amed_2m",
+    "lambda_fitted"
+]
 SHOWN = ["multistep", "singlestep", "adaptive", "sde", "v3", "fitted", "amed"]
 SAMPLER_NODES = ["LambdaSampler" + name.capitalize() for name in SHOWN]
-NODES = {*SAMPLER_NODES, "LambdaMeasureModel", "LambdaTrainAmed", "LambdaTuneFitted", "LambdaLoadCalibration", "LambdaSaveCalibration",
-         "LambdaApplyCalibration", "LambdaFittedScheduler", "LambdaFirstStep", "LambdaCompareSamplers"}
+NODES = {
+    *SAMPLER_NODES, "LambdaMeasureModel", "LambdaTrainAmed", "LambdaTuneFitted", "LambdaLoadCalibration",
+    "LambdaSaveCalibration", "LambdaApplyCalibration", "LambdaFittedScheduler", "LambdaFirstStep",
+    "LambdaCompareSamplers"
+}
 
 
 def lists() -> list[list[str]]:
@@ -70,8 +76,9 @@ def test_ksampler_s_function_is_ours(name: str) -> None:
     import comfy.samplers
     denoiser, x = reference_mixture("ve")
     sampler = comfy.samplers.sampler_object(name)
-    result = sampler.sampler_function(Model(denoiser, sampling_of("EPS")), x * 10, torch.tensor([10.0, 2.0, 0.4, 0.0]),
-                                      extra_args={"seed": 3}, callback=None, disable=True)
+    result = sampler.sampler_function(Model(denoiser, sampling_of("EPS")), x * 10,
+                                      torch.tensor([10.0, 2.0, 0.4, 0.0]), extra_args={"seed": 3},
+                                      callback=None, disable=True)
     assert result.isfinite().all() and result.dtype == x.dtype
 
 
@@ -87,9 +94,11 @@ def test_a_family_s_node_has_one_widget_for_every_option_and_one_socket_for_any_
         family, node = FAMILIES[name], found["LambdaSampler" + name.capitalize()]
         assert node.GET_SCHEMA().description
         inputs = {name: spec for kind in node.INPUT_TYPES().values() for name, spec in kind.items()}
-        assert set(inputs) == {*family.options, *(["calibration", "measure"] if family.stand_ins else [])} - set(family.stand_ins)
+        assert set(inputs) == {*family.options, *(["calibration", "measure"] if family.stand_ins else [])
+                               } - set(family.stand_ins)
         if family.stand_ins:
-            assert inputs["calibration"][0] == "LAMBDA_CALIBRATION" and "calibration" in node.INPUT_TYPES()["optional"]
+            assert inputs["calibration"][0] == "LAMBDA_CALIBRATION" and "calibration" in node.INPUT_TYPES(
+            )["optional"]
         for name, option in family.options.items():
             if option.stand_in is not None:
                 continue
@@ -110,10 +119,18 @@ def own(name: str):
 def test_a_calibration_of_the_wrong_kind_is_refused_by_what_it_is_and_what_is_needed() -> None:
     found = nodes()
     statistics, trained = own("Statistics").constant(), own("Amed").untrained()
-    options = {key: option.default for key, option in FAMILIES["v3"].options.items() if option.stand_in is None}
-    with pytest.raises(ValueError, match="is AMED of a model, and DPM-Solver-v3 .Lambda. needs statistics: connect what Measure Model makes"):
+    options = {
+        key: option.default for key, option in FAMILIES["v3"].options.items() if option.stand_in is None
+    }
+    with pytest.raises(
+            ValueError, match=
+            "is AMED of a model, and DPM-Solver-v3 .Lambda. needs statistics: connect what Measure Model "
+            "makes"
+    ):
         found["LambdaSamplerV3"].execute(calibration=trained, **options)
-    with pytest.raises(ValueError, match="is statistics of a model, and AMED .Lambda. needs AMED: connect what Train AMED makes"):
+    with pytest.raises(
+            ValueError,
+            match="is statistics of a model, and AMED .Lambda. needs AMED: connect what Train AMED makes"):
         found["LambdaSamplerAmed"].execute(calibration=statistics)
     for node in ("LambdaFittedScheduler", "LambdaTuneFitted"):
         names = [entry.id for entry in found[node].GET_SCHEMA().inputs]
@@ -141,8 +158,8 @@ def test_a_node_s_sampler_runs_with_its_options(name: str) -> None:
     denoiser, x = reference_mixture("flow")
     model = Model(denoiser, sampling_of("CONST"))
     function = host().sampler_function(family) if family.stand_ins else sampler.sampler_function
-    result = function(model, x, torch.tensor([1.0, 0.8, 0.4, 0.0]), extra_args={"seed": 3}, callback=None, disable=True,
-                      **sampler.extra_options, **family.stand_ins)
+    result = function(model, x, torch.tensor([1.0, 0.8, 0.4, 0.0]), extra_args={"seed": 3}, callback=None,
+                      disable=True, **sampler.extra_options, **family.stand_ins)
     assert result.isfinite().all()
 
 
@@ -157,8 +174,8 @@ def test_an_adaptive_run_goes_to_the_model_s_lowest_level(kind: str, path: str, 
 
     options = {key: option.default for key, option in FAMILIES["adaptive"].options.items()}
     [sampler] = nodes()["LambdaSamplerAdaptive"].execute(**options).args
-    sampler.sampler_function(Model(model, sampling), x * sigmas[0], torch.tensor(sigmas), extra_args={"seed": 3},
-                             callback=None, disable=True, **sampler.extra_options)
+    sampler.sampler_function(Model(model, sampling), x * sigmas[0], torch.tensor(sigmas),
+                             extra_args={"seed": 3}, callback=None, disable=True, **sampler.extra_options)
     assert asked[-1] == min(asked) == pytest.approx(sampling.sigma_min) and len(asked) > 15
 
 
@@ -168,13 +185,15 @@ def test_a_node_refuses_what_the_server_let_through() -> None:
         node.execute(order=2, prediction="data", rule="heun", lower_order_final="auto")
 
 
-@pytest.mark.parametrize(("classes", "path"), [
-    (["EPS"], "ve"), (["V_PREDICTION"], "ve"), (["EDM"], "ve"), (["X0"], "ve"), (["COSMOS_RFLOW"], "ve"), (["CONST"], "flow")])
+@pytest.mark.parametrize(("classes", "path"), [(["EPS"], "ve"), (["V_PREDICTION"], "ve"), (["EDM"], "ve"),
+                                               (["X0"], "ve"), (["COSMOS_RFLOW"], "ve"), (["CONST"], "flow")])
 def test_the_path_follows_from_the_model_s_sampling_class(classes: list[str], path: str) -> None:
     assert host().path_of(sampling_of(*classes)) == path
 
 
-@pytest.mark.parametrize("classes", [["IMG_TO_IMG"], ["IMG_TO_IMG_FLOW", "CONST"], ["IMG_TO_IMG_VELOCITY", "CONST"], ["V_PREDICTION_DDPM", "EPS"], ["SomethingNew"]])
+@pytest.mark.parametrize("classes",
+                         [["IMG_TO_IMG"], ["IMG_TO_IMG_FLOW", "CONST"], ["IMG_TO_IMG_VELOCITY", "CONST"],
+                          ["V_PREDICTION_DDPM", "EPS"], ["SomethingNew"]])
 def test_a_class_that_cannot_work_is_refused_by_name(classes: list[str]) -> None:
     with pytest.raises(ValueError, match=f"{classes[0]}.*Choose one of ComfyUI's own samplers"):
         host().path_of(sampling_of(*classes))
@@ -183,10 +202,12 @@ def test_a_class_that_cannot_work_is_refused_by_name(classes: list[str]) -> None
 def test_scaled_noise_of_newer_flow_models_scales_what_stochastic_solvers_add() -> None:
     function = host().sampler_function(SAMPLERS["dpmpp_2m_sde"])
     x, sigmas = torch.ones(1, 3, 4, 4), torch.tensor([0.9, 0.7, 0.5])
-    runs = [function(Model(lambda x, sigma: x * 0, sampling_of("CONST", **scale)), x, sigmas, extra_args={"seed": 3},
-                     disable=True) for scale in ({}, {"noise_scale": 8.0})]
-    quiet = function(Model(lambda x, sigma: x * 0, sampling_of("CONST")), x, sigmas, extra_args={"seed": 3}, disable=True,
-                     s_noise=0.0)
+    runs = [
+        function(Model(lambda x, sigma: x * 0, sampling_of("CONST", **scale)), x, sigmas,
+                 extra_args={"seed": 3}, disable=True) for scale in ({}, {"noise_scale": 8.0})
+    ]
+    quiet = function(Model(lambda x, sigma: x * 0, sampling_of("CONST")), x, sigmas, extra_args={"seed": 3},
+                     disable=True, s_noise=0.0)
     torch.testing.assert_close(runs[1] - quiet, 8 * (runs[0] - quiet))
 
 
@@ -199,7 +220,8 @@ def test_the_environment_says_what_a_listed_sampler_does_without_statistics(monk
     monkeypatch.setenv("LAMBDA_SOLVERS_CALIBRATION", "saved only")
     assert library.rule() == "saved only"
     monkeypatch.setenv("LAMBDA_SOLVERS_CALIBRATION", "sometimes")
-    with pytest.raises(ValueError, match="LAMBDA_SOLVERS_CALIBRATION is 'sometimes': choose one of auto, every prompt"):
+    with pytest.raises(ValueError,
+                       match="LAMBDA_SOLVERS_CALIBRATION is 'sometimes': choose one of auto, every prompt"):
         library.rule()
 
 
@@ -213,7 +235,11 @@ def test_an_empty_latent_gets_the_shape_that_comfyui_gives_it_newer_ones_by_thei
         return latent_image
 
     latent = {"samples": torch.zeros(1, 4, 8, 8), "downscale_ratio_spacial": 8, "batch_index": [3]}
-    model = type("Patcher", (), {"get_model_object": lambda self, name: type("Format", (), {"latent_channels": 16, "latent_dimensions": 2})})()
+    model = type(
+        "Patcher", (), {
+            "get_model_object": lambda self, name: type("Format",
+                                                        (), {"latent_channels": 16, "latent_dimensions": 2})
+        })()
     assert host().latent_for(model, latent).shape == (1, 16, 8, 8)  # 0.3.75 knows channels alone
     monkeypatch.setattr(comfy.sample, "fix_empty_latent_channels", newer)
     host().latent_for(model, latent)
@@ -229,16 +255,20 @@ def test_half_precision_latents_are_sampled_in_float32() -> None:
         seen.add(x.dtype)
         return x * 0.5
 
-    result = function(Model(denoiser, sampling_of("EPS")), torch.ones(1, 3, 4, 4).half(), torch.tensor([9.0, 1.0, 0.0]),
-                      disable=True)
+    result = function(Model(denoiser, sampling_of("EPS")),
+                      torch.ones(1, 3, 4, 4).half(), torch.tensor([9.0, 1.0, 0.0]), disable=True)
     assert seen == {torch.float32} and result.dtype == torch.float16
 
 
 def test_the_folder_imports_without_comfyui() -> None:
     """Managers, test runners and registries import the pack where there is no ComfyUI."""
-    code = ("import importlib.util, sys; s = importlib.util.spec_from_file_location('pack', sys.argv[1] + '/__init__.py');"
-            "m = importlib.util.module_from_spec(s); s.loader.exec_module(m); assert not hasattr(m, 'comfy_entrypoint')")
-    subprocess.run([sys.executable, "-c", code, str(ROOT)], check=True, cwd="/" if sys.platform != "win32" else None)
+    code = (
+        "import importlib.util, sys; s = importlib.util.spec_from_file_location('pack', sys.argv[1] + "
+        "'/__init__.py');m = importlib.util.module_from_spec(s); s.loader.exec_module(m); assert not "
+        "hasattr(m, 'comfy_entrypoint')"
+    )
+    subprocess.run([sys.executable, "-c", code, str(ROOT)], check=True,
+                   cwd="/" if sys.platform != "win32" else None)
 
 
 def test_install_makes_the_folder_for_calibrations_and_nothing_else(tmp_path) -> None:
@@ -257,8 +287,10 @@ def patcher_of(network: torch.nn.Module):
 
 
 @pytest.mark.parametrize("calls", [[[1, 0]], [[0, 1]], [[1], [0]], [[0], [1]], [[0]], [[0, 0, 1]]])
-def test_the_middle_block_is_seen_for_the_conditional_half_however_conds_are_evaluated(calls: list[list[int]]) -> None:
-    """All in one call, in either order, one after the other, without guidance, and two areas of one prompt."""
+def test_the_middle_block_is_seen_for_the_conditional_half_however_conds_are_evaluated(
+        calls: list[list[int]]) -> None:
+    """All in one call, in either order, one after the other, without guidance, and two areas of one
+    prompt."""
     pack()
     MiddleBlock = sys.modules["custom_nodes_x_lambda-solvers.nodes.middle_block"].MiddleBlock  # noqa: N806
 
@@ -277,7 +309,8 @@ def test_the_middle_block_is_seen_for_the_conditional_half_however_conds_are_eva
     marks = {0: x, 1: x + 100}
     with MiddleBlock(patcher) as block:
         for order in calls:
-            network(torch.cat([marks[which] for which in order]), None, transformer_options={"cond_or_uncond": order})
+            network(torch.cat([marks[which] for which in order]), None,
+                    transformer_options={"cond_or_uncond": order})
         torch.testing.assert_close(block.features(), x)
     network(x + 5, None, transformer_options={"cond_or_uncond": [0]})
     torch.testing.assert_close(block.features(), x)  # no longer looking

@@ -1,4 +1,5 @@
-"""The noise of stochastic solvers: the same image alone, in any batch, on any schedule; and the right distribution."""
+"""The noise of stochastic solvers: the same image alone, in any batch, on any schedule; and the right
+distribution."""
 from __future__ import annotations
 
 import math
@@ -44,7 +45,8 @@ def test_image_k_is_the_same_alone_and_in_any_batch(name: str, path: str) -> Non
     x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * float(sigmas[0])
     batch = run(name, x, sigmas, seed=11, path=path)
     for k in range(4):
-        torch.testing.assert_close(run(name, x[k:k + 1], sigmas, seed=11 + k, path=path), batch[k:k + 1], rtol=0, atol=1e-6)
+        torch.testing.assert_close(run(name, x[k:k + 1], sigmas, seed=11 + k, path=path), batch[k:k + 1],
+                                   rtol=0, atol=1e-6)
 
 
 @EVERY_STOCHASTIC
@@ -102,7 +104,8 @@ def test_the_result_is_distributed_as_the_data(name: str, eta: float, path: str)
     start = PATHS[path].at(-2.2)
     x = start.alpha * 0.7 + (start.alpha**2 * 0.16 + start.sigma**2) ** 0.5 * torch.randn(
         1, 20_000, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    result = run(name, x, sigmas_between(-2.2, 4.0, 120, path), seed=9, path=path, eta=eta) / PATHS[path].at(4.0).alpha
+    result = run(name, x, sigmas_between(-2.2, 4.0, 120, path), seed=9, path=path,
+                 eta=eta) / PATHS[path].at(4.0).alpha
     assert abs(float(result.mean()) - 0.7) < 0.02
     assert abs(float(result.std()) - 0.4) < (0.03 if name == "dpmpp_sde" else 0.015)
 
@@ -214,13 +217,17 @@ def test_churn_raises_a_step_with_all_that_is_in_it() -> None:
         for path in PATHS:
             start, end = PATHS[path].at(-2.5), PATHS[path].at(3.0)
             x = reference_mixture("ve")[1] * 12.0 * start.alpha
-            churned, noise = Churned(Singlestep(integrand, DPM_2S_TAYLOR), 8.0, 0.0, 1e6, 1.0), BrownianNoise(x, 3)
-            results.append(planned(churned, path, 8, x, noise, reference_mixture(path)[0], -2.5, 3.0) / end.alpha)
+            churned, noise = Churned(Singlestep(integrand, DPM_2S_TAYLOR), 8.0, 0.0, 1e6,
+                                     1.0), BrownianNoise(x, 3)
+            results.append(
+                planned(churned, path, 8, x, noise,
+                        reference_mixture(path)[0], -2.5, 3.0) / end.alpha)
         for other in results[1:]:
             torch.testing.assert_close(other, results[0], rtol=0, atol=1e-9)
 
 
 def test_a_churned_run_that_stops_early_is_at_the_schedule_s_last_level() -> None:
     x, sigmas = drawn(20_000, (0.16 + 81.0) ** 0.5), sigmas_between(-math.log(9.0), 0.0, 20, "ve")
-    result = k_diffusion_sampler("heun", s_churn=40.0)(Gaussian(mean=0.0), x, sigmas, {"seed": 1}, disable=True)
+    result = k_diffusion_sampler("heun", s_churn=40.0)(Gaussian(mean=0.0), x, sigmas, {"seed": 1},
+                                                       disable=True)
     assert float(result.std()) == pytest.approx((0.16 + 1.0) ** 0.5, abs=0.02)

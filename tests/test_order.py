@@ -19,11 +19,13 @@ from samplers.learning.fitted import Fitted
 from samplers.learning.statistics import EmpiricalPrediction
 
 START, END = -2.2, 1.8  # the range in lam: nowhere stiff, everywhere curved
-SPREAD = torch.tensor([0.2, 0.4, 0.8], dtype=torch.float64)  # of several kinds: error terms that cancel for one do not for all
+# of several kinds: error terms that cancel for one do not for all
+SPREAD = torch.tensor([0.2, 0.4, 0.8], dtype=torch.float64)
 
 
 def order_of(name: str) -> int:
-    """The order a solver has: its nominal one, but for the rules that give up a factor (phi.published) or a last step."""
+    """The order a solver has: its nominal one, but for the rules that give up a factor (phi.published) or
+    a last step."""
     settings = SAMPLERS[name].settings(needed(name))
     if settings.get("fast"):
         return 2  # its last step is of order 1: one local error of O(h^2)
@@ -59,7 +61,8 @@ def end_error(solver, n: int, path: str) -> float:
         seeding = isinstance(solver, (Multistep, Fitted)) and len(past) < solver.order - 1
         before = None if seeding else step.correction
         own = range(len(step.evaluations) - 1, -1, -1)
-        x = problem.exact(start, schedule[0].sigma, step.t.sigma) if seeding else advance(denoise, x, step, values, {*own, -1, -2})
+        x = problem.exact(start, schedule[0].sigma, step.t.sigma) if seeding else advance(
+            denoise, x, step, values, {*own, -1, -2})
         past = [values[k] for k in (*own, -1, -2, -3) if k in values][:4]
     return float((x - problem.exact(start, schedule[0].sigma, schedule[-1].sigma)).abs().max())
 
@@ -96,7 +99,8 @@ def test_an_adaptive_solver_is_as_exact_as_its_tolerance_asks(name: str, path: s
             return problem(x, sigma)
 
         fn = k_diffusion_sampler(name, path, rtol=tolerance, atol=tolerance, prediction=prediction)
-        assert (fn(model, x, sigmas, disable=True) - exact).abs().max() < 10 * tolerance  # one step's error, ten steps
+        # one step's error, ten steps
+        assert (fn(model, x, sigmas, disable=True) - exact).abs().max() < 10 * tolerance
         costs.append(len(calls))
     assert costs == sorted(costs)
 
@@ -106,7 +110,8 @@ def test_an_adaptive_solver_is_as_exact_as_its_tolerance_asks(name: str, path: s
 def test_an_adaptive_solver_is_as_exact_from_any_noise_level(name: str, sigma: float) -> None:
     problem = Gaussian(mean=0.5, spread=0.2)
     x = torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * sigma
-    result = k_diffusion_sampler(name)(problem, x, torch.tensor([sigma, 0.02], dtype=torch.float64), disable=True)
+    result = k_diffusion_sampler(name)(problem, x, torch.tensor([sigma, 0.02], dtype=torch.float64),
+                                       disable=True)
     assert (result - problem.exact(x, sigma, 0.02)).square().mean().sqrt() < 0.02
 
 
@@ -121,7 +126,8 @@ def test_the_published_third_order_rule_is_of_second_order_and_taylor_of_third()
 @pytest.mark.parametrize("basis", [weights, pseudo_weights])
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_v3_has_its_order_whatever_the_statistics(order: int, basis, extra: int, path: str) -> None:
-    """With and without corrector; pseudo differences give up the third order, as they must: m[r0, r1] is a mere slope."""
+    """With and without corrector; pseudo differences give up the third order, as they must: m[r0, r1] is a
+    mere slope."""
     for corrector in ("off", "full"):
         solver = Multistep(EmpiricalPrediction(smooth_statistics(3)), order, basis=basis, corrector=corrector,
                            corrector_basis=basis, corrector_extra=extra)
@@ -131,5 +137,6 @@ def test_v3_has_its_order_whatever_the_statistics(order: int, basis, extra: int,
 
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_a_corrector_lowers_the_error(order: int) -> None:
-    plain, corrected = (Multistep(PREDICTIONS["data"], order, corrector=corrector) for corrector in ("off", "full"))
+    plain, corrected = (Multistep(PREDICTIONS["data"], order, corrector=corrector)
+                        for corrector in ("off", "full"))
     assert end_error(corrected, 96, "ve") < 0.6 * end_error(plain, 96, "ve")

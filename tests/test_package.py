@@ -1,4 +1,5 @@
-"""What a registry publishes: its configuration, the rules it runs, an archive that works alone. The rest: dev/package.py."""
+"""What a registry publishes: its configuration, the rules it runs, an archive that works alone. The rest:
+dev/package.py."""
 from __future__ import annotations
 
 import re
@@ -20,7 +21,8 @@ from test_tree import ROOT, published
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """A ComfyUI base directory with the unpacked archive, the tiny checkpoint, and nothing else of this repository."""
+    """A ComfyUI base directory with the unpacked archive, the tiny checkpoint, and nothing else of this
+    repository."""
     base = environment.base_directory(tmp_path_factory.mktemp("alone"))
     (base / "custom_nodes" / "lambda-solvers").unlink()
     archive = base / "node.zip"
@@ -39,15 +41,18 @@ def test_the_registry_s_parser_reads_the_configuration() -> None:
     config = extract_node_configuration(str(ROOT))
     assert config.project.name == "lambda-solvers" and re.fullmatch(r"\d+\.\d+\.\d+", config.project.version)
     assert config.project.license.file == "LICENSE" and config.project.dependencies == [] and config.project.description
-    assert config.project.supported_os and config.project.supported_accelerators  # one unknown value empties them
+    # one unknown value empties them
+    assert config.project.supported_os and config.project.supported_accelerators
     assert config.project.supported_comfyui_version == ">=0.3.75" and config.project.requires_python == ">=3.10"
     assert config.tool_comfy.publisher_id and config.tool_comfy.display_name
 
 
 def test_the_registry_s_ruff_rules_find_nothing() -> None:
     """S102 exec, S307 eval, E702 statements in one line: in the archive, and in what it leaves out."""
-    found = subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", "--isolated", "--select", "S102,S307,E702",
-                            str(ROOT)], capture_output=True, text=True)
+    found = subprocess.run([
+        sys.executable, "-m", "ruff", "check", "--no-cache", "--isolated", "--select", "S102,S307,E702",
+        str(ROOT)
+    ], capture_output=True, text=True)
     assert found.returncode == 0, found.stdout + found.stderr
 
 
@@ -56,14 +61,20 @@ WIDEST = 240
 
 
 def test_no_line_is_wider_than_agreed() -> None:
-    found = subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", "--isolated", "--select", "E501",
-                            "--line-length", str(WIDEST), str(ROOT)], capture_output=True, text=True)
+    found = subprocess.run([
+        sys.executable, "-m", "ruff", "check", "--no-cache", "--isolated", "--select", "E501",
+        "--line-length",
+        str(WIDEST),
+        str(ROOT)
+    ], capture_output=True, text=True)
     assert found.returncode == 0, found.stdout + found.stderr
 
 
 def test_what_the_archive_leaves_out_are_whole_folders_and_nothing_it_needs() -> None:
     kept = {path.relative_to(ROOT).as_posix() for path in published()}
-    assert {"README.md", "requirements.txt", "install.py", "pyproject.toml", "web/docs/LambdaCompareSamplers.md"} <= kept
+    assert {
+        "README.md", "requirements.txt", "install.py", "pyproject.toml", "web/docs/LambdaCompareSamplers.md"
+    } <= kept
     assert not [name for name in kept if re.match(r"(dev|docs|tests|\.ci|\.dev)/|\.git", name)]
 
 
@@ -79,5 +90,7 @@ def test_the_archive_works_alone(alone) -> None:
         assert {path.stem for path in (ROOT / "example_workflows").glob("*.json")} == set(templates)
         assert not re.search("IMPORT FAILED.*lambda-solvers", server.log.read_text())
     shutil.rmtree(alone / "custom_nodes" / "lambda-solvers")
-    left = {path.relative_to(alone).parts[0] for path in alone.rglob("*") if "solver_calibrations" in path.parts}
+    left = {
+        path.relative_to(alone).parts[0] for path in alone.rglob("*") if "solver_calibrations" in path.parts
+    }
     assert left <= {"models"}

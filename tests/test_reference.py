@@ -1,4 +1,5 @@
-"""The authors' own implementations, case by case (tests/reference/README.md says where the numbers come from)."""
+"""The authors' own implementations, case by case (tests/reference/README.md says where the numbers come
+from)."""
 from __future__ import annotations
 
 import math
@@ -18,7 +19,10 @@ from samplers.sample import sample, sample_adaptive
 from samplers.schedule import PATHS, levels
 
 VP = PATHS["vp"]
-FAMILY = {"multistep": "multistep", "singlestep_fixed": "singlestep", "singlestep": "singlestep", "adaptive": "adaptive"}
+FAMILY = {
+    "multistep": "multistep", "singlestep_fixed": "singlestep", "singlestep": "singlestep",
+    "adaptive": "adaptive"
+}
 V3_CASES = [case for case in REFERENCE["cases"] if "DPM-Solver-v3" in case["source"]]
 CASES = [case for case in REFERENCE["cases"] if case["source"] == "LuChengTHU/dpm-solver"]
 AMED_CASES = [case for case in REFERENCE["cases"] if "amed-solver" in case["source"]]
@@ -35,7 +39,8 @@ def t_of(lam: float) -> float:
 
 
 def grid(case: dict) -> list[float]:
-    """The lam of every level: for grouped singlestep also those inside the groups, which the cases leave to skip_type."""
+    """The lam of every level: for grouped singlestep also those inside the groups, which the cases leave
+    to skip_type."""
     if case["method"] == "adaptive":
         return [lam_of(1.0), lam_of(1e-3)]
     if case["method"] != "singlestep":
@@ -57,13 +62,16 @@ def v3_statistics() -> Statistics:
 
 
 def name(case: dict) -> str:
-    return " ".join(str(case.get(k, "")) for k in ("algorithm", "method", "order", "solver_type", "skip_type", "nfe"))
+    return " ".join(
+        str(case.get(k, "")) for k in ("algorithm", "method", "order", "solver_type", "skip_type", "nfe"))
 
 
 @pytest.mark.parametrize("case", CASES, ids=name)
 def test_a_case_of_dpm_solver_is_reproduced(case: dict) -> None:
-    options = {"order": case["order"], "prediction": "data" if case["algorithm"] == "dpmsolver++" else "noise",
-               "rule": {"dpmsolver": "midpoint", "taylor": "taylor"}[case["solver_type"]]}
+    options = {
+        "order": case["order"], "prediction": "data" if case["algorithm"] == "dpmsolver++" else "noise",
+        "rule": {"dpmsolver": "midpoint", "taylor": "taylor"}[case["solver_type"]]
+    }
     if case["method"] == "multistep":
         options["lower_order_final"] = "on" if case["lower_order_final"] else "off"
     if case["method"] == "adaptive":
@@ -115,7 +123,9 @@ def test_a_case_of_dpm_solver_v3_is_reproduced(case: dict) -> None:
     sigmas = torch.from_numpy(np.exp(-lam[case["statistics_indexes"]]))
     result = sampler(model, x * 80.0, sigmas, disable=True)
     assert len(evaluations) == case["nfe"]
-    torch.testing.assert_close(result, torch.tensor(case["x"], dtype=torch.float64).reshape(x.shape), rtol=0, atol=1e-9)
+    torch.testing.assert_close(result,
+                               torch.tensor(case["x"], dtype=torch.float64).reshape(x.shape), rtol=0,
+                               atol=1e-9)
 
 
 def amed_base(case: dict) -> str:
@@ -125,7 +135,8 @@ def amed_base(case: dict) -> str:
     return f"ipndm_{order}" if order == 2 else case["solver"]
 
 
-@pytest.mark.parametrize("case", AMED_CASES, ids=lambda case: f"{amed_base(case)} {case['nfe']} {case['afs']}")
+@pytest.mark.parametrize("case", AMED_CASES,
+                         ids=lambda case: f"{amed_base(case)} {case['nfe']} {case['afs']}")
 def test_a_case_of_amed_is_reproduced(case: dict) -> None:
     schedule = levels(case["sigmas"], PATHS["ve"])
     inner = np.tile([case["r"], case["scale_dir"], case["scale_time"]], (len(schedule) - 1, 1))
@@ -143,4 +154,6 @@ def test_a_case_of_amed_is_reproduced(case: dict) -> None:
     fn = k_diffusion_function(sampler, "ve", {"trained": trained, "base": base, "lower_order_final": lower})
     result = fn(model, x * case["sigmas"][0], torch.tensor(case["sigmas"], dtype=torch.float64), disable=True)
     assert len(evaluations) == case["nfe"]
-    torch.testing.assert_close(result, torch.tensor(case["x"], dtype=torch.float64).reshape(x.shape), rtol=0, atol=1e-9)
+    torch.testing.assert_close(result,
+                               torch.tensor(case["x"], dtype=torch.float64).reshape(x.shape), rtol=0,
+                               atol=1e-9)

@@ -33,23 +33,27 @@ def converged(x: torch.Tensor) -> torch.Tensor:
 
 
 def result(statistics: Statistics, x: torch.Tensor, sigmas: torch.Tensor = SIGMAS, **options) -> torch.Tensor:
-    return k_diffusion_sampler("fitted_chosen", statistics=statistics, **options)(mixture(), x, sigmas, disable=True)
+    return k_diffusion_sampler("fitted_chosen", statistics=statistics, **options)(mixture(), x, sigmas,
+                                                                                  disable=True)
 
 
 def test_it_errs_less_on_noises_it_has_not_seen(found, refitted) -> None:
     x = noise(32, seed=11)
     goal = converged(x)
-    before, after = (float((result(s, x) - goal).square().mean(dim=(1, 2, 3)).log().mean().exp()) ** 0.5 for s in (found, refitted))
+    before, after = (float((result(s, x) - goal).square().mean(dim=(1, 2, 3)).log().mean().exp())**0.5
+                     for s in (found, refitted))
     assert after < 0.95 * before
     told = refitted.about["refits"]["4"]
-    assert told["kept"] and told["selection"][1] < told["selection"][0] and told["training"][1] < told["training"][0]
+    assert told["kept"] and told["selection"][1] < told["selection"][0] and told["training"][1] < told[
+        "training"][0]
 
 
 def test_it_costs_what_was_said_beforehand(refitted) -> None:
     for n, rounds in ((3, 2), (5, 1), (5, 2)):
         seen: list[tuple[int, int]] = []
         told = refit_multistep(mixture(), noise(3, seed=3), calibration(), n, rounds=rounds,
-                               progress=lambda done, total, error: seen.append((done, total))).about["refits"][str(n)]
+                               progress=lambda done, total, error: seen.append(
+                                   (done, total))).about["refits"][str(n)]
         assert told["evaluations"] == len(seen) <= refit_cost(n, rounds) == seen[0][1]
     assert refit_cost(5) == 167 and refit_cost(8) == 332
 
@@ -62,7 +66,8 @@ def test_a_restarted_run_is_the_whole_run(found) -> None:
     run = _Runs(lambda x, sigma: model(x, x.new_full((len(x),), sigma)), plain, PATHS["ve"], converged(x))
     state = run.of(shape, x)
     slopes = run.slopes(state)
-    assert len(slopes.of) == len(slopes.values) == 4 + 4 + 4 + 2  # levels, scales, weights of one and of two evaluations before
+    # levels, scales, weights of one and of two evaluations before
+    assert len(slopes.of) == len(slopes.values) == 4 + 4 + 4 + 2
     for (row, k), slope in zip(*slopes):
         by = DIFFERENCES[row] * (-1 if (row, k) == (0, 4) else 1)
         whole = run.of(shape.moved([(row, k)], [by]), x)
@@ -72,7 +77,8 @@ def test_a_restarted_run_is_the_whole_run(found) -> None:
 def test_only_whole_runs_of_that_many_steps_use_it(found, refitted) -> None:
     x = noise(2, seed=5)
     assert not torch.equal(result(refitted, x), result(found, x))
-    others = [SIGMAS[1:], torch.cat([SIGMAS[:1], SIGMAS[2:]]), SIGMAS[:-1]]  # image to image, fewer steps, leftover noise
+    # image to image, fewer steps, leftover noise
+    others = [SIGMAS[1:], torch.cat([SIGMAS[:1], SIGMAS[2:]]), SIGMAS[:-1]]
     for sigmas in others:
         torch.testing.assert_close(result(refitted, x, sigmas), result(found, x, sigmas), rtol=0, atol=1e-12)
     torch.testing.assert_close(result(refitted, x, order=1), result(found, x, order=1), rtol=0, atol=1e-12)
@@ -94,7 +100,8 @@ def test_but_not_without_what_several_prompts_taught(found) -> None:
 
 
 def test_flow_learns_what_ve_does() -> None:
-    """The same denoiser after x / alpha; and from pure noise, where the first evaluation leads to the grid."""
+    """The same denoiser after x / alpha; and from pure noise, where the first evaluation leads to the
+    grid."""
     found = calibration(intervals=8)
     first = PATHS["flow"].at(float(found.lam[0]))
     x = noise(4, seed=3)
@@ -102,11 +109,13 @@ def test_flow_learns_what_ve_does() -> None:
     flow = refit_multistep(mixture(path="flow"), x * first.alpha, found, 4, path="flow")
     np.testing.assert_allclose(flow.plans[4], ve.plans[4], atol=1e-6)
     pure = refit_multistep(mixture(path="flow"), x / x.std(), found, 4, path="flow", start=1.0)
-    assert list(pure.about["refits"]) == ["3"] and pure.about["refits"]["3"]["evaluations"] <= refit_cost(4, opening=True)
+    assert list(pure.about["refits"]) == ["3"] and pure.about["refits"]["3"]["evaluations"] <= refit_cost(
+        4, opening=True)
 
 
 def test_what_does_not_hold_on_the_image_that_selects_is_not_kept() -> None:
-    """The last image is of a single point, which every plan solves exactly; the others, of a mixture, pull elsewhere."""
+    """The last image is of a single point, which every plan solves exactly; the others, of a mixture, pull
+    elsewhere."""
     def model(x, sigma):
         return torch.cat([mixture()(x[:-1], sigma[:-1]), Gaussian(mean=0.0, spread=0.0)(x[-1:], sigma[-1:])])
 
@@ -128,10 +137,13 @@ def test_a_file_keeps_the_plan_and_a_damaged_one_is_refused(tmp_path, refitted) 
     def ending(*last: float):
         return np.vstack([rows[:-1], [rows[-1, 0], *last]])
 
-    for bad, words in ((ending(0.1, 1.0, 0.0, 0.0, 0.0), "own images"), (ending(0.0, 1.0, 0.1, 0.0, 0.0), "own images"),
-                       (ending(0.0, 1.0, 0.0, 0.0, 0.1), "own images"), (ending(0.0, 0.9, 0.0, 0.1, 0.0), "own images"),
-                       (rows[:3], "must be .4, 4 to 7."), (rows[:, :3], "must be .4, 4 to 7."), (rows[::-1], "do not rise within lam"),
-                       (rows * [1, math.nan, 1, 1, 1, 1], "not finite")):
+    for bad, words in ((ending(0.1, 1.0, 0.0, 0.0, 0.0), "own images"), (ending(0.0, 1.0, 0.1, 0.0,
+                                                                                0.0), "own images"),
+                       (ending(0.0, 1.0, 0.0, 0.0, 0.1), "own images"), (ending(0.0, 0.9, 0.0, 0.1,
+                                                                                0.0), "own images"),
+                       (rows[:3], "must be .4, 4 to 7."), (rows[:, :3], "must be .4, 4 to 7."),
+                       (rows[::-1], "do not rise within lam"), (rows * [1, math.nan, 1, 1, 1, 1],
+                                                                "not finite")):
         with pytest.raises(CalibrationError, match=words):
             replace(refitted, plans={4: bad})
 
@@ -157,7 +169,8 @@ def test_cancelled_it_leaves_nothing_and_what_cannot_be_fitted_is_refused(found)
         refit_multistep(mixture(), noise(4), replace(found, root=None), 4)
 
 
-@pytest.mark.parametrize("cut", [24, 64, 89], ids=["in the teacher", "in the first round", "in the second round"])
+@pytest.mark.parametrize("cut", [24, 64, 89],
+                         ids=["in the teacher", "in the first round", "in the second round"])
 def test_cut_short_it_goes_on_from_the_last_part_that_was_done(tmp_path, found, cut: int) -> None:
     seen: list[int] = []
 
@@ -175,12 +188,15 @@ def test_cut_short_it_goes_on_from_the_last_part_that_was_done(tmp_path, found, 
     again = refit_multistep(mixture(), x, found, 4, progress=lambda done, *_: seen.append(done), partial=file)
     np.testing.assert_array_equal(again.plans[4], whole.plans[4])
     spent = whole.about["refits"]["4"]["evaluations"]
-    assert len(seen) <= spent - {24: 0, 64: 40, 89: 55}[cut] + 12 and not file.exists()  # 12: three runs over what was kept
+    # 12: three runs over what was kept
+    assert len(seen) <= spent - {24: 0, 64: 40, 89: 55}[cut] + 12 and not file.exists()
 
 
-OTHER = {"noise": lambda found: {"x": noise(6, seed=4)}, "model": lambda found: {"model": mixture(1)},
-         "statistics": lambda found: {"calibration": replace(found, l=found.l * 0.9)}, "description": lambda found: {"about": {"prompts": 2}},
-         "nothing": lambda found: {}}
+OTHER = {
+    "noise": lambda found: {"x": noise(6, seed=4)}, "model": lambda found: {"model": mixture(1)},
+    "statistics": lambda found: {"calibration": replace(found, l=found.l * 0.9)},
+    "description": lambda found: {"about": {"prompts": 2}}, "nothing": lambda found: {}
+}
 
 
 @pytest.mark.parametrize("other", OTHER)
@@ -197,4 +213,5 @@ def test_what_was_kept_of_another_refit_is_not_used(tmp_path, found, other: str)
     how |= OTHER[other](found)
     result = refit_multistep(**how, partial=tmp_path / "a.part", progress=lambda done, *_: seen.append(done))
     assert (seen[4] > 40) == (other == "nothing")
-    assert {n: rows.tolist() for n, rows in result.plans.items()} == {n: rows.tolist() for n, rows in refit_multistep(**how).plans.items()}
+    assert {n: rows.tolist() for n, rows in result.plans.items()
+            } == {n: rows.tolist() for n, rows in refit_multistep(**how).plans.items()}

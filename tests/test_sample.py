@@ -1,4 +1,5 @@
-"""How a run behaves: counts, callbacks, devices, precisions, memory, and what it says when something is wrong."""
+"""How a run behaves: counts, callbacks, devices, precisions, memory, and what it says when something is
+wrong."""
 from __future__ import annotations
 
 import math
@@ -47,7 +48,8 @@ def run(name: str, schedule, x=None, model=None, **how):
     path, sigmas = schedule
     x = starting_noise((2, 3, 4, 4), sigmas[0], path, dtype=torch.float32) if x is None else x
     how = {"extra_args": {"seed": 1}, "disable": True, **how}
-    return k_diffusion_sampler(name, path, **needed(name))(model or Gaussian(path), x, torch.tensor(sigmas), **how)
+    return k_diffusion_sampler(name, path, **needed(name))(model or Gaussian(path), x, torch.tensor(sigmas),
+                                                           **how)
 
 
 @EVERY_SCHEDULE
@@ -105,7 +107,8 @@ def test_the_callback_sees_every_interval_once_in_k_diffusion_s_form(name: str, 
     if name in FIXED:
         assert indexes == list(range(len(sigmas) - 1))
         if SAMPLERS[name].fixed.get("nodes") != "chosen":  # of a schedule it keeps the range only
-            torch.testing.assert_close(torch.tensor([float(info["sigma"]) for info in seen]), torch.tensor(sigmas[:-1]))
+            torch.testing.assert_close(torch.tensor([float(info["sigma"]) for info in seen]),
+                                       torch.tensor(sigmas[:-1]))
     else:
         assert indexes == sorted(indexes) and set(indexes) <= set(range(len(sigmas) - 1))
     for info in seen:
@@ -147,13 +150,16 @@ def test_the_result_has_the_input_s_precision_and_the_input_is_left_alone(name: 
     result = k_diffusion_sampler(name, **needed(name))(model, x, given, extra_args={"seed": 1}, disable=True)
     assert result.dtype == dtype and seen == {(dtype, dtype)}
     assert torch.equal(x, before) and torch.equal(given, torch.tensor(sigmas))
-    exact = k_diffusion_sampler(name, **needed(name))(problem, before.double(), given.double(), extra_args={"seed": 1}, disable=True)
+    exact = k_diffusion_sampler(name, **needed(name))(problem, before.double(), given.double(),
+                                                      extra_args={"seed": 1}, disable=True)
     if name in FIXED:
-        tolerance = {torch.float16: 0.02, torch.bfloat16: 0.15, torch.float32: 1e-4, torch.float64: 1e-12}[dtype]
+        tolerance = {torch.float16: 0.02, torch.bfloat16: 0.15, torch.float32: 1e-4,
+                     torch.float64: 1e-12}[dtype]
         assert (result.double() - exact).abs().max() < tolerance
 
 
-@pytest.mark.parametrize("shape", [(2, 7), (1, 1, 300), (2, 3, 8, 8), (1, 4, 3, 6, 6)], ids=["vector", "packed", "image", "video"])
+@pytest.mark.parametrize("shape", [(2, 7), (1, 1, 300), (2, 3, 8, 8), (1, 4, 3, 6, 6)],
+                         ids=["vector", "packed", "image", "video"])
 @pytest.mark.parametrize("name", EVERY)
 def test_latents_of_any_shape_are_sampled_alike(name: str, shape: tuple[int, ...]) -> None:
     flow = starting_noise(shape, 1.0, "flow", dtype=torch.float32)
@@ -192,7 +198,8 @@ def test_no_graph_is_kept_of_a_model_with_parameters(name: str) -> None:
 
 
 def test_a_model_with_parameters_is_measured_and_learned_from() -> None:
-    x, sigmas = starting_noise((4, 3, 4, 4), 14.6, "ve"), torch.tensor([14.6, 3.0, 0.5, 0.05], dtype=torch.float64)
+    x, sigmas = starting_noise((4, 3, 4, 4), 14.6, "ve"), torch.tensor([14.6, 3.0, 0.5, 0.05],
+                                                                       dtype=torch.float64)
     measured = estimate_statistics(Learned(), x, sigmas, fitted=True)
     refit_multistep(Learned(), x, measured, 4)
     fit_amed(Learned(), x, sigmas)
@@ -253,7 +260,8 @@ def test_a_corrector_and_a_noisy_inner_stage_take_one_latent_more(solver) -> Non
 
 @pytest.mark.parametrize("name", FIXED)
 def test_an_update_passes_over_the_latents_once_for_each_tensor_that_enters_it(name: str) -> None:
-    """One more for the sum that shows NaN after the run, two for the noise prediction, one for fresh noise."""
+    """One more for the sum that shows NaN after the run, two for the noise prediction, one for fresh
+    noise."""
     x = torch.empty(1, 4, 8, 8, device="meta")
     token = torch.empty(1, 4, 8, 8, device="meta")
     order, steps = order_of(SAMPLERS[name].settings(needed(name))), 20
@@ -261,9 +269,11 @@ def test_an_update_passes_over_the_latents_once_for_each_tensor_that_enters_it(n
         run(name, ("ve", [float(s) for s in range(steps, -1, -1)]), x, model=lambda x, sigma, **extra: token)
     stochastic = "eta" in SAMPLERS[name].options
     noise_prediction = SAMPLERS[name].settings(needed(name)).get("prediction", "noise") == "noise"
-    corrected = (order + 3) * ("corrector" in SAMPLERS[name].options) + ("statistics" in SAMPLERS[name].options)
+    corrected = (order + 3) * ("corrector" in SAMPLERS[name].options) + ("statistics"
+                                                                         in SAMPLERS[name].options)
     passes = (order + 1) + 1 + 2 * noise_prediction + stochastic + corrected
-    assert seen.operations <= (passes + 1) * nfe(name, steps) + 2  # + 1: sigma's new_full is made from x, without reading it
+    # + 1: sigma's new_full is made from x, without reading it
+    assert seen.operations <= (passes + 1) * nfe(name, steps) + 2
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -272,7 +282,8 @@ def test_nan_from_the_model_is_reported_with_step_and_sigma(name: str, bad: floa
     def model(x, sigma, **extra):
         return Gaussian()(x, sigma) + (bad if sigma[0] < 1 else 0)
 
-    with pytest.raises(FloatingPointError, match=r"NaN or infinite values|error estimate.*(nan|inf)") as caught:
+    with pytest.raises(FloatingPointError,
+                       match=r"NaN or infinite values|error estimate.*(nan|inf)") as caught:
         run(name, SCHEDULES["to zero"], model=model)
     assert "sigma = 0." in str(caught.value)
     if name in ("dpmpp_2m", "dpmpp_2m_sde"):
@@ -283,22 +294,31 @@ def test_nan_from_the_model_is_reported_with_step_and_sigma(name: str, bad: floa
     (lambda: k_diffusion_sampler("dpmpp_4m"), "unknown sampler 'dpmpp_4m': choose one of dpmpp_1m, dpmpp_2m"),
     (lambda: nfe("euler", 5), "unknown sampler 'euler': choose one of"),
     (lambda: k_diffusion_sampler("dpmpp_2m", "edm"), "unknown path 'edm': choose one of ve, flow"),
-    (lambda: k_diffusion_sampler("dpmpp_2m", order=3), "order is not an option of dpmpp_2m, which stands for order = 2"),
-    (lambda: k_diffusion_sampler("dpmpp_2m", eta=1.0), "dpmpp_2m has no option 'eta': choose from rule, lower_order_final"),
-    (lambda: k_diffusion_sampler("dpmpp_2m", rule="heun"), "rule = 'heun' is out of range: choose one of midpoint, taylor"),
-    (lambda: k_diffusion_sampler("dpmpp_2m_sde", eta=-0.1), "eta = -0.1 is out of range: choose a number from 0 to 10"),
+    (lambda: k_diffusion_sampler("dpmpp_2m", order=3),
+     "order is not an option of dpmpp_2m, which stands for order = 2"),
+    (lambda: k_diffusion_sampler("dpmpp_2m", eta=1.0),
+     "dpmpp_2m has no option 'eta': choose from rule, lower_order_final"),
+    (lambda: k_diffusion_sampler("dpmpp_2m", rule="heun"),
+     "rule = 'heun' is out of range: choose one of midpoint, taylor"),
+    (lambda: k_diffusion_sampler("dpmpp_2m_sde", eta=-0.1),
+     "eta = -0.1 is out of range: choose a number from 0 to 10"),
     (lambda: k_diffusion_sampler("dpmpp_2m_sde", eta=math.nan), "eta = nan is out of range"),
     (lambda: k_diffusion_sampler("dpmpp_2m_sde", s_noise="1"), "s_noise = '1' is out of range"),
-    (lambda: k_diffusion_sampler("dpm_adaptive_23", rtol=0.0), "rtol = 0.0 is out of range: choose a number from 1e-05"),
+    (lambda: k_diffusion_sampler("dpm_adaptive_23", rtol=0.0),
+     "rtol = 0.0 is out of range: choose a number from 1e-05"),
     (lambda: nfe("dpmpp_2m", -1), "steps = -1 is out of range"),
     (lambda: nfe("dpmpp_2m", 5.0), "steps = 5.0: give a whole number of intervals, or the sigmas"),
     (lambda: nfe("dpmpp_2m", torch.tensor(5.0)), "sigmas has shape []: give one list of noise levels"),
     (lambda: nfe("dpm_adaptive_23", 5, "edm"), "unknown path 'edm': choose one of ve, flow"),
-    (lambda: k_diffusion_sampler("dpmpp_2m_sde", eta=np.float32(10.5)), "eta = 10.5 is out of range: choose a number"),
+    (lambda: k_diffusion_sampler("dpmpp_2m_sde", eta=np.float32(10.5)),
+     "eta = 10.5 is out of range: choose a number"),
     (lambda: k_diffusion_sampler("dpmpp_2m_sde", eta=np.float64("nan")), "eta = nan is out of range"),
-    (lambda: FAMILIES["multistep"].solver(order=np.int64(7)), "order = 7 is out of range: choose a whole number"),
-    (lambda: FAMILIES["multistep"].solver(order=np.float32(2.0)), "order = 2.0 is out of range: choose a whole"),
-    (lambda: FAMILIES["multistep"].solver(order=np.bool_(True)), "order = True is out of range: choose a whole"),
+    (lambda: FAMILIES["multistep"].solver(order=np.int64(7)),
+     "order = 7 is out of range: choose a whole number"),
+    (lambda: FAMILIES["multistep"].solver(order=np.float32(2.0)),
+     "order = 2.0 is out of range: choose a whole"),
+    (lambda: FAMILIES["multistep"].solver(order=np.bool_(True)),
+     "order = True is out of range: choose a whole"),
     (lambda: FAMILIES["v3"].settings({"statistics": Statistics.constant(), "pseudo_corrector": np.int64(1)}),
      "pseudo_corrector = 1 is out of range: choose true or false"),
 ])
@@ -318,8 +338,11 @@ def test_numpy_s_numbers_are_the_numbers_they_are() -> None:
         assert {name: settings[name] for name in plain} == plain
         assert all(type(settings[name]) is type(plain[name]) for name in plain)
     x = starting_noise((1, 3, 4, 4), 14.6, "ve", dtype=torch.float32)
-    results = [k_diffusion_sampler("dpmpp_2m_sde", eta=eta)(Gaussian(), x, [14.6, 2.0, 0.0], {"seed": 1}, disable=True)
-               for eta in (0.5, np.float32(0.5), np.float16(0.5))]
+    results = [
+        k_diffusion_sampler("dpmpp_2m_sde", eta=eta)(Gaussian(), x, [14.6, 2.0, 0.0], {"seed": 1},
+                                                     disable=True)
+        for eta in (0.5, np.float32(0.5), np.float16(0.5))
+    ]
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
@@ -330,8 +353,9 @@ def test_an_order_out_of_range_is_refused(order) -> None:
 
 
 @pytest.mark.parametrize("name", EVERY)
-@pytest.mark.parametrize(("sigmas", "message"), [([], "empty"), ([3.0, math.nan], "nan"), ([3.0, -1.0], "negative"),
-                                                 ([1.0, 2.0], "sort"), ([2.0, 2.0, 0.0], "repeat")])
+@pytest.mark.parametrize(("sigmas", "message"), [([], "empty"), ([3.0, math.nan], "nan"),
+                                                 ([3.0, -1.0], "negative"), ([1.0, 2.0], "sort"),
+                                                 ([2.0, 2.0, 0.0], "repeat")])
 def test_bad_sigmas_are_refused_before_the_model_is_called(name: str, sigmas, message: str) -> None:
     def never(x, sigma, **extra):
         raise AssertionError("called")
@@ -345,7 +369,8 @@ def test_bad_sigmas_are_refused_before_the_model_is_called(name: str, sigmas, me
     [[14.6, 1.0, 0.0]]], ids=["0-d", "2-d", "numpy", "a number", "a list of lists"])
 @pytest.mark.parametrize("name", ["dpmpp_2m", "dpm_adaptive_23", "fitted_chosen", "amed"])
 def test_sigmas_that_are_no_list_are_refused_before_the_model_is_called(name: str, sigmas) -> None:
-    with pytest.raises(ValueError, match=r"sigmas has shape \[.*\]: give one list .* shape \[n \+ 1\] for n steps"):
+    with pytest.raises(ValueError,
+                       match=r"sigmas has shape \[.*\]: give one list .* shape \[n \+ 1\] for n steps"):
         k_diffusion_sampler(name, **needed(name))(None, torch.zeros(1, 1), sigmas, disable=True)
 
 
@@ -367,8 +392,10 @@ def test_an_answer_of_the_wrong_shape_is_refused() -> None:
 def test_the_final_steps_fall_in_order_only_when_asked_or_few() -> None:
     def orders(n: int, end: float, **options) -> list[int]:
         sigmas = [20.0 * (1 - i / n) + end * i / n for i in range(n + 1)]
-        return [len(step.updates[-1].terms)
-                for step in SAMPLERS["dpmpp_3m"].solver(**options).steps(levels(sigmas, PATHS["ve"]), PATHS["ve"])]
+        return [
+            len(step.updates[-1].terms)
+            for step in SAMPLERS["dpmpp_3m"].solver(**options).steps(levels(sigmas, PATHS["ve"]), PATHS["ve"])
+        ]
 
     assert orders(6, 0.0) == [1, 2, 3, 3, 2, 1]
     assert orders(6, 0.5) == [1, 2, 3, 3, 3, 3]            # goes on elsewhere: nothing ends here
@@ -388,20 +415,25 @@ def test_the_last_step_above_zero_is_of_first_order_where_it_is_long() -> None:
     assert orders(14.6, 7.0, 3.0, 1.2, 0.2, 0.0) == [1, 2, 2, 1, 1]        # log(1.2 / 0.2) = 1.8
     assert orders(14.6, 7.0, 3.0, 1.2, 0.1) == [1, 2, 2, 1]                # without a step to 0 too
     assert orders(14.6, 0.1, 0.0) == [1, 1] and orders(14.6, 0.0) == [1]
-    assert orders(*(14.6 * 0.9**k for k in range(15)), 0.03, 0.0)[-2:] == [3, 1]  # not in a run of 15 steps or more
+    # not in a run of 15 steps or more
+    assert orders(*(14.6 * 0.9**k for k in range(15)), 0.03, 0.0)[-2:] == [3, 1]
 
 
 @pytest.mark.parametrize("name", ["dpmpp_2m", "dpmpp_3m", "dpm_2m", "dpm_3m", "ipndm"])
 def test_lowering_the_order_on_a_long_last_step_pays_in_few_steps(name: str) -> None:
-    """On a mixture, with levels even in time as ComfyUI's scheduler `normal` makes them: 0.35 -> 0.03, and then to 0."""
+    """On a mixture, with levels even in time as ComfyUI's scheduler `normal` makes them: 0.35 -> 0.03, and
+    then to 0."""
     sigmas = [14.615, 3.686, 1.162, 0.348, 0.0292, 0.0]
     generator = torch.Generator().manual_seed(3)
     model = Mixture(torch.randn((40, 12), generator=generator, dtype=torch.float64),
-                    torch.full((40,), 0.05, dtype=torch.float64), torch.full((40,), 1 / 40, dtype=torch.float64))
+                    torch.full((40, ), 0.05, dtype=torch.float64),
+                    torch.full((40, ), 1 / 40, dtype=torch.float64))
     x = sigmas[0] * torch.randn((256, 3, 2, 2), generator=generator, dtype=torch.float64)
 
     def run_of(name: str, sigmas: list[float], how: str) -> torch.Tensor:
-        return k_diffusion_sampler(name, lower_order_final=how)(model, x, torch.tensor(sigmas, dtype=torch.float64), disable=True)
+        return k_diffusion_sampler(name, lower_order_final=how)(model, x,
+                                                                torch.tensor(sigmas, dtype=torch.float64),
+                                                                disable=True)
 
     fine = [sigmas[0] * (sigmas[-2] / sigmas[0]) ** (k / 200) for k in range(201)]
     end = run_of("dpmpp_2m", [*fine, 0.0], "off")
@@ -409,9 +441,10 @@ def test_lowering_the_order_on_a_long_last_step_pays_in_few_steps(name: str) -> 
     assert error["auto"] < 0.8 * error["off"]
 
 
-@pytest.mark.parametrize(("n", "end", "groups"), [
-    (9, 0.0, [3, 3, 2, 1]), (10, 0.0, [3, 3, 3, 1]), (8, 0.0, [3, 3, 1, 1]), (9, 0.5, [3, 3, 2, 1]), (8, 0.5, [3, 3, 2]),
-    (3, 0.0, [2, 1]), (2, 0.0, [1, 1]), (1, 0.0, [1])])
+@pytest.mark.parametrize(("n", "end", "groups"), [(9, 0.0, [3, 3, 2, 1]), (10, 0.0, [3, 3, 3, 1]),
+                                                  (8, 0.0, [3, 3, 1, 1]), (9, 0.5, [3, 3, 2, 1]),
+                                                  (8, 0.5, [3, 3, 2]), (3, 0.0, [2, 1]), (2, 0.0, [1, 1]),
+                                                  (1, 0.0, [1])])
 def test_fast_spends_exactly_one_evaluation_an_interval(n: int, end: float, groups: list[int]) -> None:
     sigmas = [20.0 * (1 - i / n) + end * i / n for i in range(n + 1)]
     steps = SAMPLERS["dpm_fast"].solver().steps(levels(sigmas, PATHS["ve"]), PATHS["ve"])
@@ -421,8 +454,11 @@ def test_fast_spends_exactly_one_evaluation_an_interval(n: int, end: float, grou
 def test_the_mixture_of_the_reference_is_solved_by_every_solver() -> None:
     denoiser, x = reference_mixture("ve")
     sigmas = torch.tensor([80.0 * (0.01 / 80.0) ** (i / 60) for i in range(61)], dtype=torch.float64)
-    exact = k_diffusion_sampler("dpmpp_3s")(denoiser, x * 80, torch.cat([
-        torch.tensor([80.0 * (0.01 / 80.0) ** (i / 2000)], dtype=torch.float64) for i in range(2001)]), disable=True)
+    exact = k_diffusion_sampler("dpmpp_3s")(denoiser, x * 80,
+                                            torch.cat([
+                                                torch.tensor([80.0 * (0.01 / 80.0)**(i / 2000)],
+                                                             dtype=torch.float64) for i in range(2001)
+                                            ]), disable=True)
     for name in EVERY:
         result = k_diffusion_sampler(name, **ode(name))(denoiser, x * 80, sigmas, disable=True)
         assert (result - exact).square().mean().sqrt() < 0.1, name

@@ -40,7 +40,8 @@ def test_pure_noise_is_a_level_with_lam_minus_infinity(name: str) -> None:
 
 def test_flow_and_ve_have_the_same_lam_at_the_same_ratio() -> None:
     for sigma in (0.02, 0.5, 0.93, 0.999):
-        assert PATHS["ve"].level(sigma / (1 - sigma)).lam == pytest.approx(PATHS["flow"].level(sigma).lam, abs=1e-12)
+        assert PATHS["ve"].level(sigma / (1 - sigma)).lam == pytest.approx(PATHS["flow"].level(sigma).lam,
+                                                                           abs=1e-12)
 
 
 @pytest.mark.parametrize(("sigmas", "path", "message"), [

@@ -15,7 +15,10 @@ import demo
 from samplers import FAMILIES, SAMPLERS, nfe
 from comfyui_server import PromptRefused, Server
 
-NAMES = {"lambda_2m": "dpmpp_2m", "lambda_3m": "dpmpp_3m", "lambda_2m_sde": "dpmpp_2m_sde", "lambda_3m_sde": "dpmpp_3m_sde"}
+NAMES = {
+    "lambda_2m": "dpmpp_2m", "lambda_3m": "dpmpp_3m", "lambda_2m_sde": "dpmpp_2m_sde",
+    "lambda_3m_sde": "dpmpp_3m_sde"
+}
 LISTED = [*NAMES, "lambda_v3", "lambda_amed", "lambda_amed_2m", "lambda_fitted"]
 EVERY_NAME = pytest.mark.parametrize("name", NAMES)
 SHOWN = ["multistep", "singlestep", "adaptive", "sde", "v3", "fitted", "amed"]
@@ -24,7 +27,8 @@ STEPS = 8
 
 
 class Graph:
-    """A workflow in the making: add(class, inputs) returns the node's id, and outputs are named (id, slot)."""
+    """A workflow in the making: add(class, inputs) returns the node's id, and outputs are named (id,
+    slot)."""
 
     def __init__(self, words: str = "panda", model: list | None = None) -> None:
         self.nodes: dict[str, dict] = {}
@@ -49,22 +53,29 @@ class Graph:
         return self.through("TestCounter", name=self.counter)
 
     def ksampler(self, name: str, steps: int = STEPS, **other) -> "Graph":
-        inputs = dict(model=self.model, positive=self.positive, negative=self.negative, latent_image=self.latent, seed=7,
-                      steps=steps, cfg=3.0, sampler_name=name, scheduler="karras", denoise=1.0)
+        inputs = dict(model=self.model, positive=self.positive, negative=self.negative,
+                      latent_image=self.latent, seed=7, steps=steps, cfg=3.0, sampler_name=name,
+                      scheduler="karras", denoise=1.0)
         self.latent = [self.add("KSampler", **{**inputs, **other}), 0]
         return self
 
-    def family(self, name: str, sigmas: list | None = None, seed: int = 7, add_noise: bool = True, steps: int = STEPS,
-               **options) -> "Graph":
-        settings = {key: option.default for key, option in FAMILIES[name].options.items() if option.stand_in is None} | options
+    def family(self, name: str, sigmas: list | None = None, seed: int = 7, add_noise: bool = True,
+               steps: int = STEPS, **options) -> "Graph":
+        settings = {
+            key: option.default for key, option in FAMILIES[name].options.items() if option.stand_in is None
+        } | options
         sampler = [self.add("LambdaSampler" + name.capitalize(), **settings), 0]
-        sigmas = sigmas or [self.add("BasicScheduler", model=self.model, scheduler="karras", steps=steps, denoise=1.0), 0]
+        sigmas = sigmas or [
+            self.add("BasicScheduler", model=self.model, scheduler="karras", steps=steps, denoise=1.0), 0
+        ]
         return self.custom(sampler, sigmas, seed, add_noise)
 
     def custom(self, sampler: list, sigmas: list, seed: int = 7, add_noise: bool = True) -> "Graph":
-        self.latent = [self.add("SamplerCustom", model=self.model, positive=self.positive, negative=self.negative,
-                                latent_image=self.latent, sampler=sampler, sigmas=sigmas, cfg=3.0, noise_seed=seed,
-                                add_noise=add_noise), 0]
+        self.latent = [
+            self.add("SamplerCustom", model=self.model, positive=self.positive, negative=self.negative,
+                     latent_image=self.latent, sampler=sampler, sigmas=sigmas, cfg=3.0, noise_seed=seed,
+                     add_noise=add_noise), 0
+        ]
         return self
 
     def image(self) -> list:
@@ -84,13 +95,16 @@ class Graph:
         return result
 
     def evaluations(self, server: Server) -> list[float]:
-        return [float(line) for line in (server.base / "output" / f"{self.counter}.count").read_text().split()]
+        return [
+            float(line) for line in (server.base / "output" / f"{self.counter}.count").read_text().split()
+        ]
 
 
 def looks_like_an_image(samples: torch.Tensor) -> bool:
     """In -1 .. 1 with little outside, neither flat nor noise (the emoji have large even areas)."""
     rough = (samples[..., 1:] - samples[..., :-1]).abs().mean()
-    return bool(samples.isfinite().all() and samples.abs().mean() < 1.2 and samples.std() > 0.2 and rough < 0.3)
+    return bool(samples.isfinite().all() and samples.abs().mean() < 1.2 and samples.std() > 0.2
+                and rough < 0.3)
 
 
 def test_the_server_lists_our_names_and_nodes_and_none_of_its_own_is_missing(server) -> None:
@@ -101,9 +115,11 @@ def test_the_server_lists_our_names_and_nodes_and_none_of_its_own_is_missing(ser
     for name in SHOWN:
         node, family = info["LambdaSampler" + name.capitalize()], FAMILIES[name]
         inputs = {name: spec for kind in node["input"].values() for name, spec in kind.items() if kind}
-        assert node["category"] == "Lambda Solvers" and set(family.options) - set(family.stand_ins) <= set(inputs)
+        assert node["category"] == "Lambda Solvers" and set(family.options) - set(
+            family.stand_ins) <= set(inputs)
         assert all(spec[1]["tooltip"] for spec in inputs.values())
-    assert not re.search(r"IMPORT FAILED.*custom_nodes", server.log.read_text())  # core's audio nodes want torchaudio
+    # core's audio nodes want torchaudio
+    assert not re.search(r"IMPORT FAILED.*custom_nodes", server.log.read_text())
 
 
 @EVERY_NAME
@@ -111,7 +127,8 @@ def test_ksampler_makes_an_image_with_previews_and_progress(server, name: str) -
     graph = Graph("red heart").counted().ksampler(name)
     samples, run = graph.run(server)
     assert run.status == "success" and looks_like_an_image(samples)
-    assert run.progress[-1] == (STEPS, STEPS) and [v for v, _ in run.progress] == sorted(v for v, _ in run.progress)
+    assert run.progress[-1] == (STEPS, STEPS) and [v for v, _ in run.progress] == sorted(
+        v for v, _ in run.progress)
     assert len(run.previews) >= STEPS - 1
     preview = Image.open(io.BytesIO(run.previews[-1]))
     assert preview.size[0] >= 32
@@ -127,7 +144,8 @@ def test_every_sampler_node_makes_an_image_with_the_promised_evaluations(server,
     assert run.status == "success", run.error
     assert looks_like_an_image(samples) and run.progress[-1] == (STEPS, STEPS)
     settings = FAMILIES[family].settings({})
-    name = next(name for name, s in SAMPLERS.items() if s.family == FAMILIES[family].title and s.fixed.items() <= settings.items())
+    name = next(name for name, s in SAMPLERS.items()
+                if s.family == FAMILIES[family].title and s.fixed.items() <= settings.items())
     planned = nfe(name, STEPS)
     if planned:
         assert len(graph.evaluations(server)) == planned
@@ -149,9 +167,11 @@ def test_2m_is_comfyui_s_dpmpp_2m_in_the_graph_too(server) -> None:
 
 
 def test_the_same_seed_gives_the_same_image_and_another_seed_another(server) -> None:
-    """Bit for bit: a model that sleeps for no time makes the server run it again instead of showing the last result."""
+    """Bit for bit: a model that sleeps for no time makes the server run it again instead of showing the
+    last result."""
     for name in NAMES:
-        first, again, other = (Graph().through("TestSlowModel", seconds=0.001 * k).ksampler(name, seed=seed).samples(server)
+        first, again, other = (Graph().through("TestSlowModel",
+                                               seconds=0.001 * k).ksampler(name, seed=seed).samples(server)
                                for k, seed in ((0, 7), (1, 7), (0, 8)))
         assert torch.equal(first, again) and not torch.equal(first, other)
 
@@ -193,7 +213,9 @@ def test_image_k_of_a_stochastic_batch_is_that_image_alone_with_seed_plus_k(serv
         grey = [graph.add("EmptyImage", width=32, height=32, batch_size=4, color=0x808080), 0]
         four = [graph.add("VAEEncode", pixels=grey, vae=[graph.checkpoint, 2]), 0]
         noise = [graph.add("RandomNoise", noise_seed=3), 0]
-        sigmas = [graph.add("BasicScheduler", model=graph.model, scheduler="karras", steps=STEPS, denoise=1.0), 0]
+        sigmas = [
+            graph.add("BasicScheduler", model=graph.model, scheduler="karras", steps=STEPS, denoise=1.0), 0
+        ]
         return [graph.add("AddNoise", model=graph.model, noise=noise, sigmas=sigmas, latent_image=four), 0]
 
     graph = Graph()
@@ -209,7 +231,8 @@ def test_image_k_of_a_stochastic_batch_is_that_image_alone_with_seed_plus_k(serv
 @EVERY_NAME
 def test_img2img_stays_near_its_image_as_core_s_samplers_do(server, name: str) -> None:
     def second(name: str, denoise: float) -> tuple[torch.Tensor, int]:
-        graph = Graph("panda").ksampler("dpmpp_2m", steps=12).counted().ksampler(name, seed=9, denoise=denoise)
+        graph = Graph("panda").ksampler("dpmpp_2m",
+                                        steps=12).counted().ksampler(name, seed=9, denoise=denoise)
         return graph.samples(server), len(graph.evaluations(server))
 
     first = Graph("panda").ksampler("dpmpp_2m", steps=12).samples(server)
@@ -240,7 +263,8 @@ def test_an_inpainting_mask_is_kept(server, name: str) -> None:
 
 @pytest.mark.parametrize("family", ["singlestep", "multistep"])
 def test_leftover_noise_is_taken_up_where_it_was_left(server, family: str) -> None:
-    """SplitSigmas and add_noise off: two nodes in a row are one run, exactly so for a solver without memory."""
+    """SplitSigmas and add_noise off: two nodes in a row are one run, exactly so for a solver without
+    memory."""
     whole = Graph().family(family, steps=9).samples(server)
     graph = Graph()
     sigmas = [graph.add("BasicScheduler", model=graph.model, scheduler="karras", steps=9, denoise=1.0), 0]
@@ -253,11 +277,13 @@ def test_leftover_noise_is_taken_up_where_it_was_left(server, family: str) -> No
 @EVERY_NAME
 def test_ksampler_advanced_in_two_parts_is_as_near_to_one_run_as_core_s(server, name: str) -> None:
     def advanced(graph: Graph, name: str, start: int, end: int, first: bool) -> Graph:
-        graph.latent = [graph.add(
-            "KSamplerAdvanced", model=graph.model, positive=graph.positive, negative=graph.negative,
-            latent_image=graph.latent, add_noise="enable" if first else "disable", noise_seed=7, steps=12, cfg=3.0,
-            sampler_name=name, scheduler="karras", start_at_step=start, end_at_step=end,
-            return_with_leftover_noise="enable" if first and end < 12 else "disable"), 0]
+        graph.latent = [
+            graph.add("KSamplerAdvanced", model=graph.model, positive=graph.positive, negative=graph.negative,
+                      latent_image=graph.latent, add_noise="enable" if first else "disable", noise_seed=7,
+                      steps=12, cfg=3.0, sampler_name=name, scheduler="karras", start_at_step=start,
+                      end_at_step=end,
+                      return_with_leftover_noise="enable" if first and end < 12 else "disable"), 0
+        ]
         return graph
 
     def difference(name: str) -> float:
@@ -318,7 +344,8 @@ def test_a_model_that_does_not_denoise_is_refused_by_the_name_of_its_class(serve
 
 def test_nan_from_the_model_stops_the_run_with_step_and_sigma(server) -> None:
     _, run = Graph().through("TestNaNModel", at_call=3).ksampler("lambda_2m").run(server)
-    assert run.status == "error" and f"NaN or infinite values in step 3 of {STEPS}, at sigma = " in run.error["exception_message"]
+    assert run.status == "error" and f"NaN or infinite values in step 3 of {STEPS}, at sigma = " in run.error[
+        "exception_message"]
     assert looks_like_an_image(Graph().ksampler("lambda_2m").samples(server))
 
 
@@ -332,7 +359,8 @@ def test_an_increasing_schedule_is_refused_with_its_value(server) -> None:
 def test_an_option_out_of_range_is_refused_before_anything_runs(server) -> None:
     with pytest.raises(PromptRefused, match="bigger than max"):
         Graph().family("multistep", order=4).run(server)
-    _, run = Graph().family("multistep", rule="heun").run(server)  # 0.3.75 does not look at choices: the node does
+    # 0.3.75 does not look at choices: the node does
+    _, run = Graph().family("multistep", rule="heun").run(server)
     assert run.status == "error" and "choose one of midpoint, taylor" in run.error["exception_message"]
 
 

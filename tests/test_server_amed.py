@@ -1,4 +1,5 @@
-"""AMED in a real ComfyUI server: trained, saved, found again, given, refused, cancelled; and the first step that is skipped."""
+"""AMED in a real ComfyUI server: trained, saved, found again, given, refused, cancelled; and the first
+step that is skipped."""
 from __future__ import annotations
 
 import math
@@ -36,9 +37,9 @@ def schedule(graph: Graph, steps: int = 3, scheduler: str = "karras") -> list:
 
 
 def train(graph: Graph, **changes) -> list:
-    inputs = dict(model=graph.model, positive=graph.positive, negative=graph.negative, cfg=3.0, latent_image=graph.latent,
-                  base="amed", form="table", afs=False, seed=0, samples=2, teacher=3,
-                  prompt="this", save=False)
+    inputs = dict(model=graph.model, positive=graph.positive, negative=graph.negative, cfg=3.0,
+                  latent_image=graph.latent, base="amed", form="table", afs=False, seed=0, samples=2,
+                  teacher=3, prompt="this", save=False)
     inputs |= {"sigmas": changes.pop("sigmas", None) or schedule(graph), **changes}
     return [graph.add("LambdaTrainAmed", **inputs), 0]
 
@@ -49,13 +50,16 @@ def sampler_node(graph: Graph, **options) -> Graph:
 
 
 @pytest.mark.parametrize("name, kind", [("lambda_amed", "amed"), ("lambda_amed_2m", "amed_dpmpp_2m")])
-def test_from_nothing_it_is_trained_once_saved_and_found_again(server, folder, name: str, kind: str) -> None:  # noqa: F811
+def test_from_nothing_it_is_trained_once_saved_and_found_again(server, folder, name: str,
+                                                               kind: str) -> None:  # noqa: F811
     graph = Graph("panda").counted().ksampler(name, steps=3, scheduler="karras")
     samples, run = graph.run(server)
     assert run.status == "success", run.error
     assert looks_like_an_image(samples)
     calls = len(graph.evaluations(server)) - 5
-    assert any(re.search(r"training AMED: evaluation \d+ of \d+, as long as \d+ images, error [0-9.]+, \d+ s left", text) for text in run.texts)
+    assert any(
+        re.search(r"training AMED: evaluation \d+ of \d+, as long as \d+ images, error [0-9.]+, \d+ s left",
+                  text) for text in run.texts)
     [file] = files(folder)
     assert re.fullmatch(rf"TinyEmoji-[0-9a-f]{{12}}-{kind}-3steps-[0-9a-f]{{6}}-cfg3\.safetensors", file)
     trained = Amed.load(folder / file)
@@ -72,7 +76,9 @@ def test_from_nothing_it_is_trained_once_saved_and_found_again(server, folder, n
 
 def test_another_schedule_guidance_or_base_is_trained_anew(server, folder) -> None:  # noqa: F811
     for count, how in enumerate(({}, {"scheduler": "simple"}, {"steps": 4}, {"cfg": 6.0}, {"cfg": 3.1}), 1):
-        _, run = batched(Graph()).ksampler("lambda_amed", **{"steps": 3, "scheduler": "karras", "cfg": 3.0, **how}).run(server)
+        _, run = batched(Graph()).ksampler("lambda_amed",
+                                           **{"steps": 3, "scheduler": "karras", "cfg": 3.0,
+                                              **how}).run(server)
         assert run.status == "success" and len(files(folder)) == min(count, 4)
     batched(Graph()).ksampler("lambda_amed_2m", steps=3, scheduler="karras").samples(server)
     assert len(files(folder)) == 5
@@ -89,7 +95,8 @@ def test_train_save_load_and_apply_give_the_same_image(server, folder) -> None: 
     assert torch.equal(sampler_node(graph, calibration=[loaded, 0]).samples(server), first)
     graph = Graph("panda")
     loaded = graph.add("LambdaLoadCalibration", name="shared/mine.safetensors")
-    graph.through("LambdaApplyCalibration", calibration=[loaded, 0]).counted().ksampler("lambda_amed", steps=3, scheduler="karras")
+    graph.through("LambdaApplyCalibration",
+                  calibration=[loaded, 0]).counted().ksampler("lambda_amed", steps=3, scheduler="karras")
     assert torch.equal(graph.samples(server), first) and len(graph.evaluations(server)) == 5
 
 
@@ -102,24 +109,30 @@ def test_the_picture_of_the_training_is_drawn(server, folder) -> None:  # noqa: 
     [shown] = run.outputs[node]["images"]
     with Image.open(server.file(shown)) as image:
         assert image.size == (480, 320) and len(image.convert("RGB").getcolors(100_000)) > 50
-    assert re.fullmatch(r"AMED trained in \d+ s, as long as \d+ images: error at the last step [0-9.]+ untrained, [0-9.]+ trained, on images "
-                        r"held out.*", run.texts[-1])
+    assert re.fullmatch(
+        r"AMED trained in \d+ s, as long as \d+ images: error at the last step [0-9.]+ untrained, [0-9.]+ trained, on images "
+        r"held out.*", run.texts[-1])
 
 
 def test_the_wrong_schedule_base_or_file_is_refused_with_both_named(server, folder) -> None:  # noqa: F811
     graph = Graph()
     trained = train(graph)
     _, run = sampler_node(graph, calibration=trained, sigmas=schedule(graph, 4)).run(server)
-    assert run.status == "error" and re.search(r"trained for 3 steps over .* the schedule is 4 steps over", run.error["exception_message"])
+    assert run.status == "error" and re.search(r"trained for 3 steps over .* the schedule is 4 steps over",
+                                               run.error["exception_message"])
     graph = Graph()
-    samples, run = sampler_node(graph, calibration=train(graph), sigmas=schedule(graph, 4), interpolate=True).run(server)
+    samples, run = sampler_node(graph, calibration=train(graph), sigmas=schedule(graph, 4),
+                                interpolate=True).run(server)
     assert run.status == "success" and samples.isfinite().all()
     graph = Graph()
     _, run = sampler_node(graph, calibration=train(graph), base="dpmpp_2m").run(server)
-    assert run.status == "error" and "trained on base amed, and dpmpp_2m is chosen" in run.error["exception_message"]
+    assert run.status == "error" and "trained on base amed, and dpmpp_2m is chosen" in run.error[
+        "exception_message"]
     (folder / "broken.safetensors").write_bytes(b"not a file")
     graph = Graph()
-    _, run = sampler_node(graph, calibration=[graph.add("LambdaLoadCalibration", name="broken.safetensors"), 0]).run(server)
+    _, run = sampler_node(graph,
+                          calibration=[graph.add("LambdaLoadCalibration", name="broken.safetensors"),
+                                       0]).run(server)
     assert run.status == "error" and "is damaged or was cut short" in run.error["exception_message"]
     _, run = sampler_node(Graph()).run(server)
     assert run.status == "error" and "Load Calibration or Train AMED" in run.error["exception_message"]
@@ -131,14 +144,16 @@ def test_amed_of_another_checkpoint_brings_a_warning_that_names_both(server, fol
     node = graph.add("TestFlowModel")
     latent = [graph.add("EmptySD3LatentImage", width=64, height=64, batch_size=1), 0]
     flow_sigmas = [graph.add("BasicScheduler", model=[node, 0], scheduler="simple", steps=3, denoise=1.0), 0]
-    trained = train(graph, model=[node, 0], positive=[node, 1], negative=[node, 2], latent_image=latent, sigmas=flow_sigmas)
+    trained = train(graph, model=[node, 0], positive=[node, 1], negative=[node, 2], latent_image=latent,
+                    sigmas=flow_sigmas)
     samples, run = sampler_node(graph, calibration=trained, sigmas=sigmas, interpolate=True).run(server)
     assert run.status == "success", run.error
     [warning] = [text for text in run.texts if text.startswith("warning")]
     assert re.search(r"the AMED may not fit: measured on SD3-[0-9a-f]{12}, and this is TinyEmoji-", warning)
 
 
-def test_cancel_while_training_leaves_a_partial_file_from_which_the_next_run_goes_on(server, folder) -> None:  # noqa: F811
+def test_cancel_while_training_leaves_a_partial_file_from_which_the_next_run_goes_on(
+        server, folder) -> None:  # noqa: F811
     cancelled = []
 
     async def watch(server, run):
@@ -163,8 +178,10 @@ def test_cancel_while_training_leaves_a_partial_file_from_which_the_next_run_goe
     assert whole <= first + again
 
 
-@pytest.mark.parametrize("words, calls", [("panda", 1), ("panda " * 41, 2)], ids=["together", "one after the other"])
-def test_a_predictor_reads_conds_that_are_evaluated_together_or_not(server, folder, words: str, calls: int) -> None:  # noqa: F811
+@pytest.mark.parametrize("words, calls", [("panda", 1), ("panda " * 41, 2)],
+                         ids=["together", "one after the other"])
+def test_a_predictor_reads_conds_that_are_evaluated_together_or_not(server, folder, words: str,
+                                                                    calls: int) -> None:  # noqa: F811
     """Six sections of a prompt do not go into one batch with the one of an empty prompt."""
     graph = Graph(words).counted()
     graph.through("TestCounter", name=f"{graph.counter}calls", calls=True)
@@ -187,7 +204,8 @@ def test_a_predictor_sees_the_conditional_half_of_a_batch(server, folder) -> Non
     assert looks_like_an_image(first)
     graph = Graph("panda")
     graph.latent = [graph.add("EmptyLatentImage", width=256, height=256, batch_size=3), 0]
-    assert sampler_node(graph, calibration=train(graph, form="predictor", samples=4)).samples(server).shape[0] == 3
+    assert sampler_node(graph, calibration=train(graph, form="predictor",
+                                                 samples=4)).samples(server).shape[0] == 3
 
 
 def test_a_transformer_has_a_table_and_is_refused_a_predictor(server, folder) -> None:  # noqa: F811
@@ -195,9 +213,11 @@ def test_a_transformer_has_a_table_and_is_refused_a_predictor(server, folder) ->
     assert run.status == "success", run.error
     assert samples.isfinite().all() and files(folder)[0].startswith("SD3-")
     graph = flow(Graph())
-    _, run = sampler_node(graph, calibration=train(graph, form="predictor", sigmas=schedule(graph, scheduler="simple")),
-                          sigmas=schedule(graph, scheduler="simple")).run(server)
-    assert run.status == "error" and "SD3-" in run.error["exception_message"] and "has none" in run.error["exception_message"]
+    _, run = sampler_node(
+        graph, calibration=train(graph, form="predictor", sigmas=schedule(graph, scheduler="simple")),
+        sigmas=schedule(graph, scheduler="simple")).run(server)
+    assert run.status == "error" and "SD3-" in run.error["exception_message"] and "has none" in run.error[
+        "exception_message"]
 
 
 def test_other_sizes_single_conds_and_batches_work_with_one_training(server, folder) -> None:  # noqa: F811
@@ -211,22 +231,32 @@ def test_other_sizes_single_conds_and_batches_work_with_one_training(server, fol
 
 @pytest.mark.parametrize("flag", ["--fp16-unet", "--bf16-unet"])
 def test_half_precision_is_trained_and_sampled(servers, folder, flag: str) -> None:
-    samples, run = batched(Graph("panda")).ksampler("lambda_amed", steps=3, scheduler="karras").run(servers(flag))
+    samples, run = batched(Graph("panda")).ksampler("lambda_amed", steps=3,
+                                                    scheduler="karras").run(servers(flag))
     assert run.status == "success", run.error
     assert looks_like_an_image(samples)
     losses = Amed.load(folder / files(folder)[0]).about["losses"]
     assert losses["trained"]["training"][-1] < 0.8 * losses["untrained"]["training"][0]
 
 
-def test_the_first_step_is_skipped_by_a_node_or_an_option_and_refused_for_img2img(server, folder) -> None:  # noqa: F811
+def test_the_first_step_is_skipped_by_a_node_or_an_option_and_refused_for_img2img(
+        server, folder) -> None:  # noqa: F811
     def wrapped(mode: str | None, denoise: float = 1.0, **options):
         graph = Graph("panda").counted()
-        family = graph.add("LambdaSamplerMultistep", **{**dict(order=2, prediction="data", rule="midpoint", lower_order_final="auto",
-                                                               first_step="evaluate"), **options})
+        family = graph.add(
+            "LambdaSamplerMultistep", **{
+                **dict(order=2, prediction="data", rule="midpoint", lower_order_final="auto", first_step="evaluate"),
+                **options
+            })
         sampler = [graph.add("LambdaFirstStep", sampler=[family, 0], mode=mode), 0] if mode else [family, 0]
-        sigmas = [graph.add("BasicScheduler", model=graph.model, scheduler="karras", steps=6, denoise=denoise), 0]
-        graph.latent = [graph.add("SamplerCustom", model=graph.model, add_noise=True, noise_seed=7, cfg=3.0, positive=graph.positive,
-                                  negative=graph.negative, sampler=sampler, sigmas=sigmas, latent_image=graph.latent), 0]
+        sigmas = [
+            graph.add("BasicScheduler", model=graph.model, scheduler="karras", steps=6, denoise=denoise), 0
+        ]
+        graph.latent = [
+            graph.add("SamplerCustom", model=graph.model, add_noise=True, noise_seed=7, cfg=3.0,
+                      positive=graph.positive, negative=graph.negative, sampler=sampler, sigmas=sigmas,
+                      latent_image=graph.latent), 0
+        ]
         samples, run = graph.run(server)
         return samples, run, len(graph.evaluations(server)) if run.status == "success" else None
 
@@ -234,34 +264,46 @@ def test_the_first_step_is_skipped_by_a_node_or_an_option_and_refused_for_img2im
         samples, run, count = wrapped(how[0], **how[1])
         assert run.status == "success" and count == 5 and samples.isfinite().all()
     _, run, _ = wrapped("afs", denoise=0.5)
-    assert run.status == "error" and re.search(r"starts at sigma = .* holds an image, and not at the model's highest, 14\.6",
-                                               run.error["exception_message"])
+    assert run.status == "error" and re.search(
+        r"starts at sigma = .* holds an image, and not at the model's highest, 14\.6",
+        run.error["exception_message"])
     counts = [wrapped("mean", order=order)[2] for order in (1, 2, 3)]
     assert counts == [6, 5, 5]  # the first run fills the mean
     graph = Graph()
     core = graph.add("KSamplerSelect", sampler_name="euler")
     node = graph.add("LambdaFirstStep", sampler=[core, 0], mode="afs")
     sigmas = schedule(graph)
-    graph.latent = [graph.add("SamplerCustom", model=graph.model, add_noise=True, noise_seed=7, cfg=3.0, positive=graph.positive,
-                              negative=graph.negative, sampler=[node, 0], sigmas=sigmas, latent_image=graph.latent), 0]
+    graph.latent = [
+        graph.add("SamplerCustom", model=graph.model, add_noise=True, noise_seed=7, cfg=3.0,
+                  positive=graph.positive, negative=graph.negative, sampler=[node, 0], sigmas=sigmas,
+                  latent_image=graph.latent), 0
+    ]
     _, run = graph.run(server)
-    assert run.status == "error" and "wraps samplers of this pack, and this is sample_euler" in run.error["exception_message"]
+    assert run.status == "error" and "wraps samplers of this pack, and this is sample_euler" in run.error[
+        "exception_message"]
 
 
-def test_more_than_10_steps_are_refused_before_the_model_is_asked_and_a_training_for_them_is_used(server, folder) -> None:  # noqa: F811
+def test_more_than_10_steps_are_refused_before_the_model_is_asked_and_a_training_for_them_is_used(
+        server, folder) -> None:  # noqa: F811
     told = "AMED is not trained for 11 steps.*choose at most 10 steps, or lambda_fitted"
     graph = Graph("panda").counted().ksampler("lambda_amed", steps=11)
     _, run = graph.run(server)
     assert run.status == "error" and re.search(told, run.error["exception_message"])
     assert not (server.base / "output" / f"{graph.counter}.count").exists()
     graph = Graph("panda")
-    _, run = sampler_node(graph, calibration=train(graph, sigmas=schedule(graph, 11)), sigmas=schedule(graph, 11)).run(server)
+    _, run = sampler_node(graph, calibration=train(graph, sigmas=schedule(graph, 11)),
+                          sigmas=schedule(graph, 11)).run(server)
     assert run.status == "error" and re.search(told, run.error["exception_message"])
     lam = np.log(1 / np.geomspace(14.6146, 0.03, 11))
-    Amed(np.append(lam, np.inf), np.tile([0.4, 1.0, 1.0], (11, 1)), "amed", "evaluate", about={}).save(folder / "eleven.safetensors")
+    Amed(np.append(lam, np.inf), np.tile([0.4, 1.0, 1.0], (11, 1)), "amed", "evaluate",
+         about={}).save(folder / "eleven.safetensors")
     graph = Graph("panda").counted()
-    sigmas = [graph.add("TestSigmas", sigmas=", ".join(f"{math.exp(-value):.7f}" for value in [*lam, math.inf])), 0]
-    samples, run = sampler_node(graph, sigmas=sigmas, calibration=[graph.add("LambdaLoadCalibration", name="eleven.safetensors"), 0]).run(server)
+    sigmas = [
+        graph.add("TestSigmas", sigmas=", ".join(f"{math.exp(-value):.7f}" for value in [*lam, math.inf])), 0
+    ]
+    samples, run = sampler_node(
+        graph, sigmas=sigmas, calibration=[graph.add("LambdaLoadCalibration", name="eleven.safetensors"),
+                                           0]).run(server)
     assert run.status == "success" and len(graph.evaluations(server)) == 21, run.error
 
 

@@ -19,11 +19,15 @@ KEY, EVENT = "lambda_solvers", "lambda_solvers.run"
 
 
 def written(server, nodes: dict) -> tuple[dict, dict]:  # noqa: F811
-    """The prompt in the image that a workflow saves, and what of it is on which node; checked for all else."""
+    """The prompt in the image that a workflow saves, and what of it is on which node; checked for all
+    else."""
     asked = json.loads(json.dumps(nodes))
     run = server.run(nodes)
     assert run.status == "success", run.error
-    [shown] = [image for output in run.outputs.values() for image in output.get("images", []) if image["type"] == "output"]
+    [shown] = [
+        image for output in run.outputs.values() for image in output.get("images", [])
+        if image["type"] == "output"
+    ]
     with Image.open(server.file(shown)) as image:
         prompt = json.loads(image.info["prompt"])
     noted = {name: node["_meta"][KEY] for name, node in prompt.items() if KEY in node.get("_meta", {})}
@@ -34,8 +38,13 @@ def written(server, nodes: dict) -> tuple[dict, dict]:  # noqa: F811
 
 def saved(graph: Graph, prefix: str = "a") -> dict:
     nodes = json.loads(json.dumps(graph.nodes))
-    nodes["save"] = {"class_type": "SaveImage", "inputs": {"images": ["decode", 0], "filename_prefix": prefix}, "_meta": {"title": "Save"}}
-    nodes["decode"] = {"class_type": "VAEDecode", "inputs": {"samples": graph.latent, "vae": [graph.checkpoint, 2]}}
+    nodes["save"] = {
+        "class_type": "SaveImage", "inputs": {"images": ["decode", 0], "filename_prefix": prefix},
+        "_meta": {"title": "Save"}
+    }
+    nodes["decode"] = {
+        "class_type": "VAEDecode", "inputs": {"samples": graph.latent, "vae": [graph.checkpoint, 2]}
+    }
     return nodes
 
 
@@ -45,7 +54,8 @@ def of(folder, kind: type = Statistics) -> dict:  # noqa: F811
     return {"name": name.removesuffix(".safetensors"), "digest": digest(kind.load(folder / name).arrays())}
 
 
-def test_the_name_and_digest_are_in_the_image_when_measured_found_kept_and_sent_again(server, folder) -> None:  # noqa: F811
+def test_the_name_and_digest_are_in_the_image_when_measured_found_kept_and_sent_again(
+        server, folder) -> None:  # noqa: F811
     graph = Graph("panda").counted().ksampler("lambda_v3")
     node = graph.latent[0]
     prompt, noted = written(server, saved(graph))
@@ -69,11 +79,16 @@ def test_the_name_and_digest_are_in_the_image_when_measured_found_kept_and_sent_
 def test_with_a_custom_guider_inside_a_subgraph_and_with_what_is_given(server, folder) -> None:  # noqa: F811
     graph = Graph("panda")
     sigmas = [graph.add("BasicScheduler", model=graph.model, scheduler="karras", steps=5, denoise=1.0), 0]
-    guider = [graph.add("CFGGuider", model=graph.model, positive=graph.positive, negative=graph.negative, cfg=3.0), 0]
-    options = {name: option.default for name, option in FAMILIES["v3"].options.items() if option.stand_in is None}
+    guider = [
+        graph.add("CFGGuider", model=graph.model, positive=graph.positive, negative=graph.negative, cfg=3.0),
+        0
+    ]
+    options = {
+        name: option.default for name, option in FAMILIES["v3"].options.items() if option.stand_in is None
+    }
     sampler = [graph.add("LambdaSamplerV3", measure="never", calibration=measure(graph), **options), 0]
-    node = graph.add("SamplerCustomAdvanced", noise=[graph.add("RandomNoise", noise_seed=3), 0], guider=guider, sampler=sampler,
-                     sigmas=sigmas, latent_image=graph.latent)
+    node = graph.add("SamplerCustomAdvanced", noise=[graph.add("RandomNoise", noise_seed=3), 0],
+                     guider=guider, sampler=sampler, sigmas=sigmas, latent_image=graph.latent)
     graph.latent = ["4:1", 0]
     nodes = saved(graph)
     nodes["4:1"] = nodes.pop(node)
@@ -86,7 +101,8 @@ def test_with_a_custom_guider_inside_a_subgraph_and_with_what_is_given(server, f
 
 def test_texts_and_runs_reach_the_client_that_queued_and_no_other(server, folder) -> None:  # noqa: F811
     async def queue() -> tuple:
-        async with aiohttp.ClientSession() as session, session.ws_connect(f"{server.url}/ws?clientId=another") as other:
+        async with aiohttp.ClientSession() as session, session.ws_connect(
+                f"{server.url}/ws?clientId=another") as other:
             run = await server._run(saved(Graph("panda").ksampler("lambda_v3", seed=11)), None, None)
             heard = []
             with contextlib.suppress(asyncio.TimeoutError):
@@ -101,20 +117,25 @@ def test_texts_and_runs_reach_the_client_that_queued_and_no_other(server, folder
 
 def test_on_the_node_of_the_workflow_that_has_made_the_sampling_node(server, folder) -> None:  # noqa: F811
     graph = Graph("panda")
-    node = graph.add("TestKSamplerInside", model=graph.model, positive=graph.positive, negative=graph.negative, latent_image=graph.latent,
-                     seed=3, sampler_name="lambda_v3")
+    node = graph.add("TestKSamplerInside", model=graph.model, positive=graph.positive,
+                     negative=graph.negative, latent_image=graph.latent, seed=3, sampler_name="lambda_v3")
     graph.latent = [node, 0]
     for prefix in ("e", "f"):
         _, noted = written(server, saved(graph, prefix))
         assert list(noted) == [node] and noted[node]["calibrations"] == [of(folder)]
 
 
-@pytest.mark.parametrize("samplers, kinds", [("lambda_v3\nlambda_amed", {Statistics, Amed}), ("euler\nlambda_2m", set())])
-def test_compare_samplers_notes_all_that_its_samplers_used(server, folder, samplers, kinds) -> None:  # noqa: F811
+@pytest.mark.parametrize("samplers, kinds", [("lambda_v3\nlambda_amed", {Statistics, Amed}),
+                                             ("euler\nlambda_2m", set())])
+def test_compare_samplers_notes_all_that_its_samplers_used(server, folder, samplers,
+                                                           kinds) -> None:  # noqa: F811
     graph = comparison(Graph("panda"), samplers=samplers, evaluations="5")
-    graph.nodes["save"] = {"class_type": "SaveImage", "inputs": {"images": [graph.compare, 0], "filename_prefix": "g"}}
+    graph.nodes["save"] = {
+        "class_type": "SaveImage", "inputs": {"images": [graph.compare, 0], "filename_prefix": "g"}
+    }
     _, noted = written(server, graph.nodes)
     assert set(noted) == ({graph.compare} if kinds else set())
     if kinds:
-        assert {entry["name"] for entry in noted[graph.compare]["calibrations"]} == {name.removesuffix(".safetensors") for name in files(folder)}
+        assert {entry["name"] for entry in noted[graph.compare]["calibrations"]
+                } == {name.removesuffix(".safetensors") for name in files(folder)}
         assert len(files(folder)) == 2

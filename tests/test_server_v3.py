@@ -23,14 +23,15 @@ def files(folder) -> list[str]:
 
 
 def measure(graph: Graph, **changes) -> list:
-    inputs = dict(model=graph.model, positive=graph.positive, negative=graph.negative, cfg=3.0, latent_image=graph.latent,
-                  seed=0, intervals=12, samples=2, pool="all", fitted=False, prompt="this", save=False)
+    inputs = dict(model=graph.model, positive=graph.positive, negative=graph.negative, cfg=3.0,
+                  latent_image=graph.latent, seed=0, intervals=12, samples=2, pool="all", fitted=False,
+                  prompt="this", save=False)
     return [graph.add("LambdaMeasureModel", **{**inputs, **changes}), 0]
 
 
 def tune(graph: Graph, statistics: list, **changes) -> list:
-    inputs = dict(model=graph.model, positive=graph.positive, negative=graph.negative, cfg=3.0, latent_image=graph.latent,
-                  calibration=statistics, steps=4, seed=0, samples=4, save=False)
+    inputs = dict(model=graph.model, positive=graph.positive, negative=graph.negative, cfg=3.0,
+                  latent_image=graph.latent, calibration=statistics, steps=4, seed=0, samples=4, save=False)
     return [graph.add("LambdaTuneFitted", **{**inputs, **changes}), 0]
 
 
@@ -44,7 +45,8 @@ def test_from_nothing_it_is_measured_once_saved_and_found_again(server, folder) 
     assert run.status == "success", run.error
     assert looks_like_an_image(samples)
     calls = len(graph.evaluations(server)) - STEPS
-    assert any("measuring the model's statistics: evaluation" in text and "s left" in text for text in run.texts)
+    assert any("measuring the model's statistics: evaluation" in text and "s left" in text
+               for text in run.texts)
     told = f"serves this run: measuring once, as long as {round(IMAGES * 54 / STEPS)} images"
     assert any("no saved statistics for TinyEmoji-" in text and text.endswith(told) for text in run.texts)
     [name] = files(folder)
@@ -73,7 +75,8 @@ def test_the_fitted_solver_measures_a_file_of_its_own_beside_v3_s_once(server, f
         assert len(graph.evaluations(server)) == spent + STEPS and len(files(folder)) == 2
     graph = Graph("panda").counted().ksampler("lambda_fitted", seed=2)  # the same by its name in KSampler
     assert torch.equal(graph.samples(server), samples) and len(graph.evaluations(server)) == STEPS
-    other = Graph("panda").counted().ksampler("lambda_fitted", seed=2, scheduler="exponential")  # of which only the range counts
+    # of which only the range counts
+    other = Graph("panda").counted().ksampler("lambda_fitted", seed=2, scheduler="exponential")
     torch.testing.assert_close(other.samples(server), samples, rtol=0, atol=1e-3)
     [fitted] = [other for other in files(folder) if other != name]
     assert "-fitted-cfg3." in fitted and Statistics.load(folder / fitted).about["evaluations"] == 77
@@ -84,7 +87,9 @@ def test_the_fitted_solver_measures_a_file_of_its_own_beside_v3_s_once(server, f
 def test_fitted_sigmas_are_a_schedule_for_any_sampler(server, folder) -> None:  # noqa: F811
     graph = Graph("panda").counted()
     statistics = measure(graph, fitted=True)
-    sigmas = [graph.add("LambdaFittedScheduler", model=graph.model, calibration=statistics, steps=5, denoise=1.0), 0]
+    sigmas = [
+        graph.add("LambdaFittedScheduler", model=graph.model, calibration=statistics, steps=5, denoise=1.0), 0
+    ]
     graph.add("LambdaSaveCalibration", calibration=statistics, name="fit", overwrite=False)
     samples, run = graph.custom([graph.add("KSamplerSelect", sampler_name="dpmpp_2m"), 0], sigmas).run(server)
     assert run.status == "success" and looks_like_an_image(samples), run.error
@@ -92,7 +97,9 @@ def test_fitted_sigmas_are_a_schedule_for_any_sampler(server, folder) -> None:  
     assert graph.evaluations(server)[-5:] == pytest.approx(expected[:-1], rel=1e-3)
     part = Graph("panda").counted()
     loaded = [part.add("LambdaLoadCalibration", name="fit.safetensors"), 0]
-    sigmas = [part.add("LambdaFittedScheduler", model=part.model, calibration=loaded, steps=3, denoise=0.5), 0]
+    sigmas = [
+        part.add("LambdaFittedScheduler", model=part.model, calibration=loaded, steps=3, denoise=0.5), 0
+    ]
     part.custom([part.add("KSamplerSelect", sampler_name="euler"), 0], sigmas).samples(server)
     seen = part.evaluations(server)
     assert len(seen) == 3 and 1.0 < seen[0] < 3.0  # half of the timesteps: sigma 1.6
@@ -104,7 +111,8 @@ def test_a_refit_is_used_for_its_number_of_steps_alone(server, folder) -> None: 
     refitted = tune(graph, plain, samples=3)
     graph.add("LambdaSaveCalibration", calibration=plain, name="plain", overwrite=False)
     graph.add("LambdaSaveCalibration", calibration=refitted, name="refitted", overwrite=False)
-    samples, run = graph.family("fitted", measure="never", nodes="chosen", calibration=refitted, steps=4).run(server)
+    samples, run = graph.family("fitted", measure="never", nodes="chosen", calibration=refitted,
+                                steps=4).run(server)
     assert run.status == "success" and looks_like_an_image(samples), run.error
     told = "tuned for 4 steps in [0-9]+ s, as long as [0-9]+ images: error|tuning for 4 steps found nothing better"
     assert any(re.search(told, text) for text in run.texts)
@@ -128,14 +136,17 @@ def test_what_several_prompts_taught_is_used_for_every_prompt(server, folder) ->
     clip = [graph.checkpoint, 1]
     lines = {"alone": "", "same": "panda\n\n  panda ", "several": "pizza\nred heart\nghost"}
     for name, prompts in lines.items():
-        graph.add("LambdaSaveCalibration", name=name, overwrite=False,
-                  calibration=tune(graph, statistics, **({"clip": clip, "prompts": prompts} if prompts else {})))
+        graph.add(
+            "LambdaSaveCalibration", name=name, overwrite=False,
+            calibration=tune(graph, statistics, **({"clip": clip, "prompts": prompts} if prompts else {})))
     run = server.run(graph.nodes)
     assert run.status == "success", run.error
     found = {name: Statistics.load(folder / f"{name}.safetensors") for name in lines}
     told = {name: statistics.about["refits"]["4"] for name, statistics in found.items()}
-    assert [told[name]["prompts"] for name in lines] == [1, 3, 4] and all(entry["kept"] for entry in told.values())
-    assert found["same"].plans[4] == pytest.approx(found["alone"].plans[4], abs=1e-3)  # each image gets its own prompt
+    assert [told[name]["prompts"] for name in lines] == [1, 3, 4] and all(entry["kept"]
+                                                                          for entry in told.values())
+    # each image gets its own prompt
+    assert found["same"].plans[4] == pytest.approx(found["alone"].plans[4], abs=1e-3)
     assert told["several"]["training"][0] != pytest.approx(told["alone"]["training"][0], rel=0.05)
     for name, statistics in found.items():
         assert statistics.about["conditions"] == found["alone"].about["conditions"]  # b is still panda's
@@ -147,14 +158,17 @@ def test_what_several_prompts_taught_is_used_for_every_prompt(server, folder) ->
         model = [other.add("LambdaApplyCalibration", model=other.model, calibration=loaded), 0]
         assert looks_like_an_image(other.ksampler("lambda_fitted", steps=4, model=model).samples(server))
         seen[name] = other.evaluations(server)
-    assert seen["several"] == pytest.approx([math.exp(-lam) for lam in found["several"].plans[4][:, 0]], rel=1e-2)
+    assert seen["several"] == pytest.approx([math.exp(-lam) for lam in found["several"].plans[4][:, 0]],
+                                            rel=1e-2)
     assert seen["several"] != seen["alone"]
-    for steps, said in ((4, "statistics: same.safetensors"), (5, "no saved statistics for")):  # only what was learned for the run
+    # only what was learned for the run
+    for steps, said in ((4, "statistics: same.safetensors"), (5, "no saved statistics for")):
         _, run = Graph("tulip").ksampler("lambda_fitted", steps=steps).run(server)
         assert run.status == "success" and run.texts[0].startswith(said)
 
     graph = Graph("panda")
-    graph.add("LambdaSaveCalibration", name="x", overwrite=False, calibration=tune(graph, measure(graph, fitted=True), prompts="pizza"))
+    graph.add("LambdaSaveCalibration", name="x", overwrite=False,
+              calibration=tune(graph, measure(graph, fitted=True), prompts="pizza"))
     run = server.run(graph.nodes)
     assert run.status == "error" and "connect the checkpoint's CLIP to clip" in run.error["exception_message"]
 
@@ -183,7 +197,8 @@ def test_a_cancelled_refit_goes_on_from_what_was_done(server, folder) -> None:  
     assert run.status == "success", run.error
     assert len(again.evaluations(server)) < 4 * 90  # of four images
     assert not any(name.endswith(".part") for name in files(folder))
-    assert Statistics.load(folder / "again.safetensors").about["refits"]["5"]["evaluations"] > 100  # those of both
+    # those of both
+    assert Statistics.load(folder / "again.safetensors").about["refits"]["5"]["evaluations"] > 100
 
 
 def test_a_flow_model_is_fitted_and_refitted_from_pure_noise(server, folder) -> None:  # noqa: F811
@@ -191,7 +206,8 @@ def test_a_flow_model_is_fitted_and_refitted_from_pure_noise(server, folder) -> 
     graph = Graph("red heart").through("TinyEmojiAsFlow").counted()
     refitted = tune(graph, measure(graph, fitted=True), steps=6, samples=3)
     graph.add("LambdaSaveCalibration", calibration=refitted, name="flow", overwrite=False)
-    samples, run = graph.family("fitted", measure="never", nodes="chosen", calibration=refitted, steps=6).run(server)
+    samples, run = graph.family("fitted", measure="never", nodes="chosen", calibration=refitted,
+                                steps=6).run(server)
     assert run.status == "success" and looks_like_an_image(samples), run.error
     redness = samples.mean((0, 2, 3))
     assert redness[0] > redness[1] + 0.2
@@ -199,7 +215,8 @@ def test_a_flow_model_is_fitted_and_refitted_from_pure_noise(server, folder) -> 
     assert used[0] == pytest.approx(1.0) and all(b < a for a, b in zip(used, used[1:]))
     loaded = Statistics.load(folder / "flow.safetensors")
     assert list(loaded.about["refits"]) == ["5"]  # of 6 evaluations 5 are on the grid
-    listed = Graph("red heart").through("TinyEmojiAsFlow").counted().ksampler("lambda_fitted", steps=6, scheduler="simple")
+    listed = Graph("red heart").through("TinyEmojiAsFlow").counted().ksampler(
+        "lambda_fitted", steps=6, scheduler="simple")
     assert looks_like_an_image(listed.samples(server))
 
 
@@ -212,8 +229,9 @@ def test_the_fitted_solver_refuses_statistics_that_were_measured_for_v3(server, 
 
 def test_every_prompt_is_measured_when_asked_for(server, folder) -> None:  # noqa: F811
     for words, count in (("panda", 1), ("strawberry", 2), ("panda", 2)):
-        samples, run = sampler_node(Graph(words).through("TestSlowModel", seconds=0.0), measure="every prompt",
-                                    seed=21 + count).run(server)
+        samples, run = sampler_node(
+            Graph(words).through("TestSlowModel", seconds=0.0), measure="every prompt",
+            seed=21 + count).run(server)
         assert run.status == "success" and looks_like_an_image(samples) and len(files(folder)) == count
         assert not any("another prompt" in text for text in run.texts)
 
@@ -233,7 +251,8 @@ def test_measure_save_load_and_apply_give_the_same_image(server, folder) -> None
     first = sampler_node(graph, calibration=statistics).samples(server)
     assert files(folder) == ["mine.safetensors"] and (folder / "shared" / "mine.safetensors").exists()
 
-    info = server.get("/object_info/LambdaLoadCalibration")["LambdaLoadCalibration"]["input"]["required"]["name"]
+    info = server.get(
+        "/object_info/LambdaLoadCalibration")["LambdaLoadCalibration"]["input"]["required"]["name"]
     assert "shared/mine.safetensors" in (info[0] if isinstance(info[0], list) else info[1]["options"])
     graph = Graph("panda")
     loaded = graph.add("LambdaLoadCalibration", name="shared/mine.safetensors")
@@ -277,7 +296,8 @@ def test_the_picture_of_the_curves_is_drawn(server, folder) -> None:  # noqa: F8
     assert re.fullmatch("statistics measured in [0-9]+ s, as long as 3 images of 20 steps", run.texts[-1])
 
 
-def test_statistics_of_another_checkpoint_or_guidance_bring_a_warning_that_names_both(server, folder) -> None:  # noqa: F811
+def test_statistics_of_another_checkpoint_or_guidance_bring_a_warning_that_names_both(
+        server, folder) -> None:  # noqa: F811
     graph = Graph("panda")
     flow = graph.add("TestFlowModel")
     latent = [graph.add("EmptySD3LatentImage", width=64, height=64, batch_size=1), 0]
@@ -302,7 +322,8 @@ def test_without_leave_to_measure_the_error_names_the_nodes_to_add(server, folde
     assert files(folder) == []
 
 
-def test_cancel_while_measuring_leaves_a_partial_file_from_which_the_next_run_goes_on(server, folder) -> None:  # noqa: F811
+def test_cancel_while_measuring_leaves_a_partial_file_from_which_the_next_run_goes_on(
+        server, folder) -> None:  # noqa: F811
     cancelled = []
 
     async def watch(server, run):
@@ -321,36 +342,41 @@ def test_cancel_while_measuring_leaves_a_partial_file_from_which_the_next_run_go
     assert run.status == "success" and samples.isfinite().all()
     again = len(graph.evaluations(server)) - 4
     first, again = first / IMAGES, again / IMAGES
-    assert 13 <= first < 30 and again <= 54 - 10 + 4 and first + again <= 54 + 4 + 4  # the model is probed again
+    # the model is probed again
+    assert 13 <= first < 30 and again <= 54 - 10 + 4 and first + again <= 54 + 4 + 4
     [name] = files(folder)
     assert "-cfg3." in name and name.endswith(".safetensors")
 
 
-@pytest.mark.parametrize("name", ["../evil", "/tmp/evil", "a/../../evil", "..", "a\\..\\..\\evil", ".hidden", "a:b"])
+@pytest.mark.parametrize("name",
+                         ["../evil", "/tmp/evil", "a/../../evil", "..", "a\\..\\..\\evil", ".hidden", "a:b"])
 def test_a_name_that_would_leave_the_folder_is_refused(server, folder, name: str) -> None:  # noqa: F811
     graph = Graph()
-    save = graph.add("LambdaSaveCalibration", calibration=measure(graph, intervals=4, samples=1), name=name, overwrite=True)
+    save = graph.add("LambdaSaveCalibration", calibration=measure(graph, intervals=4, samples=1), name=name,
+                     overwrite=True)
     run = server.run(graph.nodes)
-    assert run.status == "error" and run.error["node_id"] == save and "cannot be a file in" in run.error["exception_message"]
+    assert run.status == "error" and run.error["node_id"] == save and "cannot be a file in" in run.error[
+        "exception_message"]
     assert files(folder) == []
 
 
 def test_saving_twice_needs_leave(server, folder) -> None:  # noqa: F811
     for seed, overwrite, status in ((0, False, "success"), (1, False, "error"), (2, True, "success")):
         graph = Graph()
-        graph.add("LambdaSaveCalibration", calibration=measure(graph, intervals=4, samples=1, seed=seed), name="x",
-                  overwrite=overwrite)
+        graph.add("LambdaSaveCalibration", calibration=measure(graph, intervals=4, samples=1, seed=seed),
+                  name="x", overwrite=overwrite)
         run = server.run(graph.nodes)
         assert run.status == status, run.error
         if status == "error":
-            assert run.error["exception_message"].startswith("x.safetensors exists in solver_calibrations: choose another name")
+            assert run.error["exception_message"].startswith(
+                "x.safetensors exists in solver_calibrations: choose another name")
 
 
 def test_without_a_name_every_file_gets_one_of_its_own(server, folder) -> None:  # noqa: F811
     for seed in (40, 41, 42):
         graph = Graph()
-        save = graph.add("LambdaSaveCalibration", calibration=measure(graph, intervals=4, samples=1, seed=seed), name="",
-                         overwrite=False)
+        save = graph.add("LambdaSaveCalibration", calibration=measure(graph, intervals=4, samples=1,
+                                                                      seed=seed), name="", overwrite=False)
         run = server.run(graph.nodes)
         assert run.status == "success" and run.outputs[save]["text"] == [run.texts[-1]]
     assert len(files(folder)) == 3
@@ -367,7 +393,8 @@ def test_a_broken_or_missing_file_says_so_on_the_node(server, folder) -> None:  
     loaded = graph.add("LambdaLoadCalibration", name="gone.safetensors")
     try:
         _, run = sampler_node(graph, calibration=[loaded, 0]).run(server)
-        assert run.status == "error" and "there is no calibration 'gone.safetensors'" in run.error["exception_message"]
+        assert run.status == "error" and "there is no calibration 'gone.safetensors'" in run.error[
+            "exception_message"]
     except PromptRefused:
         pass  # newer ComfyUI refuses the choice itself
     samples, run = Graph().ksampler(NAME, steps=4).run(server)  # and the search for a match steps over it
@@ -421,7 +448,8 @@ def test_a_lora_is_another_model_of_the_same_checkpoint(base, server, folder) ->
     assert re.fullmatch(r"1 weights \([0-9a-f]{8}\)", patched["patches"][0]) and patched["strengths"] == [0.8]
 
     graph = Graph().through("LoraLoaderModelOnly", lora_name="small.safetensors", strength_model=0.8)
-    name = next(path.name for path in folder.glob("*.safetensors") if not Statistics.load(path).about["patches"])
+    name = next(path.name for path in folder.glob("*.safetensors")
+                if not Statistics.load(path).about["patches"])
     graph.through("LambdaApplyCalibration", calibration=[graph.add("LambdaLoadCalibration", name=name), 0])
     _, run = graph.ksampler(NAME, steps=4, seed=34).run(server)
     assert any("measured with the patches none, and this model has" in text for text in run.texts)
@@ -429,7 +457,8 @@ def test_a_lora_is_another_model_of_the_same_checkpoint(base, server, folder) ->
 
 @pytest.mark.parametrize("flag", ["--fp16-unet", "--fp8_e4m3fn-unet"])
 def test_the_fingerprint_is_the_same_in_every_precision(servers, server, folder, flag: str) -> None:
-    Graph().ksampler(NAME, steps=4, seed=len(flag)).samples(server)  # a seed of its own: not what the server remembers
+    # a seed of its own: not what the server remembers
+    Graph().ksampler(NAME, steps=4, seed=len(flag)).samples(server)
     [name] = files(folder)
     samples, run = Graph().ksampler(NAME, steps=4).run(servers(flag))
     assert run.status == "success" and run.texts == [f"statistics: {name}"] and samples.isfinite().all()

@@ -17,7 +17,10 @@ from samplers.learning.statistics import FORMAT
 
 
 def small(**changes) -> Statistics:
-    parts = {"lam": np.linspace(-2, 3, 6), "l": np.linspace(1, 0.4, 6), "s": np.zeros(6), "b": np.ones(6), **changes}
+    parts = {
+        "lam": np.linspace(-2, 3, 6), "l": np.linspace(1, 0.4, 6), "s": np.zeros(6), "b": np.ones(6),
+        **changes
+    }
     return Statistics(**{name: np.asarray(value, dtype=np.float64) for name, value in parts.items()})
 
 
@@ -54,31 +57,38 @@ def test_impossible_curves_are_refused_each_with_its_message(changes: dict, mess
 
 
 def written(path: Path, tensors: dict, metadata: dict) -> Path:
-    save_file({name: torch.as_tensor(np.asarray(value, dtype=np.float64)) for name, value in tensors.items()}, path, metadata)
+    save_file({name: torch.as_tensor(np.asarray(value, dtype=np.float64)) for name, value in tensors.items()},
+              path, metadata)
     return path
 
 
-@pytest.mark.parametrize(("break_it", "message"), [
-    (lambda p, t, m: written(p, t, {**m, "format": "lambda-solvers statistics 9"}), "format 'lambda-solvers statistics 9'.*update"),
-    (lambda p, t, m: written(p, t, {"format": "pt"}), "is not a file of lambda-solvers statistics, but of pt"),
-    (lambda p, t, m: written(p, t, {}), "is not a file of lambda-solvers statistics"),
-    (lambda p, t, m: written(p, {k: v for k, v in t.items() if k != "s"}, m), "the tensor 's' is missing; it has b, l, lam"),
-    (lambda p, t, m: written(p, {**t, "l": np.ones(4)}, m), "l has shape"),
-    (lambda p, t, m: written(p, {**t, "l": np.full(6, np.nan)}, m), "l has 6 values that are not finite"),
-    (lambda p, t, m: written(p, {**t, "lam": t["lam"][::-1].copy()}, m), "lam must increase"),
-    (lambda p, t, m: written(p, t, {**m, "about": "{"}), "damaged or was cut short"),
-    (lambda p, t, m: written(p, t, {**m, "about": "[1]"}), "about is .1.: it must be an object"),
-    (lambda p, t, m: written(p, t, {**m, "about": '{"guidance": "7"}'}), "about.guidance is '7': it must be a finite number"),
-    (lambda p, t, m: p.mkdir(), "cannot be read|damaged"),
-    (lambda p, t, m: written(p, t, {**m, "about": '{"guidance": NaN}'}), "damaged or was cut short: NaN is no number"),
-    (lambda p, t, m: written(p, t, {**m, "about": "[" * 100_000}), "damaged or was cut short"),
-    (lambda p, t, m: save_file({k: torch.tensor(v).bfloat16() for k, v in t.items()}, p, m), "damaged or was cut short.*bfloat16"),
-    (lambda p, t, m: p.write_bytes(written(p, t, m).read_bytes()[:-9]), "damaged or was cut short"),
-    (lambda p, t, m: p.write_bytes(written(p, t, m).read_bytes()[:40]), "damaged or was cut short"),
-    (lambda p, t, m: p.write_bytes(b""), "damaged or was cut short"),
-    (lambda p, t, m: p.write_bytes(b"\xff" * 4096), "damaged or was cut short"),
-    (lambda p, t, m: None, "does not exist"),
-])
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [(lambda p, t, m: written(p, t, {**m, "format": "lambda-solvers statistics 9"}),
+      "format 'lambda-solvers statistics 9'.*update"),
+     (lambda p, t, m: written(p, t, {"format": "pt"}),
+      "is not a file of lambda-solvers statistics, but of pt"),
+     (lambda p, t, m: written(p, t, {}), "is not a file of lambda-solvers statistics"),
+     (lambda p, t, m: written(p, {k: v for k, v in t.items()
+                                  if k != "s"}, m), "the tensor 's' is missing; it has b, l, lam"),
+     (lambda p, t, m: written(p, {**t, "l": np.ones(4)}, m), "l has shape"),
+     (lambda p, t, m: written(p, {**t, "l": np.full(6, np.nan)}, m), "l has 6 values that are not finite"),
+     (lambda p, t, m: written(p, {**t, "lam": t["lam"][::-1].copy()}, m), "lam must increase"),
+     (lambda p, t, m: written(p, t, {**m, "about": "{"}), "damaged or was cut short"),
+     (lambda p, t, m: written(p, t, {**m, "about": "[1]"}), "about is .1.: it must be an object"),
+     (lambda p, t, m: written(p, t, {**m, "about": '{"guidance": "7"}'}),
+      "about.guidance is '7': it must be a finite number"),
+     (lambda p, t, m: p.mkdir(), "cannot be read|damaged"),
+     (lambda p, t, m: written(p, t, {**m, "about": '{"guidance": NaN}'}),
+      "damaged or was cut short: NaN is no number"),
+     (lambda p, t, m: written(p, t, {**m, "about": "[" * 100_000}), "damaged or was cut short"),
+     (lambda p, t, m: save_file({k: torch.tensor(v).bfloat16()
+                                 for k, v in t.items()}, p, m), "damaged or was cut short.*bfloat16"),
+     (lambda p, t, m: p.write_bytes(written(p, t, m).read_bytes()[:-9]), "damaged or was cut short"),
+     (lambda p, t, m: p.write_bytes(written(p, t, m).read_bytes()[:40]), "damaged or was cut short"),
+     (lambda p, t, m: p.write_bytes(b""), "damaged or was cut short"),
+     (lambda p, t, m: p.write_bytes(b"\xff" * 4096), "damaged or was cut short"),
+     (lambda p, t, m: None, "does not exist"), ])
 def test_a_broken_file_is_refused_by_its_fault(tmp_path, break_it, message: str) -> None:
     path = tmp_path / "x.safetensors"
     break_it(path, {"lam": np.linspace(-2, 3, 6), "l": np.ones(6), "s": np.zeros(6), "b": np.zeros(6)},
@@ -129,7 +139,8 @@ def test_of_two_processes_that_save_one_name_one_wins_whole(tmp_path) -> None:
 
 @NEEDS_FORK
 @EVERY_PLACE
-def test_a_kill_within_a_write_leaves_the_old_file_or_the_new_one_and_never_a_part(tmp_path, place: str) -> None:
+def test_a_kill_within_a_write_leaves_the_old_file_or_the_new_one_and_never_a_part(tmp_path,
+                                                                                   place: str) -> None:
     path, new = tmp_path / "x.safetensors", small()
     old = Statistics(new.lam, new.l + 1, new.s, new.b)
     old.save(path)
@@ -159,12 +170,15 @@ def test_published_npz_folders_are_read(tmp_path) -> None:
 def test_a_schedule_outside_the_grid_is_refused_with_both_ranges() -> None:
     statistics = Statistics(*(np.asarray(v) for v in ([-2.0, 2.0], [1.0, 1.0], [0.0, 0.0], [0.0, 0.0])))
     sampler = k_diffusion_sampler("dpm_solver_v3", statistics=statistics)
-    with pytest.raises(ValueError, match=r"cover lambda from -2.000 to 2.000 .*goes to lambda = -2.679 \(sigma = 14.57\)"):
+    with pytest.raises(
+            ValueError,
+            match=r"cover lambda from -2.000 to 2.000 .*goes to lambda = -2.679 \(sigma = 14.57\)"):
         sampler(lambda x, sigma: x, torch.zeros(1, 1), torch.tensor([14.57, 1.0, 0.0]), disable=True)
 
 
 def test_without_statistics_the_solver_is_refused() -> None:
-    with pytest.raises(ValueError, match="statistics = None: give the model's statistics: samplers.estimate_statistics"):
+    with pytest.raises(ValueError,
+                       match="statistics = None: give the model's statistics: samplers.estimate_statistics"):
         k_diffusion_sampler("dpm_solver_v3")
 
 
@@ -181,28 +195,42 @@ def test_statistics_by_channel_or_element_that_agree_are_those_of_one_number(sha
     many = Statistics(one.lam, *(np.broadcast_to(curve[:, None, None, None], (len(one.lam), *shape)).copy()
                                  for curve in (one.l, one.s, one.b)))
     x = (torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 9).to(dtype)
-    results = [k_diffusion_sampler("dpm_solver_v3", statistics=statistics)(
-        lambda x, sigma: x * 0.3, x, torch.tensor([9.0, 3.0, 1.0, 0.2, 0.0]), disable=True) for statistics in (one, many)]
+    results = [
+        k_diffusion_sampler("dpm_solver_v3", statistics=statistics)(lambda x, sigma: x * 0.3, x,
+                                                                    torch.tensor([9.0, 3.0, 1.0, 0.2, 0.0]),
+                                                                    disable=True)
+        for statistics in (one, many)
+    ]
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-5)
     assert results[0].dtype == dtype
 
 
-@pytest.mark.parametrize(("curves", "x"), [
-    ((4, 1, 1), (2, 3, 4, 4)), ((3, 1, 1), (2, 3, 5, 4, 4)), ((3, 1, 1), (2, 1, 4, 4)), ((3, 4, 4), (2, 3, 8, 8)),
-    ((1, 3, 1, 1, 1), (2, 3, 4, 4))])
+@pytest.mark.parametrize(("curves", "x"), [((4, 1, 1), (2, 3, 4, 4)), ((3, 1, 1), (2, 3, 5, 4, 4)),
+                                           ((3, 1, 1), (2, 1, 4, 4)), ((3, 4, 4), (2, 3, 8, 8)),
+                                           ((1, 3, 1, 1, 1), (2, 3, 4, 4))])
 def test_statistics_by_channel_or_element_are_refused_for_other_latents(curves: tuple, x: tuple) -> None:
     one = gaussian_statistics()
-    many = Statistics(one.lam, *(np.broadcast_to(curve.reshape(-1, *[1] * len(curves)), (len(one.lam), *curves)).copy()
-                                 for curve in (one.l, one.s, one.b)))
-    with pytest.raises(ValueError, match=r"do not fit x of shape .*: statistics by channel or element serve only latents like those"):
-        k_diffusion_sampler("dpm_solver_v3", statistics=many)(lambda x, sigma: x, torch.ones(x), torch.tensor([9.0, 1.0, 0.0]), disable=True)
+    many = Statistics(
+        one.lam,
+        *(np.broadcast_to(curve.reshape(-1, *[1] * len(curves)), (len(one.lam), *curves)).copy()
+          for curve in (one.l, one.s, one.b)))
+    with pytest.raises(
+            ValueError,
+            match=r"do not fit x of shape .*: statistics by channel or element serve only latents like those"
+    ):
+        k_diffusion_sampler("dpm_solver_v3", statistics=many)(lambda x, sigma: x, torch.ones(x),
+                                                              torch.tensor([9.0, 1.0, 0.0]), disable=True)
 
 
 @pytest.mark.parametrize("shape", [(), (3, 1, 1)], ids=["one number", "channels"])
 def test_v3_needs_no_number_from_the_device(shape) -> None:
     one = smooth_statistics()
-    statistics = Statistics(one.lam, *(np.broadcast_to(curve.reshape(-1, *[1] * len(shape)), (len(one.lam), *shape)).copy()
-                                       for curve in (one.l, one.s, one.b)))
-    result = k_diffusion_sampler("dpm_solver_v3", "flow", statistics=statistics)(
-        lambda x, sigma: x * 0.5, torch.empty(1, 3, 4, 4, device="meta"), torch.tensor([1.0, 0.9, 0.5, 0.1, 0.0]), disable=True)
+    statistics = Statistics(
+        one.lam,
+        *(np.broadcast_to(curve.reshape(-1, *[1] * len(shape)), (len(one.lam), *shape)).copy()
+          for curve in (one.l, one.s, one.b)))
+    result = k_diffusion_sampler("dpm_solver_v3", "flow",
+                                 statistics=statistics)(lambda x, sigma: x * 0.5,
+                                                        torch.empty(1, 3, 4, 4, device="meta"),
+                                                        torch.tensor([1.0, 0.9, 0.5, 0.1, 0.0]), disable=True)
     assert result.is_meta

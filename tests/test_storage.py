@@ -1,4 +1,5 @@
-"""Files that may come from anyone, and partials: what they say is safe to show, and what is written can be read."""
+"""Files that may come from anyone, and partials: what they say is safe to show, and what is written can be
+read."""
 from __future__ import annotations
 
 import json
@@ -23,18 +24,22 @@ from test_fitted import calibration
 
 SCRIPT = "<img src=x onerror=alert(1)>"
 HOSTILE = [SCRIPT, "a&#x3c;b", "line\nbreak", "nul\0", "\x1b[31m", "turned \u202e round", "x" * 201]
-DESCRIPTION = {"model": "SD15-0123456789ab", "fingerprint": "0123456789ab", "conditions": "01234567", "patches": ["a", "b"],
-               "guidance": 3.0, "strengths": [0.8], "distilled": [None, 3.5], "prompts": 12}
+DESCRIPTION = {
+    "model": "SD15-0123456789ab", "fingerprint": "0123456789ab", "conditions": "01234567",
+    "patches": ["a", "b"], "guidance": 3.0, "strengths": [0.8], "distilled": [None, 3.5], "prompts": 12
+}
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict[str, Path]:
     """A file of each kind, with all that is ever said in one."""
     folder = tmp_path_factory.mktemp("files")
-    found = refit_multistep(mixture(), noise(4, seed=3), calibration(intervals=8, about={**DESCRIPTION, "fitted": True}), 4,
+    found = refit_multistep(mixture(), noise(4, seed=3),
+                            calibration(intervals=8, about={**DESCRIPTION, "fitted": True}), 4,
                             about=DESCRIPTION)
     found.save(folder / "statistics.safetensors")
-    fit_amed(reference_mixture("ve")[0], noises(4), SIGMAS, held_out=1, about=DESCRIPTION).save(folder / "amed.safetensors")
+    fit_amed(reference_mixture("ve")[0], noises(4), SIGMAS, held_out=1,
+             about=DESCRIPTION).save(folder / "amed.safetensors")
     return {path.stem: path for path in folder.iterdir()}
 
 
@@ -64,15 +69,20 @@ def with_value(value, where, new):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_text_of_a_file_is_refused_if_it_is_not_plain_and_nothing_of_it_is_repeated(tmp_path, files, kind: str) -> None:
+def test_every_text_of_a_file_is_refused_if_it_is_not_plain_and_nothing_of_it_is_repeated(
+        tmp_path, files, kind: str) -> None:
     tensors, metadata = parts(files[kind])
     about = json.loads(metadata["about"])
     everywhere = list(places(about))
     assert len(everywhere) > 20
     for where in everywhere:
         for new in HOSTILE if isinstance(where[-1], str) or "patches" in where else HOSTILE[:1]:
-            save_file(tensors, tmp_path / "x.safetensors", {**metadata, "about": json.dumps(with_value(about, where, new))})
-            with pytest.raises(CalibrationError, match=f"about.{where[0]}.* is .*: it must be .*: measure again, or get it anew") as refused:
+            save_file(tensors, tmp_path / "x.safetensors",
+                      {**metadata, "about": json.dumps(with_value(about, where, new))})
+            with pytest.raises(
+                    CalibrationError,
+                    match=f"about.{where[0]}.* is .*: it must be .*: measure again, or get it anew"
+            ) as refused:
                 KINDS[kind].load(tmp_path / "x.safetensors")
             assert not set(str(refused.value)) & set("<>&\n\0\x1b\u202e")
 
@@ -92,9 +102,10 @@ def test_a_number_is_a_finite_number(tmp_path, files, kind: str, new) -> None:
 def test_the_rest_of_a_file_cannot_speak_either(tmp_path, files, kind: str) -> None:
     """Its format, names of tensors, and what is no JSON."""
     tensors, metadata = parts(files[kind])
-    for broken in ((tensors, {**metadata, "format": f"{metadata['format'].rpartition(' ')[0]} {SCRIPT}"}), (tensors, {"format": SCRIPT}),
-                   ({**tensors, SCRIPT: np.zeros(1)}, metadata), ({SCRIPT: np.zeros(1)}, metadata),
-                   (tensors, {**metadata, "about": SCRIPT}), (tensors, {**metadata, "about": json.dumps([SCRIPT])})):
+    for broken in ((tensors, {**metadata, "format": f"{metadata['format'].rpartition(' ')[0]} {SCRIPT}"
+                              }), (tensors, {"format": SCRIPT}), ({**tensors, SCRIPT: np.zeros(1)}, metadata),
+                   ({SCRIPT: np.zeros(1)}, metadata), (tensors, {**metadata, "about": SCRIPT}),
+                   (tensors, {**metadata, "about": json.dumps([SCRIPT])})):
         save_file(*broken[:1], tmp_path / "x.safetensors", broken[1])
         with pytest.raises(CalibrationError) as refused:
             KINDS[kind].load(tmp_path / "x.safetensors")
@@ -104,10 +115,13 @@ def test_the_rest_of_a_file_cannot_speak_either(tmp_path, files, kind: str) -> N
 def test_what_is_not_known_is_left_out_and_everything_that_is_written_is_known(tmp_path, files) -> None:
     tensors, metadata = parts(files["statistics"])
     about = json.loads(metadata["about"])
-    more = {**about, "comment": SCRIPT, SCRIPT: 1, "refits": {**about["refits"], SCRIPT: about["refits"]["4"]}}
+    more = {
+        **about, "comment": SCRIPT, SCRIPT: 1, "refits": {**about["refits"], SCRIPT: about["refits"]["4"]}
+    }
     more["refits"]["4"] = {**more["refits"]["4"], "more": [SCRIPT]}
     save_file(tensors, tmp_path / "x.safetensors", {**metadata, "about": json.dumps(more)})
-    assert Statistics.load(tmp_path / "x.safetensors").about == about == Statistics.load(files["statistics"]).about
+    assert Statistics.load(tmp_path / "x.safetensors").about == about == Statistics.load(
+        files["statistics"]).about
     assert Amed.load(files["amed"]).about.keys() | about.keys() <= ABOUT.keys()
     for name in KINDS:
         loaded = KINDS[name].load(files[name])
@@ -117,7 +131,8 @@ def test_what_is_not_known_is_left_out_and_everything_that_is_written_is_known(t
 @pytest.mark.parametrize("text", [*HOSTILE, "Cache.<lambda> of nodes"])
 def test_what_other_packs_call_their_patches_is_written_so_that_it_loads(tmp_path, text: str) -> None:
     Statistics.constant().save(tmp_path / "x.safetensors")
-    patched = Statistics(*(getattr(Statistics.constant(), name) for name in ("lam", "l", "s", "b")), about={"patches": [text]})
+    patched = Statistics(*(getattr(Statistics.constant(), name) for name in ("lam", "l", "s", "b")),
+                         about={"patches": [text]})
     patched.save(tmp_path / "y.safetensors")
     assert Statistics.load(tmp_path / "y.safetensors").about == {"patches": [plain(text)]}
     assert plain(plain(text)) == plain(text)
@@ -127,24 +142,30 @@ def test_a_file_larger_than_any_of_ours_is_not_read_nor_written(tmp_path, monkey
     Statistics.constant().save(tmp_path / "x.safetensors")
     size = (tmp_path / "x.safetensors").stat().st_size
     monkeypatch.setattr(storage.read_checked, "__defaults__", (size - 1,))
-    with pytest.raises(CalibrationError, match=f"has {size} bytes: files of lambda-solvers statistics 1 have at most"):
+    with pytest.raises(CalibrationError,
+                       match=f"has {size} bytes: files of lambda-solvers statistics 1 have at most"):
         Statistics.load(tmp_path / "x.safetensors")
     monkeypatch.setattr(storage.write_checked, "__defaults__", (size - 1,))
-    with pytest.raises(CalibrationError, match="y.safetensors would have .* bytes: .*fewer samples or intervals"):
+    with pytest.raises(CalibrationError,
+                       match="y.safetensors would have .* bytes: .*fewer samples or intervals"):
         Statistics.constant().save(tmp_path / "y.safetensors")
     assert not (tmp_path / "y.safetensors").exists()
     monkeypatch.undo()
-    save_file({f"t{k}": np.zeros(1) for k in range(storage.MOST + 1)}, tmp_path / "z.safetensors", {"format": "lambda-solvers statistics 1"})
+    save_file({f"t{k}": np.zeros(1) for k in range(storage.MOST + 1)}, tmp_path / "z.safetensors",
+              {"format": "lambda-solvers statistics 1"})
     with pytest.raises(CalibrationError, match="has tensors that no file of lambda-solvers statistics has"):
         Statistics.load(tmp_path / "z.safetensors")
 
 
-@pytest.mark.parametrize("change", [{"losses": {"trained": {"training": [1.0]}}}, {"losses": {"trained": {"held out": [1.0] * 4}}},
-                                    {"losses": {"trained": {"training": [1.0] * 4}, "untrained": {"held out": [1.0] * 4}}}])
+@pytest.mark.parametrize(
+    "change", [{"losses": {"trained": {"training": [1.0]}}}, {"losses": {"trained": {"held out": [1.0] * 4}}},
+               {"losses": {"trained": {"training": [1.0] * 4}, "untrained": {"held out": [1.0] * 4}}}])
 def test_errors_that_cannot_be_drawn_are_refused(tmp_path, files, change: dict) -> None:
     tensors, metadata = parts(files["amed"])
-    save_file(tensors, tmp_path / "x.safetensors", {**metadata, "about": json.dumps({**json.loads(metadata["about"]), **change})})
-    with pytest.raises(CalibrationError, match="about.losses must have 4 errors of the same images in every part"):
+    save_file(tensors, tmp_path / "x.safetensors",
+              {**metadata, "about": json.dumps({**json.loads(metadata["about"]), **change})})
+    with pytest.raises(CalibrationError,
+                       match="about.losses must have 4 errors of the same images in every part"):
         Amed.load(tmp_path / "x.safetensors")
 
 
@@ -152,8 +173,10 @@ def test_a_refit_without_its_errors_is_refused(tmp_path, files) -> None:
     tensors, metadata = parts(files["statistics"])
     for selection in ([], [1.0], None):
         told = {"prompts": 1, **({} if selection is None else {"selection": selection})}
-        save_file(tensors, tmp_path / "x.safetensors", {**metadata, "about": json.dumps({"refits": {"4": told}})})
-        with pytest.raises(CalibrationError, match="about.refits.4 does not say the two errors of its selection: refit again"):
+        save_file(tensors, tmp_path / "x.safetensors",
+                  {**metadata, "about": json.dumps({"refits": {"4": told}})})
+        with pytest.raises(CalibrationError,
+                           match="about.refits.4 does not say the two errors of its selection: refit again"):
             Statistics.load(tmp_path / "x.safetensors")
 
 

@@ -16,9 +16,12 @@ from comfy_host import pack
 from samplers import SAMPLERS
 
 ROOT = Path(__file__).resolve().parent.parent
-TRACKED = [ROOT / name for name in subprocess.run(
-    ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True,
-    text=True).stdout.splitlines() if (ROOT / name).is_file()]
+TRACKED = [
+    ROOT / name
+    for name in subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT,
+                               check=True, capture_output=True, text=True).stdout.splitlines()
+    if (ROOT / name).is_file()
+]
 PYTHON = [path for path in TRACKED if path.suffix == ".py"]
 README, SOLVERS, DEVELOPMENT = ((ROOT / name).read_text(encoding="utf-8")
                                 for name in ("README.md", "docs/solvers.md", "docs/development.md"))
@@ -51,10 +54,12 @@ def test_the_solvers_know_nothing_of_comfyui_and_need_only_what_it_installs() ->
 
 
 def test_modules_import_downwards_only() -> None:
-    order = ["schedule", "tensors", "model", "phi", "integrand", "solver", "noise", "sample", "first_step",
-             *(f"learning.{name}" for name in ("storage", "record", "statistics", "fitted", "predictor", "amed", "course", "gauss_newton",
-                                               "measure", "train_amed", "refit")),
-             "families", "k_diffusion", "__init__"]
+    order = [
+        "schedule", "tensors", "model", "phi", "integrand", "solver", "noise", "sample", "first_step",
+        *(f"learning.{name}" for name in ("storage", "record", "statistics", "fitted", "predictor", "amed",
+                                          "course", "gauss_newton", "measure", "train_amed", "refit")),
+        "families", "k_diffusion", "__init__"
+    ]
     for path in (ROOT / "samplers").rglob("*.py"):
         folder = path.relative_to(ROOT / "samplers").parts[:-1]
         own = ".".join([*folder, path.stem])
@@ -73,7 +78,8 @@ def test_the_archive_is_small_and_has_no_tests_and_starts_no_processes() -> None
         assert path.relative_to(ROOT).parts[0] not in ("dev", "docs", "tests", ".ci")
         if path.suffix == ".py":
             text = path.read_text(encoding="utf-8")
-            assert not re.search(r"subprocess|os\.system|\beval\(|\bexec\(|__import__|pickle|requests|urllib", text), path
+            assert not re.search(r"subprocess|os\.system|\beval\(|\bexec\(|__import__|pickle|requests|urllib",
+                                 text), path
 
 
 def test_nothing_is_required_at_run_time() -> None:
@@ -84,7 +90,10 @@ def test_nothing_is_required_at_run_time() -> None:
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_the_table_of_solvers_has_every_sampler_with_its_evaluations(name: str) -> None:
     evaluations = SAMPLERS[name].evaluations_per_step
-    row = [f"`{name}`", SAMPLERS[name].title, "adaptive" if evaluations is None else str(evaluations), SAMPLERS[name].help]
+    row = [
+        f"`{name}`", SAMPLERS[name].title, "adaptive" if evaluations is None else str(evaluations),
+        SAMPLERS[name].help
+    ]
     assert "| " + " | ".join(row) + " |" in SOLVERS.splitlines()
 
 
@@ -105,7 +114,8 @@ def test_every_node_has_a_help_page_that_explains_its_widgets() -> None:
         page = ROOT / "web" / "docs" / f"{node.GET_SCHEMA().node_id}.md"
         text = page.read_text(encoding="utf-8")
         for name, (kind, *_) in (spec for specs in node.INPUT_TYPES().values() for spec in specs.items()):
-            if isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO") and name != "cfg":
+            if isinstance(kind,
+                          list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO") and name != "cfg":
                 assert f"`{name}`" in text, f"{page.name} does not explain {name}"
 
 
@@ -119,8 +129,10 @@ def test_every_help_page_has_an_equation_a_picture_and_says_when_to_use_the_node
         words, picture = re.search(r"\n\n!\[(.+)\]\((.+)\)\n", text).groups()
         assert picture == f"pictures/{page.stem}.webp" and words[0].isupper(), page
         with Image.open(page.parent / picture) as image:
-            assert image.width > 500 and len(image.convert("L").getcolors()) > 20, f"{page.name}: {image.size}"
-    assert pictures == {path for path in published() if path.parent.name == "pictures"}, "run python dev/pictures.py"
+            assert image.width > 500 and len(
+                image.convert("L").getcolors()) > 20, f"{page.name}: {image.size}"
+    assert pictures == {path for path in published()
+                        if path.parent.name == "pictures"}, "run python dev/pictures.py"
 
 
 def test_what_only_the_long_run_tests_has_a_test_in_every_run() -> None:

@@ -1,4 +1,5 @@
-"""The example workflows: what dev/workflows.py makes, stamped for an importer, runnable, and restored from saved images."""
+"""The example workflows: what dev/workflows.py makes, stamped for an importer, runnable, and restored from
+saved images."""
 from __future__ import annotations
 
 import json
@@ -25,7 +26,8 @@ def test_every_example_has_a_generator_and_a_thumbnail_and_is_published() -> Non
     for path in EXAMPLES:
         with Image.open(path.with_suffix(".jpg")) as image:
             assert image.format == "JPEG" and image.size == (workflows.THUMBNAIL, workflows.THUMBNAIL)
-            assert len(image.convert("RGB").getcolors(10**6)) > 1000 and path.with_suffix(".jpg").stat().st_size < 60_000
+            assert len(image.convert("RGB").getcolors(
+                10**6)) > 1000 and path.with_suffix(".jpg").stat().st_size < 60_000
 
 
 @EVERY_EXAMPLE
@@ -45,9 +47,11 @@ def test_an_importer_learns_which_pack_and_which_model_it_needs(path) -> None:
         if node["type"] == "CheckpointLoaderSimple":
             [model] = node["properties"]["models"]
             assert model["name"] == node["widgets_values"][0] and model["directory"] == "checkpoints"
-            assert model["url"].startswith("https://huggingface.co/") and model["url"].endswith("/" + model["name"])
+            assert model["url"].startswith("https://huggingface.co/") and model["url"].endswith("/" +
+                                                                                                model["name"])
     assert any(node["properties"].get("cnr_id") == "lambda-solvers" for node in example["nodes"])
-    assert sum(node["type"] == "MarkdownNote" and "**" in node["widgets_values"][0] for node in example["nodes"]) == 1
+    assert sum(node["type"] == "MarkdownNote" and "**" in node["widgets_values"][0]
+               for node in example["nodes"]) == 1
 
 
 @EVERY_EXAMPLE
@@ -55,9 +59,12 @@ def test_links_name_each_other_and_nothing_overlaps(path) -> None:
     example = saved(path)
     nodes = {node["id"]: node for node in example["nodes"]}
     for link, source, slot, target, place, kind in example["links"]:
-        assert link in nodes[source]["outputs"][slot]["links"] and nodes[target]["inputs"][place]["link"] == link
-        assert nodes[source]["outputs"][slot]["type"] == kind and nodes[target]["inputs"][place]["type"] in (kind, "*")
-    boxes = [(*node["pos"], node["pos"][0] + node["size"][0], node["pos"][1] + node["size"][1]) for node in nodes.values()]
+        assert link in nodes[source]["outputs"][slot]["links"] and nodes[target]["inputs"][place][
+            "link"] == link
+        assert nodes[source]["outputs"][slot]["type"] == kind and nodes[target]["inputs"][place]["type"] in (
+            kind, "*")
+    boxes = [(*node["pos"], node["pos"][0] + node["size"][0], node["pos"][1] + node["size"][1])
+             for node in nodes.values()]
     for k, (left, top, right, bottom) in enumerate(boxes):
         for a, b, c, d in boxes[:k]:
             assert right <= a or c <= left or bottom <= b or d <= top
@@ -68,7 +75,10 @@ def test_an_example_runs_on_the_tiny_checkpoint_and_its_image_restores_it(server
     prompt, example = workflows.tried(server, path, "panda"), saved(path)
     run = server.run(prompt, saved=example)
     assert run.status == "success", run.error
-    shown = [shown for key, output in run.outputs.items() for shown in output.get("images", []) if shown["type"] == "output"]
+    shown = [
+        shown for key, output in run.outputs.items() for shown in output.get("images", [])
+        if shown["type"] == "output"
+    ]
     assert shown
     for one in shown:
         with Image.open(server.file(one)) as image:
@@ -76,7 +86,8 @@ def test_an_example_runs_on_the_tiny_checkpoint_and_its_image_restores_it(server
         for node in ran.values():
             node.pop("is_changed", None)  # ComfyUI's own note on a loaded image
             if "lambda_solvers" in node.get("_meta", {}):  # ours, on what a run was calibrated with
-                assert all(entry["name"] and entry["digest"] for entry in node.pop("_meta")["lambda_solvers"]["calibrations"])
+                assert all(entry["name"] and entry["digest"]
+                           for entry in node.pop("_meta")["lambda_solvers"]["calibrations"])
         assert json.loads(image.info["workflow"]) == example and ran == prompt
 
 

@@ -25,7 +25,9 @@ class TinyEmoji(BASE):
     The checkpoint's VAE is ComfyUI's `pixel_space_vae`, which only turns -1..1 into 0..1.
     """
 
-    unet_config = {"in_channels": IMAGE_CHANNELS, "model_channels": MODEL_CHANNELS, "context_dim": CONTEXT_DIM}
+    unet_config = {
+        "in_channels": IMAGE_CHANNELS, "model_channels": MODEL_CHANNELS, "context_dim": CONTEXT_DIM
+    }
     unet_extra_config = {"num_heads": -1, "num_head_channels": HEAD_CHANNELS}
     latent_format = PixelLatent
 

@@ -12,9 +12,9 @@ class AsFlow(torch.nn.Module, CONST):
 
         y = x / (1 - s) = x0 + varsigma eps,    varsigma = s / (1 - s),
 
-    so D(x, s) = D_ve(y, varsigma), with the timestep of varsigma. The network ends at varsigma_T (14.6, s = 0.936).
-    Above, it is asked at varsigma_T for the y of the same x / sqrt((1 - s)^2 + s^2), its actual input: this is
-    x / (1 - s) again at s = s_T, and finite at s = 1.
+    so D(x, s) = D_ve(y, varsigma), with the timestep of varsigma. The network ends at varsigma_T (14.6, s =
+    0.936). Above, it is asked at varsigma_T for the y of the same x / sqrt((1 - s)^2 + s^2), its actual
+    input: this is x / (1 - s) again at s = s_T, and finite at s = 1.
 
     `ve` is the sampling object of the model (eps- or v-prediction on discrete timesteps).
     The levels offered to schedulers are those of SD3 without shift: s = 1/1000 .. 1.
@@ -48,7 +48,8 @@ class AsFlow(torch.nn.Module, CONST):
         return self.ve.timestep(self.varsigma(sigma))
 
     def sigma(self, timestep):
-        """The level of a timestep; the last stands for all of s_T .. 1, of which schedules want the upper end."""
+        """The level of a timestep; the last stands for all of s_T .. 1, of which schedules want the upper
+        end."""
         varsigma = self.ve.sigma(timestep)
         return torch.where(timestep >= len(self.ve.sigmas) - 1, 1.0, varsigma / (1 + varsigma))
 
@@ -63,13 +64,11 @@ class TinyEmojiAsFlow(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="TinyEmojiAsFlow",
-            display_name="Tiny Emoji As Flow",
-            category="tiny emoji",
-            description="The same weights as a rectified-flow model, exactly: sigma runs from 1 to 0 as with SD3 "
-                        "and Flux, and D(x, s) is the original's at x / (1 - s).",
-            inputs=[io.Model.Input("model", tooltip="An eps- or v-prediction model, such as the tiny emoji.")],
-            outputs=[io.Model.Output(display_name="MODEL")],
+            node_id="TinyEmojiAsFlow", display_name="Tiny Emoji As Flow", category="tiny emoji", description=
+            "The same weights as a rectified-flow model, exactly: sigma runs from 1 to 0 as with SD3 "
+            "and Flux, and D(x, s) is the original's at x / (1 - s).", inputs=[
+                io.Model.Input("model", tooltip="An eps- or v-prediction model, such as the tiny emoji.")
+            ], outputs=[io.Model.Output(display_name="MODEL")],
         )
 
     @classmethod

@@ -12,8 +12,8 @@ GROUP_CHANNELS = 8     # channels a GroupNorm group has
 def narrow_groups(network: torch.nn.Module) -> None:
     """Give every GroupNorm of `network` groups of GROUP_CHANNELS channels.
 
-    ComfyUI's UNetModel always has 32 groups. With 32 channels that is one channel a group, which takes the mean of
-    every channel away: the network could not tell a red picture from a blue one.
+    ComfyUI's UNetModel always has 32 groups. With 32 channels that is one channel a group, which takes the
+    mean of every channel away: the network could not tell a red picture from a blue one.
     """
     for module in network.modules():
         if isinstance(module, torch.nn.GroupNorm):

@@ -15,8 +15,8 @@ PAD = 0  # the vocabulary starts with <pad> and <unk>; <unk> was never trained, 
 class WordTokenizer:
     """Prompt -> numbers of the words it has in common with the vocabulary, with ComfyUI's (word:1.3) weights.
 
-    The vocabulary is a tensor of the checkpoint: the words in UTF-8, one a line. A plural counts as its singular,
-    other words are left out. As with Stable Diffusion, a long prompt becomes several sections.
+    The vocabulary is a tensor of the checkpoint: the words in UTF-8, one a line. A plural counts as its
+    singular, other words are left out. As with Stable Diffusion, a long prompt becomes several sections.
     """
 
     def __init__(self, embedding_directory=None, tokenizer_data={}):

@@ -1,1 +1,2 @@
-"""What is learned of a model, by forward evaluations of it alone: the containers, their files, and how each is measured."""
+"""What is learned of a model, by forward evaluations of it alone: the containers, their files, and how
+each is measured."""

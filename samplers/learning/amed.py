@@ -2,14 +2,14 @@
 
 In y = x / alpha and varsigma = sigma / alpha, with (r, c, a) learned for the step s -> t:
 
-    varsigma_m = varsigma_t^r varsigma_s^(1 - r)                      s --------- m ------ t        lam_m = lam_s + r h
-    y_m = y_s + (varsigma_m - varsigma_s) eps_s                       0           1
+    varsigma_m = varsigma_t^r varsigma_s^(1 - r)                      s --------- m ------ t        lam_m =
+    lam_s + r h y_m = y_s + (varsigma_m - varsigma_s) eps_s                       0           1
     eps_m = (y_m - D(y_m, a varsigma_m)) / varsigma_m
     y_t = y_s + c (varsigma_t - varsigma_s) eps_m
 
-Zhou et al. 2024, AMED-Solver (arXiv:2312.00094), sections 3.2-3.3: trajectories lie almost in a plane, so one inner
-direction is almost exact for the step. As a plugin m is one more node of another solver, which steps to m and on to t by
-its own rule; c scales the last direction. With (r, c, a) = (1/2, 1, 1) AMED is DPM-Solver-2.
+Zhou et al. 2024, AMED-Solver (arXiv:2312.00094), sections 3.2-3.3: trajectories lie almost in a plane, so one
+inner direction is almost exact for the step. As a plugin m is one more node of another solver, which steps to
+m and on to t by its own rule; c scales the last direction. With (r, c, a) = (1/2, 1, 1) AMED is DPM-Solver-2.
 """
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ SLACK = 0.01  # in lam, between a schedule and the one that was trained
 
 
 class Inner(NamedTuple):
-    """What is learned of one step: the place, the factor on the direction, and the factor on the told varsigma."""
+    """What is learned of one step: the place, the factor on the direction, and the factor on the told
+    varsigma."""
 
     r: float = 0.5
     c: float = 1.0
@@ -74,11 +75,13 @@ BASES: Mapping[str, Pair | Multistep] = {
 
 @dataclass(frozen=True, eq=False)
 class Amed(Record, format=FORMAT):
-    """What was learned for one schedule: a table, and on top of it perhaps a predictor that looks at the image.
+    """What was learned for one schedule: a table, and on top of it perhaps a predictor that looks at the
+    image.
 
-    lam [n+1]: half-log-SNR of the schedule's levels, increasing, of which the first may be -inf and the last inf;
-    table [n, 3]: (r, c, a) of every interval (unused where it has infinite length). All float64.
-    features() -> [B, C, H, W], the model's middle block in its last call, or None; only a predictor asks for it.
+    lam [n+1]: half-log-SNR of the schedule's levels, increasing, of which the first may be -inf and the last
+    inf; table [n, 3]: (r, c, a) of every interval (unused where it has infinite length). All float64.
+    features() -> [B, C, H, W], the model's middle block in its last call, or None; only a predictor asks for
+    it.
     """
 
     lam: np.ndarray = array(lambda n: (n,), infinite=True)
@@ -98,23 +101,29 @@ class Amed(Record, format=FORMAT):
         errors = dict.fromkeys(filter(None, ("training", self.others)), len(self.table))
         told = self.about.get("losses", {}).values()
         if any({part: len(values) for part, values in each.items()} != errors for each in told):
-            raise CalibrationError(f"about.losses must have {len(self.table)} errors of the same images in every part: train "
-                                   "anew, or get the file anew")
+            raise CalibrationError(
+                f"about.losses must have {len(self.table)} errors of the same images in every part: train "
+                "anew, or get the file anew")
         bad = (self.table <= 0) | (self.table >= (1, math.inf, math.inf))
         if bad.any():
             i = int(bad.any(1).argmax())
-            raise CalibrationError(f"table[{i}] = {self.table[i].tolist()}: r must be between 0 and 1, c and a above 0")
+            raise CalibrationError(
+                f"table[{i}] = {self.table[i].tolist()}: r must be between 0 and 1, c and a above 0")
 
     @property
     def others(self) -> str | None:
-        """What the losses call the images that did not teach, if there are any: "held out", or a "selection"."""
-        return next((part for part in self.about.get("losses", {}).get("trained", {}) if part != "training"), None)
+        """What the losses call the images that did not teach, if there are any: "held out", or a
+        "selection"."""
+        return next((part for part in self.about.get("losses", {}).get("trained", {}) if part != "training"),
+                    None)
 
     @classmethod
-    def untrained(cls, schedule: Sequence[Level] | None = None, base: str | None = None, first_step: str = "evaluate") -> Amed:
+    def untrained(cls, schedule: Sequence[Level] | None = None, base: str | None = None,
+                  first_step: str = "evaluate") -> Amed:
         """(1/2, 1, 1) in every interval; without a schedule for all of them."""
         lam = np.array([level.lam for level in schedule]) if schedule else np.array([-math.inf, math.inf])
-        return cls(lam, np.tile(np.array(Inner()), (len(lam) - 1, 1)), base, first_step, interpolate=not schedule)
+        return cls(lam, np.tile(np.array(Inner()), (len(lam) - 1, 1)), base, first_step,
+                   interpolate=not schedule)
 
     def fits(self, schedule: Sequence[Level]) -> bool:
         """Whether the schedule is the one that was trained."""
@@ -126,25 +135,28 @@ class Amed(Record, format=FORMAT):
         lam = np.array([level.lam for level in schedule])
         if not self.interpolate:
             if not self.fits(schedule):
-                raise ValueError(f"this AMED was trained for {_shown(self.lam)}, and the schedule is {_shown(lam)}: train it for "
-                                 "this schedule (its scheduler, steps and denoise), use the trained one, or allow "
-                                 "interpolation")
+                raise ValueError(
+                    f"this AMED was trained for {_shown(self.lam)}, and the schedule is {_shown(lam)}: train "
+                    "it for this schedule (its scheduler, steps and denoise), use the trained one, or allow "
+                    "interpolation")
             return [Inner(*map(float, row)) for row in self.table]
         middles, rows = _middles(self.lam), unbounded(self.table)
         known = np.isfinite(middles)
         if not known.any():
             return [Inner()] * (len(lam) - 1)
-        at = np.nan_to_num(_middles(lam), nan=0.0, posinf=0.0, neginf=0.0)  # intervals of infinite length are not asked
+        # intervals of infinite length are not asked
+        at = np.nan_to_num(_middles(lam), nan=0.0, posinf=0.0, neginf=0.0)
         values = [np.interp(at, middles[known], row[known]) for row in rows.T]
         return [Inner(*map(float, row)) for row in bounded(np.stack(values, axis=1))]
 
     def predict(self, s: Level, t: Level, inner: Inner, answered: bool, count: int) -> list[Inner]:
-        """(r, c, a) of one interval for every image, from the table's and what the model's middle block holds; nothing of
-        that where the model has not answered yet."""
+        """(r, c, a) of one interval for every image, from the table's and what the model's middle block
+        holds; nothing of that where the model has not answered yet."""
         if self.features is None:
-            raise ValueError("this AMED has a predictor, which looks at the model's middle block, and nothing shows it: give "
-                             "it features, dataclasses.replace(trained, features=...), or use its table alone, "
-                             "replace(trained, predictor=None)")
+            raise ValueError(
+                "this AMED has a predictor, which looks at the model's middle block, and nothing shows it: "
+                "give it features, dataclasses.replace(trained, features=...), or use its table alone, "
+                "replace(trained, predictor=None)")
         seen = self.features() if answered else None
         with torch.no_grad():
             moved = self.predictor(seen, count, s.lam, t.lam, unbounded(np.array(inner)))
@@ -162,7 +174,8 @@ def _shown(lam: np.ndarray) -> str:
 
 @dataclass(frozen=True)
 class Insertion:
-    """A base with one learned node more in every interval of finite length. Those of infinite length are DDIM.
+    """A base with one learned node more in every interval of finite length. Those of infinite length are
+    DDIM.
 
     answered() says whether the model has answered in this run, and not something else for it (first_step).
     """
@@ -204,17 +217,21 @@ class Insertion:
         return _bent(step, inner, path)
 
     def _nodes(self, levels: Sequence[Level], path: Path, inner: Sequence[Inner]) -> Nodes:
-        """The levels with the inner node of every interval; r = 1/2 where it is not known, since no step depends on later ones."""
+        """The levels with the inner node of every interval; r = 1/2 where it is not known, since no step
+        depends on later ones."""
         nodes, opens = [], []
         for (s, t), known in zip_longest(pairwise(levels), inner[:len(levels) - 1], fillvalue=Inner()):
             opens.append(len(nodes))
             nodes += [s, path.at(s.lam + known.r * (t.lam - s.lam))] if finite(s, t) else [s]
         return Nodes([*nodes, levels[-1]], opens)
 
-    def step_of_each(self, levels: Sequence[Level], path: Path, i: int, inner: Sequence[Sequence[Inner]], ndim: int) -> Step:
+    def step_of_each(self, levels: Sequence[Level], path: Path, i: int, inner: Sequence[Sequence[Inner]],
+                     ndim: int) -> Step:
         """Interval i with inner[j][image] for j <= i."""
         count = max(map(len, inner))
-        return _stacked([self.step(levels, path, i, [row[image % len(row)] for row in inner]) for image in range(count)], ndim)
+        return _stacked(
+            [self.step(levels, path, i, [row[image % len(row)] for row in inner]) for image in range(count)],
+            ndim)
 
 
 def _bent(step: Step, inner: Inner, path: Path) -> Step:

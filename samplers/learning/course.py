@@ -1,4 +1,5 @@
-"""The course of all that is measured or learned: counted, cancellable, and gone on with where it was cut short."""
+"""The course of all that is measured or learned: counted, cancellable, and gone on with where it was cut
+short."""
 from __future__ import annotations
 
 import math
@@ -15,13 +16,14 @@ from ..solver import finite
 from .storage import Partial
 
 ELEMENTS = 16_384
-"""Of each image, drawn at random and once, that are looked at on the host: of trajectories, for the inner products that
-the fitted solver gets (3 MB of host memory in float32 with 24 intervals, whatever the size of the latents), of runs, and
-of the probe."""
+"""Of each image, drawn at random and once, that are looked at on the host: of trajectories, for the inner
+products that the fitted solver gets (3 MB of host memory in float32 with 24 intervals, whatever the size of
+the latents), of runs, and of the probe."""
 
 
 class Sampled:
-    """The elements of a latent that are looked at on the host: all, or a random choice that is always the same."""
+    """The elements of a latent that are looked at on the host: all, or a random choice that is always the
+    same."""
 
     def __init__(self, x: Tensor, seed: int) -> None:
         size = x[0].numel()
@@ -37,20 +39,25 @@ class Sampled:
 
 
 class Course:
-    """What a measurement or a training has spent and found; a file keeps it, so that one that was cut short goes on.
+    """What a measurement or a training has spent and found; a file keeps it, so that one that was cut short
+    goes on.
 
-    First the model is probed (model.probe, UnsteadyModel), on x at the middle of `levels`. What the file holds is taken
-    up if it is of the same x and settings, and if the model answers the probe as it did then: it may be another by now.
+    First the model is probed (model.probe, UnsteadyModel), on x at the middle of `levels`. What the file
+    holds is taken up if it is of the same x and settings, and if the model answers the probe as it did then:
+    it may be another by now.
 
-    The parts that follow are done one after the other; `done` is how many are behind it. Every evaluation is counted
-    and told to progress(done, total, the last loss), which may raise to cancel. The model sees the dtype of the x that
-    was given, whatever the arithmetic around it; `precision`, what it computes in, is that dtype unless it is told.
+    The parts that follow are done one after the other; `done` is how many are behind it. Every evaluation is
+    counted and told to progress(done, total, the last loss), which may raise to cancel. The model sees the
+    dtype of the x that was given, whatever the arithmetic around it; `precision`, what it computes in, is
+    that dtype unless it is told.
     """
 
-    def __init__(self, model: Callable[..., Tensor], x: Tensor, levels: Sequence[Level], path: Path, *, kind: str,
-                 settings: Mapping[str, Any], total: int, dtype: torch.dtype, precision: torch.dtype | None = None,
-                 extra_args: Mapping[str, Any] | None = None, partial: File | str | None = None, seconds: float = 0.0,
-                 progress: Callable[[int, int, float], None] | None = None) -> None:
+    def __init__(self, model: Callable[...,
+                                       Tensor], x: Tensor, levels: Sequence[Level], path: Path, *, kind: str,
+                 settings: Mapping[str,
+                                   Any], total: int, dtype: torch.dtype, precision: torch.dtype | None = None,
+                 extra_args: Mapping[str, Any] | None = None, partial: File | str | None = None,
+                 seconds: float = 0.0, progress: Callable[[int, int, float], None] | None = None) -> None:
         self.model, self.extra_args, self.dtype = model, dict(extra_args or {}), dtype
         self.precision, self.progress, self.total = precision or dtype, progress, total
         check_precision(self.precision)

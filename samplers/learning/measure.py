@@ -1,10 +1,11 @@
 """Measure a model's statistics by forward evaluations of the model itself: no data set, no gradients.
 
-A few trajectories of the model run along a grid in lam, by second-order steps. At each node one more evaluation, at
-y + delta v with random signs v, gives v (D(y + delta v) - D(y)) / delta, whose mean is the mean of diag dD/dy (Hutchinson);
-the differences of f along the trajectory give f'. Averages over images, space and (unless told) channels do the rest, so
-the result does not depend on the resolution, and a single direction's rounding error in half precision averages out.
-The definitions are those of statistics.py; the published code for them was never released.
+A few trajectories of the model run along a grid in lam, by second-order steps. At each node one more
+evaluation, at y + delta v with random signs v, gives v (D(y + delta v) - D(y)) / delta, whose mean is the
+mean of diag dD/dy (Hutchinson); the differences of f along the trajectory give f'. Averages over images,
+space and (unless told) channels do the rest, so the result does not depend on the resolution, and a single
+direction's rounding error in half precision averages out. The definitions are those of statistics.py; the
+published code for them was never released.
 """
 from __future__ import annotations
 
@@ -28,38 +29,45 @@ from .course import Course, Sampled
 from .statistics import Statistics
 
 INTERVALS = 24
-"""Of the grid. On the emoji model 16, 24 and 40 gave solvers of the same error; on exact digits (guidance 4, 10 steps uniform
-in time) the median error was 0.0033, 0.0022, 0.0019 with 16, 24, 40, and 0.016 for DPM-Solver++(2M)."""
+"""Of the grid. On the emoji model 16, 24 and 40 gave solvers of the same error; on exact digits (guidance 4,
+10 steps uniform in time) the median error was 0.0033, 0.0022, 0.0019 with 16, 24, 40, and 0.016 for
+DPM-Solver++(2M)."""
 PARTIAL = "lambda-solvers partial statistics 2"
 Pool = Literal["all", "channel", "none"]
 
 
 @torch.no_grad()
 def estimate_statistics(model: Callable[..., Tensor], x: Tensor, sigmas: Sequence[float] | Tensor, *,
-                        intervals: int = INTERVALS, samples: int | None = None, pool: Pool = "all", path: str = "ve",
-                        extra_args: Mapping[str, Any] | None = None, progress: Callable[[int, int], None] | None = None,
-                        precision: torch.dtype | None = None, seed: int = 0, about: Mapping[str, Any] | None = None,
-                        partial: File | str | None = None, partial_seconds: float = 2.0,
-                        fitted: bool = False) -> Statistics:
-    """The statistics of `model` over the range of `sigmas`; 4 + 2 (intervals + 1) evaluations of the batch, or one more.
+                        intervals: int = INTERVALS, samples: int | None = None, pool: Pool = "all",
+                        path: str = "ve", extra_args: Mapping[str, Any] | None = None,
+                        progress: Callable[[int, int], None] | None = None,
+                        precision: torch.dtype | None = None, seed: int = 0,
+                        about: Mapping[str, Any] | None = None, partial: File | str | None = None,
+                        partial_seconds: float = 2.0, fitted: bool = False) -> Statistics:
+    """The statistics of `model` over the range of `sigmas`; 4 + 2 (intervals + 1) evaluations of the batch,
+    or one more.
 
-    `fitted` measures what the fitted solver needs too: inner products of the trajectory's tensors, at no evaluations, and
-    `damping` by intervals - 1 more: 77 in all with the default. It needs pool "all".
+    `fitted` measures what the fitted solver needs too: inner products of the trajectory's tensors, at no
+    evaluations, and `damping` by intervals - 1 more: 77 in all with the default. It needs pool "all".
 
-    model(x, sigma[B], **extra_args) returns the denoised x; x [K, ...] is starting noise at sigmas[0], one trajectory
-    each. samples: how many of them; more than x has are drawn like it. sigmas: the model's whole table of levels, of which
-    the ones nearest to a grid uniform in lam are taken, or just its first and last (positive) level. pool: one number for
-    all, for every channel, or for every element. precision: what the model computes in, if not x's dtype.
+    model(x, sigma[B], **extra_args) returns the denoised x; x [K, ...] is starting noise at sigmas[0], one
+    trajectory each. samples: how many of them; more than x has are drawn like it. sigmas: the model's whole
+    table of levels, of which the ones nearest to a grid uniform in lam are taken, or just its first and last
+    (positive) level. pool: one number for all, for every channel, or for every element. precision: what the
+    model computes in, if not x's dtype.
 
-    UnsteadyModel for a model that does not answer for itself. progress(done, total) is called after every evaluation and may
-    raise to cancel. `partial` names a file that keeps what was measured, at most every `partial_seconds`; a call with the same x,
-    settings and model goes on from it, and it is gone at the end.
+    UnsteadyModel for a model that does not answer for itself. progress(done, total) is called after every
+    evaluation and may raise to cancel. `partial` names a file that keeps what was measured, at most every
+    `partial_seconds`; a call with the same x, settings and model goes on from it, and it is gone at the end.
     """
     gaussian = find_path(path)
     if pool not in ("all", "channel", "none"):
         raise ValueError(f"pool = {pool!r} is out of range: choose one of all, channel, none")
     if fitted and pool != "all":
-        raise ValueError(f"pool = {pool!r} with fitted = True: the fitted solver has one weight for all elements; choose all")
+        raise ValueError(
+            f"pool = {pool!r} with fitted = True: the fitted solver has one weight for all elements; choose "
+            "all"
+        )
     if intervals < 4:
         raise ValueError(f"intervals = {intervals} is out of range: choose a whole number from 4")
     schedule = nodes(torch.as_tensor(sigmas).tolist(), intervals, gaussian)
@@ -68,28 +76,35 @@ def estimate_statistics(model: Callable[..., Tensor], x: Tensor, sigmas: Sequenc
     x, dtype = _trajectories(latents(x), samples, seed), x.dtype
     dims = {"all": tuple(range(x.ndim)), "channel": (0, *range(2, x.ndim)), "none": (0,)}[pool]
     total = PROBE + 2 * len(grid) + (start is not grid[0]) + fitted * (len(grid) - 2)
-    settings = {"grid": [level.lam for level in grid], "pool": pool, "seed": seed, "path": path, "fitted": fitted,
-                "about": dict(about or {})}
+    settings = {
+        "grid": [level.lam for level in grid], "pool": pool, "seed": seed, "path": path, "fitted": fitted,
+        "about": dict(about or {})
+    }
 
     def pooled(v: Tensor) -> Tensor:
         return v.mean() if pool == "all" else v.mean(dims, keepdim=True)[0]
 
-    course = Course(model, x, [start, *grid], gaussian, kind=PARTIAL, settings=settings, total=total, dtype=dtype,
-                    precision=precision, extra_args=extra_args, partial=partial, seconds=partial_seconds,
-                    progress=progress and (lambda done, total, loss: progress(done, total)))
+    course = Course(model, x, [start, *grid], gaussian, kind=PARTIAL, settings=settings, total=total,
+                    dtype=dtype, precision=precision, extra_args=extra_args, partial=partial,
+                    seconds=partial_seconds, progress=progress
+                    and (lambda done, total, loss: progress(done, total)))
     steps = Multistep(DataPrediction(), 2, midpoint, "off").steps(grid, gaussian)
     sample = Sampled(x, seed)
     with course:
         kept = dict(course.kept) if course.done else {"x": x}
-        if not course.done and start is not grid[0]:  # sigma = 1 of a flow: a step of infinite length to the first node
-            kept["x"] = combine(x, ddim(DataPrediction(), start, grid[0]).updates[0], {0: course.denoise(x, start.sigma)})
+        # sigma = 1 of a flow: a step of infinite length to the first node
+        if not course.done and start is not grid[0]:
+            kept["x"] = combine(x,
+                                ddim(DataPrediction(), start, grid[0]).updates[0],
+                                {0: course.denoise(x, start.sigma)})
         for i in range(course.done, len(grid)):
             denoised = _measured(kept, course, grid, i, pooled, seed)
             if fitted:
                 kept[f"pair.{i}"] = sample.of(kept["x"] / grid[i].alpha, denoised)
                 _late(kept, grid, i, denoised, course.denoise)
             window = (i - 2, i - 1, i)
-            for at in ((0, 1) if i == 2 else (i - 1,) if i > 2 else ()) + ((i,) if i == len(grid) - 1 else ()):
+            for at in ((0, 1) if i == 2 else (i - 1, ) if i > 2 else ()) + ((i, ) if i == len(grid) - 1 else
+                                                                            ()):
                 _regress(kept, grid, at, window, pooled)
             if i < len(grid) - 1:
                 values = {0: denoised, **({-1: kept["denoised"]} if i else {})}
@@ -100,10 +115,12 @@ def estimate_statistics(model: Callable[..., Tensor], x: Tensor, sigmas: Sequenc
               for name in ("l", "s", "b", "gamma", *["damping"] * fitted)}
     if fitted:
         curves["root"] = _roots([kept[f"pair.{i}"] for i in range(len(grid))])
-    return Statistics(np.array([level.lam for level in grid]), **curves, about={
-        **(about or {}), "path": path, "pool": pool, "samples": len(x), "shape": list(x.shape[1:]), "seed": seed,
-        "evaluations": total, "precision": str(course.precision),
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
+    return Statistics(
+        np.array([level.lam for level in grid]), **curves, about={
+            **(about or {}), "path": path, "pool": pool, "samples": len(x), "shape": list(x.shape[1:]),
+            "seed": seed, "evaluations": total, "precision": str(course.precision),
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        })
 
 
 def _measured(kept: dict[str, Tensor], course: Course, grid: Sequence[Level], i: int,
@@ -123,15 +140,17 @@ def _measured(kept: dict[str, Tensor], course: Course, grid: Sequence[Level], i:
 
 
 def nodes(sigmas: Sequence[float], intervals: int, path: Path) -> list[Level]:
-    """About uniform in lam from the first to the last positive level; on given levels where there are enough of them.
+    """About uniform in lam from the first to the last positive level; on given levels where there are enough
+    of them.
 
     A first level without a finite lam (sigma = 1 of a flow) comes before the grid.
     """
     given = levels(sorted(set(sigmas), reverse=True), path)
     inner = [level for level in given if finite(level)]
     if len(inner) < 2:
-        raise ValueError(f"sigmas = {list(sigmas)} has {len(inner)} levels inside the path: give the model's table of "
-                         "levels, or at least its first and last, between pure noise and 0")
+        raise ValueError(
+            f"sigmas = {list(sigmas)} has {len(inner)} levels inside the path: give the model's table of "
+            "levels, or at least its first and last, between pure noise and 0")
     lams = np.linspace(inner[0].lam, inner[-1].lam, intervals + 1)
     if len(inner) > intervals:
         known = np.array([level.lam for level in inner])
@@ -146,7 +165,8 @@ def _trajectories(x: Tensor, samples: int | None, seed: int) -> Tensor:
         return x
     if samples < 1:
         raise ValueError(f"samples = {samples} is out of range: choose a whole number from 1")
-    more = torch.randn((max(0, samples - len(x)), *x.shape[1:]), generator=torch.Generator().manual_seed(seed + 1))
+    more = torch.randn((max(0, samples - len(x)), *x.shape[1:]),
+                       generator=torch.Generator().manual_seed(seed + 1))
     return torch.cat([x[:samples], more.to(x) * rms(x).mean()])
 
 
@@ -173,9 +193,10 @@ def _late(kept: dict[str, Tensor], grid: Sequence[Level], i: int, denoised: Tens
           denoise: Callable[[Tensor, float], Tensor]) -> None:
     """One node of a second trajectory, which errs as a solver of few steps does: by answers one node old.
 
-    With d its distance from the first one (in x / alpha) and d' that of its denoised images, damping = 1 - <d, d'> / <d, d>, the
-    mean over the trajectories. The mean diagonal of the Jacobian says nothing of this: on the emoji model 1 - diag is 1
-    nearly everywhere, while the errors of solvers stop dying out half way. Both trajectories agree in the first two nodes.
+    With d its distance from the first one (in x / alpha) and d' that of its denoised images, damping = 1 -
+    <d, d'> / <d, d>, the mean over the trajectories. The mean diagonal of the Jacobian says nothing of this:
+    on the emoji model 1 - diag is 1 nearly everywhere, while the errors of solvers stop dying out half way.
+    Both trajectories agree in the first two nodes.
     """
     level, x, late = grid[i], kept.get("late.x", kept["x"]), denoised
     if i > 1:

@@ -1,13 +1,15 @@
-"""AMED's predictor: (r, c, a) of a step from the two times and what the model's middle block holds of the image.
+"""AMED's predictor: (r, c, a) of a step from the two times and what the model's middle block holds of the
+image.
 
     middle block [B, C, H, W] -> mean over C -> 8 x 8 -> 64 -> 128 -> 4  \\
-    lam_s -> sin, cos (8) -> 4                                           -> 12 -> 1 each, added to the table's (u_r, u_c, u_a)
-    lam_t -> sin, cos (8) -> 4                                          /
+    lam_s -> sin, cos (8) -> 4                                           -> 12 -> 1 each, added to the table's
+    (u_r, u_c, u_a) lam_t -> sin, cos (8) -> 4                                          /
 
     r = sigmoid(u_r),    c = 1 + C_BOUND tanh(u_c),    a = 1 + A_BOUND tanh(u_a)
 
-Zhou et al. 2024 (arXiv:2312.00094), section 3.4 and appendix: 8,947 parameters. Ours is a correction of a table that
-was fitted first, starts as 0, pools to 8 x 8 whatever the resolution, and normalises the 64 values.
+Zhou et al. 2024 (arXiv:2312.00094), section 3.4 and appendix: 8,947 parameters. Ours is a correction of a
+table that was fitted first, starts as 0, pools to 8 x 8 whatever the resolution, and normalises the 64
+values.
 """
 from __future__ import annotations
 
@@ -71,16 +73,21 @@ class Predictor:
     def new(cls, seed: int = 0, dtype: torch.dtype = torch.float32) -> Predictor:
         """Random, but for its last layer: it predicts the table."""
         generator = torch.Generator().manual_seed(seed)
-        weights = {name: torch.zeros(shape, dtype=dtype) if len(shape) == 1 or name == "heads.weight" else
-                   torch.randn(shape, generator=generator, dtype=dtype) / math.sqrt(shape[1]) for name, shape in SHAPES.items()}
+        weights = {
+            name: torch.zeros(shape, dtype=dtype) if len(shape) == 1 or name == "heads.weight" else
+            torch.randn(shape, generator=generator, dtype=dtype) / math.sqrt(shape[1])
+            for name, shape in SHAPES.items()
+        }
         return cls(weights)
 
-    def __call__(self, features: Tensor | None, count: int, lam_s: float, lam_t: float, table: np.ndarray) -> Tensor:
+    def __call__(self, features: Tensor | None, count: int, lam_s: float, lam_t: float,
+                 table: np.ndarray) -> Tensor:
         """(u_r, u_c, u_a) of every image, [B, 3]; without features (no evaluation was made) those of 0."""
         w = self.weights
         like = w["heads.bias"]
         seen = like.new_zeros(count, GRID * GRID) if features is None else pooled(features).to(like)
-        trunk = linear(silu(linear(seen, w["trunk.0.weight"], w["trunk.0.bias"])), w["trunk.1.weight"], w["trunk.1.bias"])
+        trunk = linear(silu(linear(seen, w["trunk.0.weight"], w["trunk.0.bias"])), w["trunk.1.weight"],
+                       w["trunk.1.bias"])
         times = [linear(_waves(lam, like), w[f"{end}.weight"], w[f"{end}.bias"]).expand(count, -1)
                  for end, lam in (("s", lam_s), ("t", lam_t))]
         heads = linear(torch.cat([trunk, *times], 1), w["heads.weight"], w["heads.bias"])

@@ -1,7 +1,7 @@
 """Records: what was learned of a model, as arrays and what is said of them, and their files.
 
-A kind of record is a dataclass whose fields are declared by `array`, `group` and `said`; they are checked when one is made,
-so also when a file is read. A new kind is one such class.
+A kind of record is a dataclass whose fields are declared by `array`, `group` and `said`; they are checked
+when one is made, so also when a file is read. A new kind is one such class.
 """
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from .storage import CalibrationError, read_checked, write_checked
 KINDS: dict[str, type[Record]] = {}
 """By the format of their files."""
 Shape = Callable[[int], tuple]
-"""shape(n) of an array: n is the length of lam; a text stands for any number, ... at the end for any more axes."""
+"""shape(n) of an array: n is the length of lam; a text stands for any number, ... at the end for any more
+axes."""
 
 
 def array(shape: Shape, optional: bool = False, infinite: bool = False) -> Any:
@@ -25,9 +26,10 @@ def array(shape: Shape, optional: bool = False, infinite: bool = False) -> Any:
     return field(default=None if optional else MISSING, metadata={"shape": shape, "infinite": infinite})
 
 
-def group(prefix: str, write: Callable[[Any], Mapping[str, np.ndarray]], read: Callable[[dict[str, np.ndarray]], Any],
-          default: Callable[[], Any]) -> Any:
-    """What is kept as arrays of its own: those of write(it) as prefix.name, of which read makes it; or the default."""
+def group(prefix: str, write: Callable[[Any], Mapping[str, np.ndarray]],
+          read: Callable[[dict[str, np.ndarray]], Any], default: Callable[[], Any]) -> Any:
+    """What is kept as arrays of its own: those of write(it) as prefix.name, of which read makes it; or the
+    default."""
     return field(default_factory=default, metadata={"group": (prefix, write, read)})
 
 
@@ -49,10 +51,12 @@ class Record:
             KINDS[format] = cls
 
     def __post_init__(self) -> None:
-        """CalibrationError for arrays that do not fit together, that are not finite, or where lam does not increase."""
+        """CalibrationError for arrays that do not fit together, that are not finite, or where lam does not
+        increase."""
         n = len(self.lam) if self.lam.ndim else 0
         if self.lam.ndim != 1 or n < 2:
-            raise CalibrationError(f"lam has shape {list(self.lam.shape)}: it must be a list of at least two numbers")
+            raise CalibrationError(
+                f"lam has shape {list(self.lam.shape)}: it must be a list of at least two numbers")
         for of in _having(self, "shape"):
             value = getattr(self, of.name)
             if value is not None:
@@ -106,9 +110,13 @@ def _loaded(path: Path, kinds: Mapping[str, type[Record]]) -> Record:
     try:
         for of in _having(kind, "group"):
             prefix, _, read = of.metadata["group"]
-            own = {name[len(prefix) + 1:]: value for name, value in tensors.items() if name.startswith(f"{prefix}.")}
+            own = {
+                name[len(prefix) + 1:]: value for name, value in tensors.items()
+                if name.startswith(f"{prefix}.")
+            }
             values |= {of.name: read(own)} if own else {}
-        return kind(**values, **{of.name: about.get(of.name, "") for of in _having(kind, "said")}, about=about)
+        return kind(**values, **{of.name: about.get(of.name, "") for of in _having(kind, "said")},
+                    about=about)
     except CalibrationError as fault:
         raise CalibrationError(f"{path}: {fault}") from None
 

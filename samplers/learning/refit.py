@@ -1,14 +1,15 @@
 """Refit the fitted solver for one number of evaluations on the model itself: levels and weights together.
 
-`fitted` chooses levels and weights from measured trajectories, as if each step started on one. Here the solver's own run is
-what counts. ORDER + 1 numbers of every step are free, from DPM-Solver-v3's weights c of order 2 on the chosen levels,
+`fitted` chooses levels and weights from measured trajectories, as if each step started on one. Here the
+solver's own run is what counts. ORDER + 1 numbers of every step are free, from DPM-Solver-v3's weights c of
+order 2 on the chosen levels,
 
     lam + u_0 gap,   c_k + u_(k+1) C  (k = 1 .. ORDER - 1),   sum_k c_k = (1 + u_1) C,        C = c_0 + c_1
 
-(place, extrapolations and scale; of the last step place and first extrapolation alone), and forward differences of the
-run in each of them make the residual at the end linear,
-R + J u. A few rounds of damped Gauss-Newton lower its square over a few images. The teacher is the same solver in many steps.
-b of the statistics is left out: what is learned without it was better on its own prompt and on others.
+(place, extrapolations and scale; of the last step place and first extrapolation alone), and forward
+differences of the run in each of them make the residual at the end linear, R + J u. A few rounds of damped
+Gauss-Newton lower its square over a few images. The teacher is the same solver in many steps. b of the
+statistics is left out: what is learned without it was better on its own prompt and on others.
 """
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ DIFFERENCES = 0.1, *[0.05] * ORDER
 
 
 class Shape(NamedTuple):
-    """What is free: numbers [1 + ORDER, n], row 0 the level lam of every step. No level may be above `top`."""
+    """What is free: numbers [1 + ORDER, n], row 0 the level lam of every step. No level may be above
+    `top`."""
 
     numbers: np.ndarray
     top: float
@@ -71,43 +73,50 @@ class Shape(NamedTuple):
         for i, (u, step) in enumerate(zip(self.numbers[1:].T, steps.weights)):
             total, earlier = sum(step.terms), u[1:i + 1] * sum(step.terms)
             earlier[:len(step.terms) - 1] += step.terms[1:]
-            weights.append(step._replace(terms=(float((1.0 + u[0]) * total - earlier.sum()), *earlier.tolist())))
+            weights.append(
+                step._replace(terms=(float((1.0 + u[0]) * total - earlier.sum()), *earlier.tolist())))
         return replace(steps, weights=tuple(weights))
 
 
 @torch.no_grad()
-def refit_multistep(model: Callable[..., Tensor], x: Tensor, calibration: Statistics, evaluations: int, *, path: str = "ve",
-                    start: float | None = None, held_out: int = 1, rounds: int = ROUNDS,
-                    extra_args: Mapping[str, Any] | None = None, progress: Callable[[int, int, float], None] | None = None,
+def refit_multistep(model: Callable[..., Tensor], x: Tensor, calibration: Statistics, evaluations: int, *,
+                    path: str = "ve", start: float | None = None, held_out: int = 1, rounds: int = ROUNDS,
+                    extra_args: Mapping[str, Any] | None = None,
+                    progress: Callable[[int, int, float], None] | None = None,
                     precision: torch.dtype | None = None, about: Mapping[str, Any] | None = None,
                     partial: File | str | None = None) -> Statistics:
     """The calibration with a plan for so many evaluations from full noise to x0, fitted to runs of `model`.
 
-    model(x, sigma[B], **extra_args) returns the denoised x; x [K, ...] is noise at the calibration's first level, or at
-    sigma = start above it (1 of a flow), from which the first of the evaluations leads there. The last `held_out` images only
-    select: of the plans on the way, each better than the one before on the others, the best on those is kept, or none if none
-    is better than v3's weights on the chosen levels; by the mean of log(error^2 + floor). `about` of the result has the errors
-    of both parts, of "training" and of "selection": on others a plan will err a little more.
-    Forward evaluations alone: at most `refit_cost` of them, each announced by progress(done, total, error), which may raise to
-    cancel. precision: what the model computes in, if not x's dtype. `partial` names a file that keeps the teacher and every
-    round that is done, for a call with the same x, settings and model to go on from. about: what is refitted, of which
-    "prompts", how many the images have, says whether the plan is for all prompts (Statistics.for_another_prompt). ValueError for
-    a number that leaves nothing to fit, for fewer than three images, and for a calibration that was not measured for fitting;
-    UnsteadyModel for a model that does not answer for itself.
+    model(x, sigma[B], **extra_args) returns the denoised x; x [K, ...] is noise at the calibration's first
+    level, or at sigma = start above it (1 of a flow), from which the first of the evaluations leads there.
+    The last `held_out` images only select: of the plans on the way, each better than the one before on the
+    others, the best on those is kept, or none if none is better than v3's weights on the chosen levels; by
+    the mean of log(error^2 + floor). `about` of the result has the errors of both parts, of "training" and of
+    "selection": on others a plan will err a little more. Forward evaluations alone: at most `refit_cost` of
+    them, each announced by progress(done, total, error), which may raise to cancel. precision: what the model
+    computes in, if not x's dtype. `partial` names a file that keeps the teacher and every round that is done,
+    for a call with the same x, settings and model to go on from. about: what is refitted, of which "prompts",
+    how many the images have, says whether the plan is for all prompts (Statistics.for_another_prompt).
+    ValueError for a number that leaves nothing to fit, for fewer than three images, and for a calibration
+    that was not measured for fitting; UnsteadyModel for a model that does not answer for itself.
     """
     check(calibration)
     x, dtype = latents(x), x.dtype
     n = evaluations - (start is not None)
     if not FEWEST <= n <= LARGEST:
-        raise ValueError(f"evaluations = {evaluations} is out of range: choose from {FEWEST + evaluations - n} to "
-                         f"{LARGEST + evaluations - n}; fewer leave nothing to fit, and more need none")
+        raise ValueError(
+            f"evaluations = {evaluations} is out of range: choose from {FEWEST + evaluations - n} to "
+            f"{LARGEST + evaluations - n}; fewer leave nothing to fit, and more need none")
     if held_out < 1 or len(x) - held_out < 2:
-        raise ValueError(f"x has {len(x)} images with held_out = {held_out}: give at least two to learn from and one to "
-                         "select by")
+        raise ValueError(
+            f"x has {len(x)} images with held_out = {held_out}: give at least two to learn from and one to "
+            "select by")
     gaussian = find_path(path)
     plain = calibration.for_another_prompt()
-    settings = {"evaluations": evaluations, "path": path, "start": start, "held_out": held_out, "rounds": rounds,
-                "about": dict(about or {}), "of": digest(plain.arrays())}
+    settings = {
+        "evaluations": evaluations, "path": path, "start": start, "held_out": held_out, "rounds": rounds,
+        "about": dict(about or {}), "of": digest(plain.arrays())
+    }
     highest, lowest = (gaussian.at(float(lam)) for lam in calibration.lam[[0, -1]])
     opening = [] if start is None else [gaussian.level(start)]
     course = Course(model, x, [*opening, highest, lowest], gaussian, kind=PARTIAL, settings=settings,
@@ -132,10 +141,14 @@ def refit_multistep(model: Callable[..., Tensor], x: Tensor, calibration: Statis
             start_of_round, slopes = now, run.slopes(now)
             for again in range(1 + AGAIN):
                 course.loss = float(np.sqrt(now.squares[training].mean()))
-                around = Quadratic.of(torch.from_numpy(now.residual), torch.from_numpy(slopes.values).transpose(0, 1))
-                u = damped_step(around, training, floor, lambda G, e: np.full(len(G), DAMPING * e), MOST)  # noqa: N803
-                tried = (run.tried(now.shape.moved(slopes.of, share * u), x) for share in ((1.0,) if again else (1.0, 0.5, 0.25)))
-                found = next((state for state in tried if state and left(state, training) < left(now, training)), None)
+                around = Quadratic.of(torch.from_numpy(now.residual),
+                                      torch.from_numpy(slopes.values).transpose(0, 1))
+                u = damped_step(around, training, floor, lambda G, e: np.full(len(G), DAMPING * e),
+                                MOST)  # noqa: N803
+                tried = (run.tried(now.shape.moved(slopes.of, share * u), x)
+                         for share in ((1.0, ) if again else (1.0, 0.5, 0.25)))
+                found = next(
+                    (state for state in tried if state and left(state, training) < left(now, training)), None)
                 if found is None:
                     break
                 now = found
@@ -146,8 +159,13 @@ def refit_multistep(model: Callable[..., Tensor], x: Tensor, calibration: Statis
     losses = {name: [float(np.sqrt(state.squares[part].mean())) for state in (before, best)]
               for name, part in (("training", training), ("selection", held))}
     better = left(best, held) < left(before, held)
-    refits = {**calibration.about.get("refits", {}), str(n): {
-        **losses, "prompts": dict(about or {}).get("prompts", 1), "kept": better, "evaluations": course.spent, "images": len(x)}}
+    refits = {
+        **calibration.about.get("refits", {}),
+        str(n): {
+            **losses, "prompts": dict(about or {}).get("prompts", 1), "kept": better,
+            "evaluations": course.spent, "images": len(x)
+        }
+    }
     plans = {key: rows for key, rows in calibration.plans.items() if key != n}
     if better:
         plans[n] = best.shape.plan(plain).rows()
@@ -162,8 +180,8 @@ def refit_cost(evaluations: int, rounds: int = ROUNDS, opening: bool = False) ->
 
 
 def _free(n: int) -> list[tuple[int, int]]:
-    """The places of Shape.numbers that n steps leave free: not the first level, or weights of what is not yet there; and
-    of the last step, to x0, only what two images leave."""
+    """The places of Shape.numbers that n steps leave free: not the first level, or weights of what is not yet
+    there; and of the last step, to x0, only what two images leave."""
     return [(row, k) for row in range(1 + ORDER) for k in range(max(row - 1, row == 0), n - (row in (1, 3)))]
 
 
@@ -199,7 +217,8 @@ class _Runs:
         return State(shape, *self._ahead(steps, (Place(0, x),)))
 
     def tried(self, shape: Shape, x: Tensor) -> State | None:
-        """The same for a shape that may be a bad one: None where it leads the model to answers that are not finite."""
+        """The same for a shape that may be a bad one: None where it leads the model to answers that are
+        not finite."""
         try:
             return self.of(shape, x)
         except FloatingPointError:
@@ -209,13 +228,15 @@ class _Runs:
         """By forward differences: runs from where a number first matters."""
         free, rows = _free(len(state.shape.lam)), []
         for row, k in free:
-            by = DIFFERENCES[row] * (-1.0 if (row, k) == (0, len(state.shape.lam) - 1) else 1.0)  # the last level stays in the grid
+            # the last level stays in the grid
+            by = DIFFERENCES[row] * (-1.0 if (row, k) == (0, len(state.shape.lam) - 1) else 1.0)
             steps = state.shape.moved([(row, k)], [by]).plan(self.calibration).steps(self.path)
             first = k - (row == 0)
             rows.append((self._ahead(steps, state.places[:first + 1])[1] - state.residual) / by)
         return Slopes(tuple(free), np.stack(rows))
 
-    def _ahead(self, steps: Sequence[Step], places: tuple[Place, ...]) -> tuple[tuple[Place, ...], np.ndarray]:
+    def _ahead(self, steps: Sequence[Step], places: tuple[Place,
+                                                          ...]) -> tuple[tuple[Place, ...], np.ndarray]:
         """The places, with those of a run from the last of them to the end, and the residual there."""
         for step in steps[places[-1].done:]:
             places = (*places[:-1], *onward(self.denoise, places[-1], step, ORDER - 1))

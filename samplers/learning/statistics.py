@@ -1,16 +1,17 @@
 """The statistics of DPM-Solver-v3: what they are, their file, and the integrand made of them.
 
-Zheng et al. 2023 (arXiv:2310.13268) write the ODE in y = x / alpha as  dy/dlam + l y = -f,  f = (1 - l) y - D,  and remove
-from f what it does to first order by two more functions of lam:
+Zheng et al. 2023 (arXiv:2310.13268) write the ODE in y = x / alpha as  dy/dlam + l y = -f,  f = (1 - l) y -
+D,  and remove from f what it does to first order by two more functions of lam:
 
     g_j = e^(S_s - S_j) f_j - e^(S_s) (B_j - B_s),        L = int l,  S = int s,  B = int e^(-S) b
 
-g varies least along a trajectory if (l, s, b) are the model's "empirical model statistics" (their section 3.2):
+g varies least along a trajectory if (l, s, b) are the model's "empirical model statistics" (their section
+3.2):
 
     l = 1 - E[diag dD/dy],      s = cov(f, f') / var(f),      b = E f' - s E f,      f' = df/dlam
 
-f, and so l, s, b, are the same on every path: they belong to a model and its guidance, not to a parametrisation.
-(l, s, b) = (1, 0, 0) is DPM-Solver++ and (0, -1, 0) DPM-Solver.
+f, and so l, s, b, are the same on every path: they belong to a model and its guidance, not to a
+parametrisation. (l, s, b) = (1, 0, 0) is DPM-Solver++ and (0, -1, 0) DPM-Solver.
 """
 from __future__ import annotations
 
@@ -41,14 +42,17 @@ def _read_plans(arrays: Mapping[str, np.ndarray]) -> dict[int, np.ndarray]:
 class Statistics(Record, format=FORMAT):
     """Curves over an increasing grid in lam.
 
-    lam [N+1]; l, s, b [N+1] or [N+1, ...] with trailing axes that broadcast over one latent (channels: [N+1, C, 1, 1]);
-    gamma [N+1]: E[eps^2] per element, or None. All float64. about: what and how it was measured (model, guidance, ...).
+    lam [N+1]; l, s, b [N+1] or [N+1, ...] with trailing axes that broadcast over one latent (channels: [N+1,
+    C, 1, 1]); gamma [N+1]: E[eps^2] per element, or None. All float64. about: what and how it was measured
+    (model, guidance, ...).
 
-    Two more for the fitted solver, or None: damping [N+1], the rate - d log|error| / dlam at which a solver's own error dies
-    out; and root [K, M, M], M = 2N + 3, for each trajectory a matrix whose columns have the inner products (per element) of
-    the tensors y_0 .. y_N, D_0 .. D_N, 1, y = x / alpha: |V c|^2 = |root c|^2 for every combination c of them.
+    Two more for the fitted solver, or None: damping [N+1], the rate - d log|error| / dlam at which a solver's
+    own error dies out; and root [K, M, M], M = 2N + 3, for each trajectory a matrix whose columns have the
+    inner products (per element) of the tensors y_0 .. y_N, D_0 .. D_N, 1, y = x / alpha: |V c|^2 = |root c|^2
+    for every combination c of them.
 
-    plans: for a number n of evaluations that was refitted, its steps, [n, 3 + order] (fitted.Plan has the columns).
+    plans: for a number n of evaluations that was refitted, its steps, [n, 3 + order] (fitted.Plan has the
+    columns).
     """
 
     lam: np.ndarray = array(lambda n: (n,))
@@ -58,44 +62,54 @@ class Statistics(Record, format=FORMAT):
     gamma: np.ndarray | None = array(lambda n: (n, ...), optional=True)
     damping: np.ndarray | None = array(lambda n: (n, ...), optional=True)
     root: np.ndarray | None = array(lambda n: ("trajectories", 2 * n + 1, 2 * n + 1), optional=True)
-    plans: Mapping[int, np.ndarray] = group("plan", lambda plans: {str(n): rows for n, rows in plans.items()}, _read_plans, dict)
+    plans: Mapping[int, np.ndarray] = group("plan", lambda plans: {str(n): rows for n, rows in plans.items()},
+                                            _read_plans, dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in CURVES:
             if (shape := getattr(self, name).shape) != self.l.shape:
-                raise CalibrationError(f"{name} has shape {list(shape)} and l has {list(self.l.shape)}: they must agree")
+                raise CalibrationError(
+                    f"{name} has shape {list(shape)} and l has {list(self.l.shape)}: they must agree")
         for n, rows in self.plans.items():
             self._check_plan(n, rows)
         for n, told in self.about.get("refits", {}).items():
             if len(told.get("selection", ())) != 2:
-                raise CalibrationError(f"about.refits.{n} does not say the two errors of its selection: refit again")
+                raise CalibrationError(
+                    f"about.refits.{n} does not say the two errors of its selection: refit again")
 
     def _check_plan(self, n: int, rows: np.ndarray) -> None:
         if rows.ndim != 2 or rows.shape[0] != n or not 4 <= rows.shape[1] <= 3 + n:
             raise CalibrationError(f"plan.{n} has shape {list(rows.shape)}: it must be [{n}, 4 to {3 + n}]")
-        if (np.diff(rows[:, 0]) <= 0).any() or rows[0, 0] < self.lam[0] - SLACK or rows[-1, 0] > self.lam[-1] + SLACK:
+        if (np.diff(rows[:, 0])
+                <= 0).any() or rows[0, 0] < self.lam[0] - SLACK or rows[-1, 0] > self.lam[-1] + SLACK:
             raise CalibrationError(f"plan.{n} has levels that do not rise within lam")
         _, decay, *terms, bias = rows[-1].tolist()
         if decay or bias or any(terms[2:]) or abs(sum(terms) - 1.0) > 1e-9:
-            raise CalibrationError(f"plan.{n} does not end in the model's own images, as a weighted mean of the last two: "
-                                   "it would alter what inpainting keeps; refit again")
+            raise CalibrationError(
+                f"plan.{n} does not end in the model's own images, as a weighted mean of the last two: "
+                "it would alter what inpainting keeps; refit again")
 
     def curves(self) -> dict[str, np.ndarray]:
-        return {name: curve for name in (*CURVES, "gamma", "damping") if (curve := getattr(self, name)) is not None}
+        return {
+            name: curve for name in (*CURVES, "gamma", "damping")
+            if (curve := getattr(self, name)) is not None
+        }
 
     @classmethod
-    def constant(cls, l: float = 1.0, s: float = 0.0, b: float = 0.0, lam: tuple[float, float] = (-40.0, 40.0)) -> Statistics:
+    def constant(cls, l: float = 1.0, s: float = 0.0, b: float = 0.0,
+                 lam: tuple[float, float] = (-40.0, 40.0)) -> Statistics:
         """The same (l, s, b) everywhere; (1, 0, 0) is DPM-Solver++."""
         return cls(np.array(lam), *(np.full(2, value) for value in (l, s, b)))
 
     def for_another_prompt(self) -> Statistics:
-        """Without b and without plans that one prompt taught. b is the mean of what the model does on the measured prompt.
+        """Without b and without plans that one prompt taught. b is the mean of what the model does on the
+        measured prompt.
 
-        Measured on the emoji model (rms as a ratio to DPM-Solver++(2M), 5 to 15 evaluations, guidance 3 and 7): with the
-        statistics of the prompt itself 0.76, with all of another prompt's 1.18, with another prompt's l and s 0.94. Plans of one
-        prompt helped all others, of another some and harmed some; those of a dozen prompts helped others: a third less error without
-        guidance, a seventh at 3, none at 7.
+        Measured on the emoji model (rms as a ratio to DPM-Solver++(2M), 5 to 15 evaluations, guidance 3 and
+        7): with the statistics of the prompt itself 0.76, with all of another prompt's 1.18, with another
+        prompt's l and s 0.94. Plans of one prompt helped all others, of another some and harmed some; those
+        of a dozen prompts helped others: a third less error without guidance, a seventh at 3, none at 7.
         """
         refits = self.about.get("refits", {})
         plans = {n: rows for n, rows in self.plans.items() if refits.get(str(n), {}).get("prompts", 1) > 1}
@@ -103,8 +117,8 @@ class Statistics(Record, format=FORMAT):
 
     def on(self, lam: np.ndarray) -> Statistics:
         """The same curves on another grid, without what a fit needs."""
-        return Statistics(np.asarray(lam, dtype=np.float64), **{name: self.at(name, lam) for name in self.curves()},
-                          about=self.about)
+        return Statistics(np.asarray(lam, dtype=np.float64),
+                          **{name: self.at(name, lam) for name in self.curves()}, about=self.about)
 
     def at(self, name: str, lam: float | np.ndarray) -> np.ndarray:
         """A curve at any lam of the grid's range, linear between grid points."""
@@ -124,13 +138,14 @@ class Statistics(Record, format=FORMAT):
         outside = [level for level in levels if not self.covers(level)]
         if outside:
             raise ValueError(
-                f"the statistics cover lambda from {self.lam[0]:.3f} to {self.lam[-1]:.3f} (sigma / alpha from "
-                f"{np.exp(-self.lam[0]):.4g} to {np.exp(-self.lam[-1]):.4g}), but the schedule goes to lambda = "
-                f"{outside[0].lam:.3f} (sigma = {outside[0].sigma:.4g}): estimate them again over the whole schedule, "
-                "or use a schedule within their range")
+                f"the statistics cover lambda from {self.lam[0]:.3f} to {self.lam[-1]:.3f} (sigma / alpha "
+                f"from {np.exp(-self.lam[0]):.4g} to {np.exp(-self.lam[-1]):.4g}), but the schedule goes to "
+                f"lambda = {outside[0].lam:.3f} (sigma = {outside[0].sigma:.4g}): estimate them again over "
+                "the whole schedule, or use a schedule within their range")
 
     @classmethod
-    def from_npz(cls, folder: str | os.PathLike, lam: tuple[float, float], about: Mapping[str, Any] | None = None) -> Statistics:
+    def from_npz(cls, folder: str | os.PathLike, lam: tuple[float, float],
+                 about: Mapping[str, Any] | None = None) -> Statistics:
         """The authors' published files, l.npz and sb.npz, over their uniform grid from lam[0] to lam[1].
 
         Their arrays `l`, `s`, `b` have one row for each grid point (and then channels or elements).
@@ -143,7 +158,8 @@ class Statistics(Record, format=FORMAT):
             with np.load(path) as archive:
                 for name in names:
                     if name not in archive:
-                        raise CalibrationError(f"{path} has no array {name!r}; it has {', '.join(archive.files)}")
+                        raise CalibrationError(
+                            f"{path} has no array {name!r}; it has {', '.join(archive.files)}")
                     arrays[name] = archive[name].astype(np.float64)
         return cls(np.linspace(*lam, len(arrays["l"])), **arrays,
                    about={**(about or {}), "source": "DPM-Solver-v3 npz"})
@@ -158,10 +174,12 @@ class EmpiricalPrediction:
     """m = f = (1 - l) x / alpha - D, and the flow that l, s and b imply.
 
         x_t = alpha_t e^(-L_t) (x_s / alpha_s - sum_j w_j (e^(-S_j) f_j - B_j) - C_t),
-        w_j = int e^(L+S) ell_j,    C_t = int e^(L+S) B,    all integrals from s, ell_j the basis polynomials of the nodes
+        w_j = int e^(L+S) ell_j,    C_t = int e^(L+S) B,    all integrals from s, ell_j the basis polynomials
+        of the nodes
 
-    Zheng et al. 2023 (arXiv:2310.13268), section 3. The authors' integrals are trapezoidal on the statistics' grid; ours go
-    through the levels of the step too, and with `fine` they are divided further and extrapolated to spacing 0.
+    Zheng et al. 2023 (arXiv:2310.13268), section 3. The authors' integrals are trapezoidal on the statistics'
+    grid; ours go through the levels of the step too, and with `fine` they are divided further and
+    extrapolated to spacing 0.
     """
 
     statistics: Statistics
@@ -181,7 +199,8 @@ class EmpiricalPrediction:
         decay, bias, *terms = map(_plain, values)
         return Update(to, decay, tuple(zip(stage.uses, terms)), bias)
 
-    def _coefficients(self, s: Level, to: Level, stage: Stage, nodes: list[float], parts: int) -> list[np.ndarray]:
+    def _coefficients(self, s: Level, to: Level, stage: Stage, nodes: list[float],
+                      parts: int) -> list[np.ndarray]:
         """Decay, bias, and the coefficients of the values, by trapezoidal sums."""
         lam = self._points((s.lam, to.lam, *nodes), parts)
         start, end = np.searchsorted(lam, (s.lam, to.lam))
@@ -205,9 +224,11 @@ class EmpiricalPrediction:
         """
         grid = self.statistics.lam
         coarse = np.unique([*grid[(grid > min(levels)) & (grid < max(levels))], *levels])
-        counts = parts * np.ceil(np.diff(coarse) / SPACING).astype(int) if parts else np.ones(len(coarse) - 1, int)
+        counts = parts * np.ceil(np.diff(coarse) / SPACING).astype(int) if parts else np.ones(
+            len(coarse) - 1, int)
         share = np.concatenate([np.arange(n) / n for n in counts])
-        return np.append(np.repeat(coarse[:-1], counts) + np.repeat(np.diff(coarse), counts) * share, coarse[-1])
+        return np.append(
+            np.repeat(coarse[:-1], counts) + np.repeat(np.diff(coarse), counts) * share, coarse[-1])
 
 
 def integral(lam: np.ndarray, curve: np.ndarray, zero: int = 0) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Files of what was measured: safetensors, checked when read, written whole or not at all.
 
-Files are shared, and what they say of themselves is shown: in logs, on nodes, in web pages that take it for HTML. So
-every file is checked when it is read, and what is written is made to pass: known names alone (others are left out), each
-of its kind; finite numbers; short printable text without <, > and &.
+Files are shared, and what they say of themselves is shown: in logs, on nodes, in web pages that take it for
+HTML. So every file is checked when it is read, and what is written is made to pass: known names alone (others
+are left out), each of its kind; finite numbers; short printable text without <, > and &.
 """
 from __future__ import annotations
 
@@ -45,29 +45,33 @@ NAME = re.compile("[a-z0-9._]{1,40}")
 UNSAFE = str.maketrans("<>&", "()+")
 SOME = [float]
 ABOUT: Mapping[str, Any] = {
-    **dict.fromkeys(("model", "fingerprint", "conditions", "path", "pool", "precision", "created", "form", "first_step",
-                     "b", "source", "key"), str),
-    **dict.fromkeys(("guidance", "samples", "seed", "evaluations", "prompts", "teacher", "held_out", "next"), float),
-    "base": (str, None), "fitted": bool, "patches": [str], "learn": [str], "distilled": [(float, None)],
-    **dict.fromkeys(("shape", "sigmas", "strengths"), SOME),
-    "refits": {"*": {"training": SOME, "selection": SOME, "kept": bool, "prompts": float, "evaluations": float,
-                     "images": float}},
-    "losses": dict.fromkeys(("untrained", "table", "trained"),
-                            dict.fromkeys(("training", "selection", "held out"), SOME)),
+    **dict.fromkeys(("model", "fingerprint", "conditions", "path", "pool", "precision", "created", "form", "first_step", "b", "source", "key"), str),
+    **dict.fromkeys(("guidance", "samples", "seed", "evaluations", "prompts", "teacher", "held_out", "next"), float), "base": (
+        str, None), "fitted": bool, "patches": [str], "learn": [str], "distilled": [(float, None)],
+    **dict.fromkeys(("shape", "sigmas", "strengths"), SOME), "refits": {
+        "*": {
+            "training": SOME, "selection": SOME, "kept": bool, "prompts": float, "evaluations": float,
+            "images": float
+        }
+    }, "losses": dict.fromkeys(("untrained", "table", "trained"),
+                               dict.fromkeys(("training", "selection", "held out"), SOME)),
 }
-"""What a file may say of itself. A list has items of one kind, a tuple names alternatives, and "*" stands for any name."""
+"""What a file may say of itself. A list has items of one kind, a tuple names alternatives, and "*" stands
+for any name."""
 WORDS = {str: f"printable text of at most {LONGEST} characters, without angle brackets and ampersands",
          float: "a finite number", bool: "true or false", list: f"a list of at most {MOST}",
          dict: "an object of names and values", None: "null"}
 
 
 def plain(text: str, longest: int = LONGEST) -> str:
-    """Text as it may be shown anywhere: <, > and & as other signs, what cannot be printed as spaces, the rest cut off."""
+    """Text as it may be shown anywhere: <, > and & as other signs, what cannot be printed as spaces, the
+    rest cut off."""
     return "".join(c if c.isprintable() else " " for c in text[:longest].translate(UNSAFE))
 
 
 def checked(value: Any, kind: Any = ABOUT, where: str = "about") -> Any:
-    """`value`, without names that are not known; CalibrationError if it is not of its kind, as ABOUT writes them."""
+    """`value`, without names that are not known; CalibrationError if it is not of its kind, as ABOUT
+    writes them."""
     if isinstance(kind, tuple):
         kind = None if value is None else kind[0]
     of = type(kind) if isinstance(kind, (list, dict)) else kind
@@ -79,8 +83,9 @@ def checked(value: Any, kind: Any = ABOUT, where: str = "about") -> Any:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not {str: isinstance(value, str) and value == plain(value), float: number and abs(value) <= 2**64,
             bool: isinstance(value, bool), None: value is None}.get(of, False):
-        raise CalibrationError(f"{where} is {plain(repr(value), 60)}: it must be {WORDS[of]}. No file is written so: "
-                               "measure again, or get it anew from where it came from")
+        raise CalibrationError(
+            f"{where} is {plain(repr(value), 60)}: it must be {WORDS[of]}. No file is written so: "
+            "measure again, or get it anew from where it came from")
     return value
 
 
@@ -95,13 +100,15 @@ def _plainly(value: Any) -> Any:
 
 def write_checked(path: Path, kind: str, tensors: Mapping[str, np.ndarray], about: Mapping[str, Any],
                   overwrite: bool, largest: float = LARGEST) -> None:
-    """Write a file for `read_checked`, whole or not at all; FileExistsError if it exists, unless told to overwrite."""
+    """Write a file for `read_checked`, whole or not at all; FileExistsError if it exists, unless told to
+    overwrite."""
     described = json.dumps(checked(_plainly(about)), sort_keys=True, allow_nan=False)
     content = save({name: np.asarray(value, order="C") for name, value in tensors.items()},
                    metadata={"format": kind, "about": described})
     if len(content) > largest:
-        raise CalibrationError(f"{path.name} would have {len(content)} bytes: files have at most {largest:.0f}; measure "
-                               "with fewer samples or intervals")
+        raise CalibrationError(
+            f"{path.name} would have {len(content)} bytes: files have at most {largest:.0f}; measure "
+            "with fewer samples or intervals")
     write_whole(path, content, overwrite)
 
 
@@ -135,26 +142,31 @@ def _link_new(temporary: Path, path: Path) -> None:
 
 def read_checked(path: Path, expected: Sequence[str],
                  largest: float = LARGEST) -> tuple[str, dict[str, np.ndarray], dict[str, Any]]:
-    """Format, tensors and description of a file of one of these formats; CalibrationError if it is none, or of another version."""
+    """Format, tensors and description of a file of one of these formats; CalibrationError if it is none,
+    or of another version."""
     shown, kinds = plain(str(path), 1000), " or ".join(expected)
     try:
         if path.stat().st_size > largest:
-            raise CalibrationError(f"{shown} has {path.stat().st_size} bytes: files of {kinds} have at most {largest:.0f}")
+            raise CalibrationError(
+                f"{shown} has {path.stat().st_size} bytes: files of {kinds} have at most {largest:.0f}")
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             found = _format(shown, metadata, expected)
             names = list(file.keys())
             if len(names) > MOST or not all(map(NAME.fullmatch, names)):
-                raise CalibrationError(f"{shown} has tensors that no file of {_kind(found)} has: measure again, or get it anew")
+                raise CalibrationError(
+                    f"{shown} has tensors that no file of {_kind(found)} has: measure again, or get it anew")
             about = json.loads(metadata.get("about", "{}"), parse_constant=_no_number)
-            return found, {name: file.get_tensor(name) for name in names}, checked(about, where=f"{shown}: about")
+            return found, {name: file.get_tensor(name)
+                           for name in names}, checked(about, where=f"{shown}: about")
     except FileNotFoundError:
         raise CalibrationError(f"{shown} does not exist") from None
     except OSError as fault:
         raise CalibrationError(f"{shown} cannot be read: {plain(str(fault), 1000)}") from None
     except CalibrationError:
         raise
-    except (SafetensorError, ValueError, TypeError, RecursionError) as fault:  # TypeError: a dtype that numpy lacks
+    # TypeError: a dtype that numpy lacks
+    except (SafetensorError, ValueError, TypeError, RecursionError) as fault:
         raise Damaged(f"{shown} is damaged or was cut short: {plain(str(fault))}") from None
 
 
@@ -165,11 +177,13 @@ def _format(shown: str, metadata: Mapping[str, str], expected: Sequence[str]) ->
         return found
     for one in expected:
         if found.startswith(_kind(one)):
-            raise CalibrationError(f"{shown} has the format {found!r}, and this version reads {one!r}: update the pack, or "
-                                   "estimate again")
+            raise CalibrationError(
+                f"{shown} has the format {found!r}, and this version reads {one!r}: update the pack, or "
+                "estimate again")
     ours = found.startswith(expected[0].split()[0])
-    raise (OtherKind if ours else CalibrationError)(
-        f"{shown} is not a file of {' or '.join(map(_kind, expected))}" + (f", but of {found}" if found else ""))
+    raise (OtherKind
+           if ours else CalibrationError)(f"{shown} is not a file of {' or '.join(map(_kind, expected))}" +
+                                          (f", but of {found}" if found else ""))
 
 
 def _kind(format: str) -> str:
@@ -182,7 +196,8 @@ def _no_number(name: str) -> float:
 
 
 def digest(arrays: Mapping[str, np.ndarray]) -> str:
-    """Twelve hex digits for the names, shapes and values (as float64) of arrays: the same in memory and in any file of them."""
+    """Twelve hex digits for the names, shapes and values (as float64) of arrays: the same in memory and in
+    any file of them."""
     content = hashlib.sha256()
     for name in sorted(arrays):
         content.update(f"{name}{list(arrays[name].shape)}".encode())
@@ -197,8 +212,8 @@ SHARE = 0.03
 class Partial:
     """The file in which a calibration that was cut short goes on; without a path, none is kept.
 
-    It belongs to x and to settings, all that decides what is found but the model. A file that cannot be written is a
-    warning, once: what is measured is not lost for it.
+    It belongs to x and to settings, all that decides what is found but the model. A file that cannot be
+    written is a warning, once: what is measured is not lost for it.
     """
 
     def __init__(self, path: Path | str | None, kind: str, x: Tensor, settings: Mapping[str, Any],
@@ -209,7 +224,8 @@ class Partial:
         self.seconds, self.device, self.written, self.took = seconds, x.device, time.monotonic(), 0.0
 
     def read(self) -> tuple[dict[str, Tensor], int]:
-        """What was kept, and the first part that is not; nothing if there is no file of the same calibration."""
+        """What was kept, and the first part that is not; nothing if there is no file of the same
+        calibration."""
         if self.path and self.path.exists():
             try:
                 _, tensors, about = read_checked(self.path, (self.format,), math.inf)
@@ -225,9 +241,12 @@ class Partial:
         if self.path and (at_once or start - self.written >= max(self.seconds, self.took / SHARE)):
             tensors = {name: value.cpu().numpy() for name, value in kept.items()}
             try:
-                write_checked(self.path, self.format, tensors, {"key": self.key, "next": following}, True, math.inf)
+                write_checked(self.path, self.format, tensors, {"key": self.key, "next": following}, True,
+                              math.inf)
             except OSError as fault:
-                logging.warning("%s cannot be written (%s): the measuring goes on, but starts anew if it is cut short", self.path, fault)
+                logging.warning(
+                    "%s cannot be written (%s): the measuring goes on, but starts anew if it is cut short",
+                    self.path, fault)
                 self.path = None
             self.written = time.monotonic()
             self.took = self.written - start

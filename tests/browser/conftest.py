@@ -1,4 +1,5 @@
-"""ComfyUI's interface in headless Chromium: the pinned frontend and the newest one, with classic nodes and with Nodes 2.0."""
+"""ComfyUI's interface in headless Chromium: the pinned frontend and the newest one, with classic nodes and
+with Nodes 2.0."""
 from __future__ import annotations
 
 import os
@@ -40,7 +41,8 @@ def server(request, executable, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def chromium(server, executable):
-    """After the server, and gone before the next: Playwright keeps an event loop running, beside which there is no other."""
+    """After the server, and gone before the next: Playwright keeps an event loop running, beside which
+    there is no other."""
     with browser(executable) as running:
         yield running
 

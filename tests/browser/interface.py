@@ -1,4 +1,5 @@
-"""A person at ComfyUI's interface: opens workflows, edits widgets, presses Run, and reads what the nodes show."""
+"""A person at ComfyUI's interface: opens workflows, edits widgets, presses Run, and reads what the nodes
+show."""
 from __future__ import annotations
 
 import json
@@ -15,9 +16,12 @@ from playwright.sync_api import sync_playwright
 import demo
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.InstalledVersion": "1.58.1", "Comfy.Workflow.Persist": False,
-            "Comfy.EnableTooltips": False, "Comfy.VueNodes.AutoScaleLayout": False, "Comfy.Release.Status": "changelog seen",
-            "Comfy.Notification.ShowVersionUpdates": False, "Comfy.Locale": "en"}
+SETTINGS = {
+    "Comfy.TutorialCompleted": True, "Comfy.InstalledVersion": "1.58.1", "Comfy.Workflow.Persist": False,
+    "Comfy.EnableTooltips": False, "Comfy.VueNodes.AutoScaleLayout": False,
+    "Comfy.Release.Status": "changelog seen", "Comfy.Notification.ShowVersionUpdates": False,
+    "Comfy.Locale": "en"
+}
 READY = "() => window.app?.extensionManager && window.app?.graph && !document.querySelector('.p-blockui-mask')"
 PANELS = """() => [...document.querySelectorAll('.lambda-solvers-panel')].map((el) => ({
     shown: el.style.display !== 'none',
@@ -52,8 +56,9 @@ WATCH = """() => {
 @contextmanager
 def browser(executable: str | None = CHROMIUM) -> Iterator[Any]:
     with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox", "--disable-gpu",
-                                                                               "--disable-dev-shm-usage", "--disable-quic"])
+        running = playwright.chromium.launch(
+            executable_path=executable,
+            args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic"])
         yield running
         running.close()
 
@@ -62,19 +67,24 @@ class Interface:
     def __init__(self, browser, server, nodes2: bool, pictures: Path, scale: int = 1) -> None:
         self.browser, self.server, self.nodes2, self.pictures = browser, server, nodes2, pictures
         self.logs: list[tuple[str, str]] = []
-        self.context = browser.new_context(viewport={"width": 1500, "height": 900}, locale="en-US", device_scale_factor=scale)
+        self.context = browser.new_context(viewport={"width": 1500, "height": 900}, locale="en-US",
+                                           device_scale_factor=scale)
         # Nothing outside this machine is asked for, so nothing waits for an answer.
-        self.context.route(lambda url: not url.startswith((server.url, "data:", "blob:")), lambda route: route.abort())
+        self.context.route(lambda url: not url.startswith((server.url, "data:", "blob:")),
+                           lambda route: route.abort())
         self.page = self.context.new_page()
         self.page.on("console", lambda message: self.logs.append((message.type, message.text)))
         self.page.on("pageerror", lambda fault: self.logs.append(("pageerror", str(fault))))
-        self.page.on("response", lambda answer: answer.status >= 400 and self.logs.append((str(answer.status), answer.url)))
+        self.page.on(
+            "response", lambda answer: answer.status >= 400 and self.logs.append(
+                (str(answer.status), answer.url)))
         self.set(**SETTINGS, **{"Comfy.VueNodes.Enabled": nodes2})
         self.open()
 
     @property
     def keeps_places(self) -> bool:
-        """Whether nodes stay where a workflow has them: Nodes 2.0 of frontend 1.32.9 scales and moves them by itself."""
+        """Whether nodes stay where a workflow has them: Nodes 2.0 of frontend 1.32.9 scales and moves them
+        by itself."""
         return not self.nodes2 or self.server.frontend != "pinned"
 
     def close(self) -> None:
@@ -102,21 +112,28 @@ class Interface:
     def load(self, workflow: dict | str) -> None:
         """Put a workflow, or the example of this name, on the canvas, all of it in view."""
         workflow = example(workflow) if isinstance(workflow, str) else workflow
-        self.do("() => { for (const el of document.querySelectorAll('.lambda-solvers-panel')) el.classList.add('old') }")
+        self.do(
+            "() => { for (const el of document.querySelectorAll('.lambda-solvers-panel')) "
+            "el.classList.add('old') }"
+        )
         self.do("async (workflow) => { await app.loadGraphData(workflow) }", workflow)
-        self.page.wait_for_function("() => !document.querySelector('.lambda-solvers-panel.old')", timeout=10_000)
+        self.page.wait_for_function("() => !document.querySelector('.lambda-solvers-panel.old')",
+                                    timeout=10_000)
         self.fit()
 
     def fit(self) -> None:
         self.command("Comfy.Canvas.FitView")
         self.page.wait_for_timeout(300)  # it moves the view for 250 ms, even from a place to the same
-        until("the view has come to rest", lambda: self._same("() => [app.canvas.ds.scale, ...app.canvas.ds.offset]", 150))
+        until("the view has come to rest",
+              lambda: self._same("() => [app.canvas.ds.scale, ...app.canvas.ds.offset]", 150))
 
     def run(self, expect: str = "success") -> None:
         """Press Run and wait for the end."""
         self.do("() => { window.seen.length = 0 }")
-        self.page.locator('button[data-testid="queue-button"], div[data-testid="queue-button"] button').first.click()
-        self.page.wait_for_function("() => window.seen.some(([kind]) => kind.startsWith('execution_'))", timeout=300_000)
+        self.page.locator(
+            'button[data-testid="queue-button"], div[data-testid="queue-button"] button').first.click()
+        self.page.wait_for_function("() => window.seen.some(([kind]) => kind.startsWith('execution_'))",
+                                    timeout=300_000)
         end, detail = self.do("() => window.seen.find(([kind]) => kind.startsWith('execution_'))")
         assert end == "execution_" + expect, detail
         if expect == "error":  # a dialog, in some versions
@@ -135,13 +152,17 @@ class Interface:
     def reads(self, *texts: str) -> dict:
         """Wait until a panel has a line with each of these texts; that panel."""
         def those() -> list[dict]:
-            return [panel for panel in self.panels() if all(any(text in line for line in panel["lines"]) for text in texts)]
+            return [
+                panel for panel in self.panels() if all(
+                    any(text in line for line in panel["lines"]) for text in texts)
+            ]
         until(f"a panel reads {texts}", those, self.panels)
         return those()[0]
 
     def overlaps(self) -> list:
         """Pairs of nodes that cover each other, and how far, once the interface has laid them out."""
-        until("the nodes have come to rest", lambda: self._same(f"() => JSON.stringify(({OVERLAPS})({str(self.nodes2).lower()}))", 300))
+        until("the nodes have come to rest",
+              lambda: self._same(f"() => JSON.stringify(({OVERLAPS})({str(self.nodes2).lower()}))", 300))
         return self.do(OVERLAPS, self.nodes2)
 
     def spilt(self) -> list:
@@ -150,12 +171,16 @@ class Interface:
 
     def saved(self) -> dict:
         """The workflow as it is saved, once it does not change any more."""
-        until("the workflow has come to rest", lambda: self._same("() => JSON.stringify(app.graph.serialize())", 200))
+        until("the workflow has come to rest",
+              lambda: self._same("() => JSON.stringify(app.graph.serialize())", 200))
         return self.do("() => JSON.parse(JSON.stringify(app.graph.serialize()))")
 
     def node(self, kind: str) -> Any:
         """The id of the one node of a class, in the graph that is seen."""
-        [found] = self.do("(kind) => app.canvas.graph.nodes.filter((node) => node.comfyClass === kind).map((node) => node.id)", kind)
+        [found] = self.do(
+            "(kind) => app.canvas.graph.nodes.filter((node) => node.comfyClass === kind).map((node) => "
+            "node.id)",
+            kind)
         return found
 
     def count_up(self, node: Any, widget: str) -> None:
@@ -171,8 +196,9 @@ class Interface:
             number = self.page.locator(f'[data-node-id="{node}"] input').nth(self.do(
                 """([id, name]) => app.canvas.graph.getNodeById(id).widgets.filter((w) => w.type === 'number')
                    .findIndex((w) => w.name === name)""", [node, widget]))
-            value = self.do("([id, name]) => app.canvas.graph.getNodeById(id).widgets.find((w) => w.name === name).value",
-                            [node, widget])
+            value = self.do(
+                "([id, name]) => app.canvas.graph.getNodeById(id).widgets.find((w) => w.name === name).value",
+                [node, widget])
             box = number.bounding_box()
             self.page.mouse.dblclick(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
             self.page.wait_for_timeout(150)
@@ -180,7 +206,8 @@ class Interface:
             self.page.keyboard.type(str(value + 1))
             self.page.keyboard.press("Enter")
         else:
-            self.page.mouse.click(*self.do("""([id, name]) => {
+            self.page.mouse.click(*self.do(
+                """([id, name]) => {
                 const node = app.canvas.graph.getNodeById(id), widget = node.widgets.find((w) => w.name === name)
                 const frame = app.canvas.canvas.getBoundingClientRect()
                 const at = app.canvas.ds.convertOffsetToCanvas([node.pos[0] + node.size[0] - 25, node.pos[1] + widget.last_y + 10])
@@ -189,7 +216,10 @@ class Interface:
 
     def aside(self, node: Any) -> None:
         """Move a node to where no other is."""
-        self.do("(id) => { const node = app.canvas.graph.getNodeById(id); node.pos = [0, 700]; app.graph.setDirtyCanvas(true, true) }", node)
+        self.do(
+            "(id) => { const node = app.canvas.graph.getNodeById(id); node.pos = [0, 700]; "
+            "app.graph.setDirtyCanvas(true, true) }",
+            node)
         self.fit()
 
     def put(self, node: Any, widget: str, value: Any) -> None:
@@ -204,7 +234,10 @@ class Interface:
 
     def complaints(self) -> list[tuple[str, str]]:
         """What the console holds of this pack."""
-        return [entry for entry in self.logs if "lambda_solvers" in entry[1] or "lambda-solvers/" in entry[1] or entry[0] == "pageerror"]
+        return [
+            entry for entry in self.logs
+            if "lambda_solvers" in entry[1] or "lambda-solvers/" in entry[1] or entry[0] == "pageerror"
+        ]
 
     def _same(self, javascript: str, milliseconds: int) -> bool:
         before = self.do(javascript)
@@ -212,7 +245,8 @@ class Interface:
         return self.do(javascript) == before
 
 
-def until(what: str, true: Callable[[], bool], state: Callable[[], Any] = lambda: "", seconds: float = 15) -> None:
+def until(what: str, true: Callable[[], bool], state: Callable[[], Any] = lambda: "",
+          seconds: float = 15) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, f"waited {seconds} s until {what}; {state()}"

@@ -37,18 +37,22 @@ def test_a_workflow_saved_and_loaded_again_is_the_same(ui, name: str) -> None:
     first = ui.saved()
     opened(ui, name, first)
     assert drifting(ui, ui.saved()) == drifting(ui, first)
-    version = re.search('^version = "(.+)"$', (environment.ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)[1]
+    version = re.search('^version = "(.+)"$',
+                        (environment.ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)[1]
     ours = [node for node in first["nodes"] if node["type"].startswith("Lambda")]
-    assert all((node["properties"]["cnr_id"], node["properties"]["ver"]) == ("lambda-solvers", version) for node in ours)
+    assert all((node["properties"]["cnr_id"], node["properties"]["ver"]) == ("lambda-solvers", version)
+               for node in ours)
     values = {node["id"]: node.get("widgets_values") for node in first["nodes"]}
-    assert all(values[node["id"]] == node.get("widgets_values") or not values[node["id"]] and not node.get("widgets_values")
+    assert all(values[node["id"]] == node.get("widgets_values")
+               or not values[node["id"]] and not node.get("widgets_values")
                for node in example(name)["nodes"])
     prompt = ui.do("async () => (await app.graphToPrompt()).output")
     assert not any("panel" in key for node in prompt.values() for key in node["inputs"])
 
 
 def opened(ui, name: str, workflow: dict | None = None) -> None:
-    """Load an example, or the workflow it became, and wait for what its samplers say. Compare Samplers has none."""
+    """Load an example, or the workflow it became, and wait for what its samplers say. Compare Samplers has
+    none."""
     ui.load(workflow or name)
     if samplers(name):
         ui.reads("model evaluations: ")
@@ -59,8 +63,8 @@ def samplers(name: str) -> list[dict]:
 
 
 def drifting(ui, workflow: dict) -> dict:
-    """Without the view, and without what the pinned interface in Nodes 2.0 changes on every load, SaveImage's also with none of
-    our nodes: positions by less than 0.1, and heights (by 30, a title's)."""
+    """Without the view, and without what the pinned interface in Nodes 2.0 changes on every load, SaveImage's
+    also with none of our nodes: positions by less than 0.1, and heights (by 30, a title's)."""
     workflow["extra"].pop("ds", None)
     if ui.nodes2 and ui.server.frontend == "pinned":
         for node in workflow["nodes"]:
@@ -99,7 +103,8 @@ def test_ksampler_shows_a_panel_for_our_names_only(ui) -> None:
 def test_a_linked_step_count_is_known_after_a_run(ui) -> None:
     ui.load("sampler_node")
     ui.reads("model evaluations: 12")
-    ui.do("""() => { const graph = app.graph, number = LiteGraph.createNode('PrimitiveInt'); graph.add(number); number.pos = [60, -150]
+    ui.do(
+        """() => { const graph = app.graph, number = LiteGraph.createNode('PrimitiveInt'); graph.add(number); number.pos = [60, -150]
         number.widgets[0].value = 9; number.widgets[1].value = 'fixed'
         const node = graph.nodes.find((n) => n.comfyClass === 'BasicScheduler')
         number.connect(0, node, node.inputs.findIndex((input) => input.name === 'steps')) }""")
@@ -113,7 +118,8 @@ def test_undo_brings_a_removed_sampler_back_with_its_panel(ui) -> None:
     ui.load("sampler_node")
     ui.reads("model evaluations: 12")
     before = ui.saved()
-    ui.do("(id) => { const node = app.graph.getNodeById(id); app.canvas.selectNode(node); }", ui.node(SAMPLER))
+    ui.do("(id) => { const node = app.graph.getNodeById(id); app.canvas.selectNode(node); }",
+          ui.node(SAMPLER))
     ui.command("Comfy.Canvas.DeleteSelectedItems")
     until("the panel is gone", lambda: not ui.panels())
     ui.saved()
@@ -122,14 +128,17 @@ def test_undo_brings_a_removed_sampler_back_with_its_panel(ui) -> None:
     ui.put(ui.node(SCHEDULER), "steps", 2)
     ui.put(ui.node(SAMPLER), "order", 3)
     ui.reads("warn: warning: order 3 is never reached in 2 steps")
-    assert [node["type"] for node in ui.saved()["nodes"]].count(SAMPLER) == 1 == [node["type"] for node in before["nodes"]].count(SAMPLER)
+    assert [node["type"] for node in ui.saved()["nodes"]
+            ].count(SAMPLER) == 1 == [node["type"] for node in before["nodes"]].count(SAMPLER)
 
 
 def test_a_copied_sampler_has_a_panel_of_its_own(ui) -> None:
     ui.load("sampler_node")
     ui.reads("model evaluations: 12")
-    ui.do("(id) => { const node = app.graph.getNodeById(id); app.canvas.selectNode(node); app.canvas.copyToClipboard(); app.canvas.pasteFromClipboard() }",
-          ui.node(SAMPLER))
+    ui.do(
+        "(id) => { const node = app.graph.getNodeById(id); app.canvas.selectNode(node); "
+        "app.canvas.copyToClipboard(); app.canvas.pasteFromClipboard() }",
+        ui.node(SAMPLER))
     until("there are two", lambda: len(ui.panels()) == 2, ui.panels)
     ui.reads("count: model evaluations a step: 1")
     ui.reads("count: model evaluations: 12")
@@ -141,7 +150,9 @@ def test_inside_a_subgraph_the_panel_reads_and_runs_as_outside(ui) -> None:
     ui.do("""() => { const graph = app.graph
         const inner = new Set(graph.nodes.filter((n) => ['LambdaSamplerMultistep', 'BasicScheduler'].includes(n.comfyClass)))
         app.canvas.graph.convertToSubgraph(inner) }""")
-    ui.do("""() => { const node = app.graph.nodes.find((n) => n.subgraph); app.canvas.openSubgraph(node.subgraph, node) }""")
+    ui.do(
+        """() => { const node = app.graph.nodes.find((n) => n.subgraph); app.canvas.openSubgraph(node.subgraph, node) }"""
+    )
     ui.fit()
     ui.reads("count: model evaluations: 12")
     ui.put(ui.node(SCHEDULER), "steps", 11)
@@ -174,14 +185,16 @@ def test_after_a_reload_the_last_run_is_still_known_and_in_another_language(ui) 
     ui.run()
     ui.reads("count: model evaluations: 7 (last run)")
     saved = ui.saved()
-    chinese = json.loads((environment.ROOT / "locales" / "zh" / "main.json").read_text(encoding="utf-8"))["lambdaSolvers"]["panel"]
+    chinese = json.loads((environment.ROOT / "locales" / "zh" /
+                          "main.json").read_text(encoding="utf-8"))["lambdaSolvers"]["panel"]
     try:
         ui.set(**{"Comfy.Locale": "zh"})
         ui.open()
         ui.load(saved)
         ui.reads("count: " + chinese["evaluations_run"].format(count=7))
         output = "(kind) => app.graph.nodes.find((node) => node.comfyClass === kind).outputs[0].localized_name"
-        assert not ui.do(output, SAMPLER).isascii()  # the pinned interface leaves titles and widgets in English
+        # the pinned interface leaves titles and widgets in English
+        assert not ui.do(output, SAMPLER).isascii()
         ui.picture("chinese")
     finally:
         ui.set(**{"Comfy.Locale": "en"})
@@ -225,11 +238,15 @@ def test_the_help_of_a_node_shows_its_equation_and_its_picture(ui) -> None:
     try:
         ui.do("(id) => app.canvas.selectNode(app.graph.getNodeById(id))", ui.node(SAMPLER))
         ui.page.locator('[data-testid="info-button"]').click()
-        until("the picture is loaded", lambda: ui.do(
-            "(name) => document.querySelector(`img[src$='/docs/pictures/${name}.webp']`)?.naturalWidth > 500", SAMPLER))
+        until(
+            "the picture is loaded", lambda: ui.do(
+                "(name) => document.querySelector(`img[src$='/docs/pictures/${name}.webp']`)?.naturalWidth > "
+                "500",
+                SAMPLER))
         assert equation in ui.page.inner_text("body")
         ui.picture("help")
-        ui.logs[:] = [entry for entry in ui.logs if not entry[1].endswith(f"/{SAMPLER}/en.md")]  # which is asked for first
+        # which is asked for first
+        ui.logs[:] = [entry for entry in ui.logs if not entry[1].endswith(f"/{SAMPLER}/en.md")]
     finally:
         ui.open()
 
@@ -244,7 +261,8 @@ def test_the_settings_say_whether_to_draw_and_to_measure(ui) -> None:
     until("the curve is back", lambda: ui.panels()[0]["curve"] > 20)
     try:
         workflow = example("ksampler")
-        next(node for node in workflow["nodes"] if node["type"] == "KSampler")["widgets_values"][4] = "lambda_v3"
+        next(node for node in workflow["nodes"]
+             if node["type"] == "KSampler")["widgets_values"][4] = "lambda_v3"
         ui.load(workflow)
         ui.reads("model evaluations: 12")
         ui.do(put, ["LambdaSolvers.Calibration", "never"])
@@ -262,7 +280,8 @@ def hanging(route) -> None:
 WITHOUT = {
     "no routes of ours": lambda route: route.fulfill(status=404, body="404: Not Found"),
     "no JSON": lambda route: route.fulfill(status=200, content_type="text/html", body="<html>a proxy</html>"),
-    "other JSON": lambda route: route.fulfill(status=200, content_type="application/json", body='{"nodes": null}'),
+    "other JSON": lambda route: route.fulfill(status=200, content_type="application/json", body=
+                                              '{"nodes": null}'),
     "no connection": lambda route: route.abort(),
 }
 
@@ -278,7 +297,9 @@ def test_a_server_that_says_nothing_of_the_pack_leaves_the_interface_as_it_is(ui
         assert ui.do("() => app.extensionManager.setting.get('Comfy.Locale')") == "en"
         said = [entry for entry in ui.logs if "Lambda Solvers" in entry[1]]
         assert [kind for kind, _ in said] == ["warning"] and "no panels on nodes" in said[0][1]
-        assert not [entry for entry in ui.logs if entry[0] == "pageerror" or "Error loading extension" in entry[1]]
+        assert not [
+            entry for entry in ui.logs if entry[0] == "pageerror" or "Error loading extension" in entry[1]
+        ]
     finally:
         ui.page.unroute("**/lambda_solvers/pack")
         ui.open()
@@ -318,7 +339,8 @@ def test_a_fault_in_a_panel_is_told_once_and_ends_nothing_of_the_interface_s(ui)
     ui.logs.clear()
 
 
-def test_the_image_of_a_calibrated_run_is_opened_and_queued_again_with_what_it_says_of_the_calibration(ui) -> None:
+def test_the_image_of_a_calibrated_run_is_opened_and_queued_again_with_what_it_says_of_the_calibration(
+        ui) -> None:
     """As a workflow, and as what the server ran."""
     ui.load("lambda_v3")
     ui.run()
@@ -326,11 +348,16 @@ def test_the_image_of_a_calibrated_run_is_opened_and_queued_again_with_what_it_s
     [shown] = [image for image in ui.images() if image["type"] == "output"][:1]
     with Image.open(ui.server.file(shown)) as image:
         prompt = json.loads(image.info["prompt"])
-    [noted] = [node["_meta"]["lambda_solvers"] for node in prompt.values() if "lambda_solvers" in node.get("_meta", {})]
+    [noted] = [
+        node["_meta"]["lambda_solvers"] for node in prompt.values()
+        if "lambda_solvers" in node.get("_meta", {})
+    ]
     [used] = noted["calibrations"]
     ui.reads(f"the last run used {used['name']}, digest {used['digest']}")
-    ui.do("async (url) => { const image = await (await fetch(url)).blob(); await app.handleFile(new File([image], 'a.png', {type: 'image/png'})) }",
-          f"/api/view?filename={shown['filename']}&subfolder={shown['subfolder']}&type=output")
+    ui.do(
+        "async (url) => { const image = await (await fetch(url)).blob(); await app.handleFile(new "
+        "File([image], 'a.png', {type: 'image/png'})) }",
+        f"/api/view?filename={shown['filename']}&subfolder={shown['subfolder']}&type=output")
     ui.reads("digest ", "(last run)")
     ui.do("async (prompt) => { await app.loadApiJson(prompt, 'a.json') }", prompt)
     ui.reads("model evaluations")

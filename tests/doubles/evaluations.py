@@ -14,12 +14,11 @@ class TestNaNModel(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="TestNaNModel",
-            display_name="Test NaN Model",
-            category="test",
-            inputs=[io.Model.Input("model"),
-                    io.Int.Input("at_call", default=1, min=1, tooltip="The first evaluation of a run that is NaN.")],
-            outputs=[io.Model.Output(display_name="MODEL")],
+            node_id="TestNaNModel", display_name="Test NaN Model", category="test", inputs=[
+                io.Model.Input("model"),
+                io.Int.Input("at_call", default=1, min=1,
+                             tooltip="The first evaluation of a run that is NaN.")
+            ], outputs=[io.Model.Output(display_name="MODEL")],
         )
 
     @classmethod
@@ -47,11 +46,10 @@ class TestSlowModel(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="TestSlowModel",
-            display_name="Test Slow Model",
-            category="test",
-            inputs=[io.Model.Input("model"), io.Float.Input("seconds", default=0.5, min=0.0, max=60.0, step=0.01)],
-            outputs=[io.Model.Output(display_name="MODEL")],
+            node_id="TestSlowModel", display_name="Test Slow Model", category="test", inputs=[
+                io.Model.Input("model"),
+                io.Float.Input("seconds", default=0.5, min=0.0, max=60.0, step=0.01)
+            ], outputs=[io.Model.Output(display_name="MODEL")],
         )
 
     @classmethod
@@ -69,13 +67,14 @@ class TestCounter(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="TestCounter",
-            display_name="Test Counter",
-            category="test",
-            description="Appends a line to output/NAME.count at every evaluation: its sigma. Or at every call of the network, of "
-                        "which an evaluation takes two if its conds do not fit into one batch: its timestep.",
-            inputs=[io.Model.Input("model"), io.String.Input("name", default="evaluations"), io.Boolean.Input("calls", default=False, optional=True)],
-            outputs=[io.Model.Output(display_name="MODEL")],
+            node_id="TestCounter", display_name="Test Counter", category="test", description=
+            "Appends a line to output/NAME.count at every evaluation: its sigma. Or at every call of the "
+            "network, of which an evaluation takes two if its conds do not fit into one batch: its "
+            "timestep.", inputs=[
+                io.Model.Input("model"),
+                io.String.Input("name", default="evaluations"),
+                io.Boolean.Input("calls", default=False, optional=True)
+            ], outputs=[io.Model.Output(display_name="MODEL")],
         )
 
     @classmethod
@@ -88,5 +87,6 @@ class TestCounter(io.ComfyNode):
             return executor(x, timestep, *args, **kwargs)
 
         patched = model.clone()
-        patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL if calls else WrappersMP.PREDICT_NOISE, SAME_MODEL, predict)
+        patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL if calls else WrappersMP.PREDICT_NOISE,
+                                     SAME_MODEL, predict)
         return io.NodeOutput(patched)

@@ -10,14 +10,15 @@ DEPTH = 2           # SD3 has 64 channels and one head for each block of depth
 HIDDEN = 64 * DEPTH
 TEXT_DIM = 512
 TOKENS = 8
-FAST = 80           # of the 128 frequencies of a timestep, those that make more than half a turn from 0 to 1000
+# of the 128 frequencies of a timestep, those that make more than half a turn from 0 to 1000
+FAST = 80
 
 
 def weights(seed: int = 0) -> dict[str, torch.Tensor]:
     """Normal weights of variance 1 / fan-in, without biases.
 
-    The network looks at the slow frequencies of the timestep only: with random weights the fast ones would make it
-    oscillate in sigma, as no trained network does, and no solver could converge on it.
+    The network looks at the slow frequencies of the timestep only: with random weights the fast ones would
+    make it oscillate in sigma, as no trained network does, and no solver could converge on it.
     """
     network = OpenAISignatureMMDITWrapper(
         input_size=None, in_channels=16, out_channels=16, depth=DEPTH, adm_in_channels=TEXT_DIM,

@@ -7,14 +7,15 @@ class TestKSamplerInside(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="TestKSamplerInside",
-            display_name="Test KSampler Inside",
-            category="test",
-            description="Is replaced by a KSampler with its inputs.",
-            inputs=[io.Model.Input("model"), io.Conditioning.Input("positive"), io.Conditioning.Input("negative"),
-                    io.Latent.Input("latent_image"), io.Int.Input("seed"), io.String.Input("sampler_name")],
-            outputs=[io.Latent.Output(display_name="LATENT")],
-            enable_expand=True,
+            node_id="TestKSamplerInside", display_name="Test KSampler Inside", category="test",
+            description="Is replaced by a KSampler with its inputs.", inputs=[
+                io.Model.Input("model"),
+                io.Conditioning.Input("positive"),
+                io.Conditioning.Input("negative"),
+                io.Latent.Input("latent_image"),
+                io.Int.Input("seed"),
+                io.String.Input("sampler_name")
+            ], outputs=[io.Latent.Output(display_name="LATENT")], enable_expand=True,
         )
 
     @classmethod

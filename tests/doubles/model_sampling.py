@@ -12,14 +12,14 @@ class TestModelSampling(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="TestModelSampling",
-            display_name="Test Model Sampling",
-            category="test",
-            description="The model with another sampling class and a network to match: D(x, sigma) stays the same.",
-            inputs=[io.Model.Input("model", tooltip="A U-Net with its own sampling class, such as the tiny emoji: only "
-                                                    "nodes that leave the sampling alone may follow."),
-                    io.Combo.Input("kind", options=list(KINDS))],
-            outputs=[io.Model.Output(display_name="MODEL")],
+            node_id="TestModelSampling", display_name="Test Model Sampling", category="test", description=
+            "The model with another sampling class and a network to match: D(x, sigma) stays the same.",
+            inputs=[
+                io.Model.Input(
+                    "model", tooltip="A U-Net with its own sampling class, such as the tiny emoji: only "
+                    "nodes that leave the sampling alone may follow."),
+                io.Combo.Input("kind", options=list(KINDS))
+            ], outputs=[io.Model.Output(display_name="MODEL")],
         )
 
     @classmethod
@@ -34,8 +34,9 @@ class TestModelSampling(io.ComfyNode):
             """The F for which `sampling` finds the D of the original: both are linear in their F."""
             sigma = transformer_options["sigmas"][:1]
             x = scaled.float() / sampling.calculate_input(sigma, torch.ones_like(scaled))
-            output = executor(original.calculate_input(sigma, x).to(scaled.dtype), timesteps, context, y, control,
-                              transformer_options, **kwargs)
+            output = executor(
+                original.calculate_input(sigma, x).to(scaled.dtype), timesteps, context, y, control,
+                transformer_options, **kwargs)
             denoised = original.calculate_denoised(sigma, output.float(), x)
             at_0 = sampling.calculate_denoised(sigma, torch.zeros_like(x), x)
             at_1 = sampling.calculate_denoised(sigma, torch.ones_like(x), x)

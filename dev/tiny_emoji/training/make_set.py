@@ -2,8 +2,8 @@
 
     python make_set.py icons --out data
 
-writes data/images.npy (n, 64, 64, 3) uint8 on white, and data/rows.json: for each picture its name, its words, its
-style (which package it is from) and its category.
+writes data/images.npy (n, 64, 64, 3) uint8 on white, and data/rows.json: for each picture its name, its
+words, its style (which package it is from) and its category.
 """
 import argparse
 import json
@@ -50,13 +50,15 @@ def on_white(rgba: np.ndarray) -> np.ndarray:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("icons", type=Path, help="the folder that render.py wrote")
     parser.add_argument("--out", type=Path, default=Path("data"))
     arguments = parser.parse_args()
 
     packages = {package: np.load(arguments.icons / f"{package}.npz") for package in STYLES}
-    category = dict(zip(packages[CATEGORIES_OF]["names"].tolist(), packages[CATEGORIES_OF]["categories"].tolist()))
+    category = dict(
+        zip(packages[CATEGORIES_OF]["names"].tolist(), packages[CATEGORIES_OF]["categories"].tolist()))
     images, rows = [], []
     for package, style in STYLES.items():
         rgba = packages[package]["rgba"]

@@ -6,8 +6,9 @@ The network is ComfyUI's own UNetModel on 32 x 32 RGB pictures, with the betas o
 
     eps(x_t, t, words),    x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps,
 
-from a loss of mean |eps_net - eps|^2 weighted by (1 + sigma_t^2)^w, sigma_t^2 = (1 - abar_t) / abar_t, w = 0.7: more
-weight on noisy pictures, where the whole figure is decided. One caption in ten is empty, for guidance.
+from a loss of mean |eps_net - eps|^2 weighted by (1 + sigma_t^2)^w, sigma_t^2 = (1 - abar_t) / abar_t, w =
+0.7: more weight on noisy pictures, where the whole figure is decided. One caption in ten is empty, for
+guidance.
 """
 import argparse
 import copy
@@ -25,15 +26,21 @@ from safetensors.torch import save_file
 from torch import autocast
 
 STEPS = 1000
-HELD_OUT = {"purple-heart", "green-circle", "orange-square"}  # is a colour understood on a shape not seen with it?
+# is a colour understood on a shape not seen with it?
+HELD_OUT = {"purple-heart", "green-circle", "orange-square"}
 SMALL_SHAPES = {"heart", "circle", "square"}
 SMALL_CATEGORIES = {"Smileys & Emotion", "Food & Drink"}
-SMALL_NAMES = {"panda", "pig-face", "frog", "fox", "bear", "penguin", "cat-face", "sun", "star", "crescent-moon",
-               "sunflower", "tulip", "fire", "droplet", "evergreen-tree", "cactus"}
-CATEGORY_WORDS = {"Animals & Nature": "nature", "Smileys & Emotion": "smiley", "Food & Drink": "food",
-                  "Travel & Places": "travel", "Symbols": "symbol", "Activities": "activity", "Objects": "object"}
+SMALL_NAMES = {
+    "panda", "pig-face", "frog", "fox", "bear", "penguin", "cat-face", "sun", "star", "crescent-moon",
+    "sunflower", "tulip", "fire", "droplet", "evergreen-tree", "cactus"
+}
+CATEGORY_WORDS = {
+    "Animals & Nature": "nature", "Smileys & Emotion": "smiley", "Food & Drink": "food",
+    "Travel & Places": "travel", "Symbols": "symbol", "Activities": "activity", "Objects": "object"
+}
 UNET = dict(image_size=32, num_res_blocks=[1, 1, 1], channel_mult=[1, 2, 3], transformer_depth=[0, 0, 1],
-            transformer_depth_output=[0, 0, 0, 0, 1, 1], transformer_depth_middle=1, use_spatial_transformer=True,
+            transformer_depth_output=[0, 0, 0, 0, 1,
+                                      1], transformer_depth_middle=1, use_spatial_transformer=True,
             use_linear_in_transformer=False, num_heads=-1, legacy=False, use_checkpoint=False)
 
 
@@ -55,11 +62,13 @@ class Pictures:
     def batch(self, size: int):
         chosen = random.choices(self.seen, k=size)
         captions = [[self.numbers[word] for word in caption(self.rows[i])][:self.tokens] for i in chosen]
-        numbers = torch.tensor([known + [0] * (self.tokens - len(known)) for known in captions], device=self.device)
+        numbers = torch.tensor([known + [0] * (self.tokens - len(known)) for known in captions],
+                               device=self.device)
         return self.augmented(self.canvas[chosen].float() / 127.5 - 1), numbers
 
     def augmented(self, canvas):
-        """The 64 x 64 middle of the canvas scaled by 0.93..1.06, shifted by up to 5 %, flipped; at 32 x 32."""
+        """The 64 x 64 middle of the canvas scaled by 0.93..1.06, shifted by up to 5 %, flipped; at 32 x
+        32."""
         size = len(canvas)
         scale = torch.empty(size).uniform_(0.93, 1.06) * 64 / 72
         flip = torch.where(torch.rand(size) < 0.5, -1.0, 1.0)
@@ -91,7 +100,8 @@ def caption(row: dict) -> list[str]:
 
 
 def import_tiny_emoji(comfyui: Path, device: str):
-    """ComfyUI's UNetModel and the modules of the custom node; ComfyUI reads its options while it is imported."""
+    """ComfyUI's UNetModel and the modules of the custom node; ComfyUI reads its options while it is
+    imported."""
     sys.path[:0] = [str(comfyui), str(Path(__file__).resolve().parents[2])]
     from comfy.cli_args import args
     args.cpu = device == "cpu"
@@ -111,7 +121,8 @@ def untrained(ops, UNetModel, network, text, vocabulary: int):
     network.narrow_groups(unet)
     words = text.WordEncoder(vocabulary, dtype=torch.float32)
     for module in [*unet.modules(), *words.modules()]:
-        for layer in (torch.nn.Conv2d, torch.nn.Linear, torch.nn.GroupNorm, torch.nn.LayerNorm, torch.nn.Embedding):
+        for layer in (torch.nn.Conv2d, torch.nn.Linear, torch.nn.GroupNorm, torch.nn.LayerNorm,
+                      torch.nn.Embedding):
             if isinstance(module, layer):
                 layer.reset_parameters(module)
     for name, module in unet.named_modules():  # every residual branch, and the output, start at zero
@@ -173,7 +184,8 @@ def checkpoint(unet, words, vocabulary: list[str]) -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="the folder that make_set.py wrote")
     parser.add_argument("--comfyui", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
@@ -181,8 +193,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rate", type=float, default=1.2e-3, help="the highest learning rate")
     parser.add_argument("--exponent", type=float, default=0.7, help="w of the loss")
-    parser.add_argument("--everything", action="store_true",
-                        help="learn all the pictures, not only the shapes, faces, food and few more of the file")
+    parser.add_argument(
+        "--everything", action="store_true",
+        help="learn all the pictures, not only the shapes, faces, food and few more of the file")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
@@ -195,8 +208,10 @@ def main() -> None:
     unet, words, config = untrained(ops, UNetModel, network, text, len(pictures.vocabulary))
     unet.to(arguments.device)
     words.to(arguments.device)
-    print(f"{sum(p.numel() for p in unet.parameters()):,} parameters, {len(pictures.seen)} pictures", flush=True)
-    steps = train(unet, words, pictures, arguments.seconds, arguments.batch, arguments.rate, arguments.exponent)
+    print(f"{sum(p.numel() for p in unet.parameters()):,} parameters, {len(pictures.seen)} pictures",
+          flush=True)
+    steps = train(unet, words, pictures, arguments.seconds, arguments.batch, arguments.rate,
+                  arguments.exponent)
     save_file(checkpoint(unet, words, pictures.vocabulary), arguments.out,
               metadata={"pictures": "renders of noto-emoji (Apache-2.0) and fluentui-emoji (MIT)",
                         "unet_config": json.dumps(config), "samples": str(steps * arguments.batch)})
