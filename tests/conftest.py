@@ -31,15 +31,11 @@ def pytest_configure(config) -> None:
     config.addinivalue_line("markers", "slow: not among the README's tests; python dev/test.py --all runs it")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list) -> None:
-    """What shares a server or a browser stays in one process: a file, and the folder of browser tests."""
     def group(item) -> str:
         return "browser" if item.path.parent.name == "browser" else item.path.stem.removeprefix("test_")
 
     for item in items:
-        if not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(group(item)))
         if slow(item.name, group(item) == "browser"):
             item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: LONGEST.index(group(item)) if group(item) in LONGEST else len(LONGEST))
