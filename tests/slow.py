@@ -5,12 +5,15 @@ import re
 
 # a test's name, or of its cases those whose id this expression finds: a test that is not slow, or other cases
 SLOW = {
-    "test_the_example_workflows_run_with_every_sampler": "test_an_example_runs_on_the_tiny_checkpoint_and_its_image_restores_it",
+    "test_the_example_workflows_run_with_every_sampler":
+        "test_an_example_runs_on_the_tiny_checkpoint_and_its_image_restores_it",
     "test_an_example_runs_on_the_tiny_checkpoint_and_its_image_restores_it[few_steps|compare]": "other cases",
     "test_checkpoints_in_low_precision_sample_as_in_float32[bf16|fp8]": "other cases",
     "test_the_fingerprint_is_the_same_in_every_precision[fp8]": "other cases",
-    "test_half_precision_is_trained_and_sampled": "test_models_in_half_precision_are_measured_refitted_and_trained",
-    "test_another_schedule_guidance_or_base_is_trained_anew": "test_another_guidance_is_measured_anew_and_a_near_one_is_not",
+    "test_half_precision_is_trained_and_sampled":
+        "test_models_in_half_precision_are_measured_refitted_and_trained",
+    "test_another_schedule_guidance_or_base_is_trained_anew":
+        "test_another_guidance_is_measured_anew_and_a_near_one_is_not",
     "test_from_nothing_it_is_trained_once_saved_and_found_again[2m]": "other cases",
     "test_a_predictor_sees_the_conditional_half_of_a_batch":
         "test_the_middle_block_is_seen_for_the_conditional_half_however_conds_are_evaluated",
@@ -18,11 +21,14 @@ SLOW = {
         "test_a_predictor_is_trained_on_a_model_that_takes_the_run_s_batch_and_no_more",
     "test_cancel_while_training_leaves_a_partial_file_from_which_the_next_run_goes_on":
         "test_cancel_while_measuring_leaves_a_partial_file_from_which_the_next_run_goes_on",
-    "test_what_several_prompts_taught_is_used_for_every_prompt": "test_but_not_without_what_several_prompts_taught",
-    "test_a_cancelled_refit_goes_on_from_what_was_done": "test_cut_short_it_goes_on_from_the_last_part_that_was_done",
+    "test_what_several_prompts_taught_is_used_for_every_prompt":
+        "test_but_not_without_what_several_prompts_taught",
+    "test_a_cancelled_refit_goes_on_from_what_was_done":
+        "test_cut_short_it_goes_on_from_the_last_part_that_was_done",
     "test_a_flow_model_is_fitted_and_refitted_from_pure_noise": "test_flow_learns_what_ve_does",
     "test_a_cache_does_not_answer_for_the_model_while_it_is_measured[amed]": "other cases",
-    "test_the_run_that_measures_makes_the_image_of_all_later_ones_under_hook_keyframes_too[amed]": "other cases",
+    "test_the_run_that_measures_makes_the_image_of_all_later_ones_under_hook_keyframes_too[amed]":
+        "other cases",
 }
 INTERFACE = "newest-nodes2"
 BOTH_ENDS = ("test_an_edited_step_count_is_seen_at_once_on_the_sampler",

@@ -21,7 +21,8 @@ from samplers.learning.predictor import Predictor
 from samplers.sample import sample
 from samplers.schedule import levels
 from samplers.tensors import per_image
-from samplers.learning.train_amed import BUDGET, FLOOR, Student, _teacher, predictor_loss, training_cost, watched
+from samplers.learning.train_amed import (BUDGET, FLOOR, Student, _teacher, predictor_loss, training_cost,
+                                          watched)
 
 NAMES = {sampler.fixed["base"]: name for name, sampler in SAMPLERS.items() if "trained" in sampler.options}
 SIGMAS = [60.0 * (0.02 / 60.0) ** (i / 4) for i in range(5)]
@@ -145,10 +146,8 @@ def test_another_schedule_is_refused_by_name_unless_interpolation_is_allowed() -
     model, x = reference_mixture("ve")[0], noises(2)
     trained = fit_amed(model, noises(8), SIGMAS)
     other = torch.tensor([60.0, 5.0, 0.5, 0.02], dtype=torch.float64)
-    with pytest.raises(
-            ValueError,
-            match=r"trained for 4 steps over sigma / alpha = 60, 8\.1.* schedule is 3 steps over .*60, 5, 0\.5"
-    ):
+    said = r"trained for 4 steps over sigma / alpha = 60, 8\.1.* schedule is 3 steps over .*60, 5, 0\.5"
+    with pytest.raises(ValueError, match=said):
         k_diffusion_sampler("amed", trained=trained)(model, x, other, disable=True)
     assert k_diffusion_sampler("amed", trained=trained, interpolate=True)(model, x, other,
                                                                           disable=True).isfinite().all()

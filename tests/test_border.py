@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from comfy_host import ROOT, Model, pack, sampling_of
-from test_panel import ABOUT, ask, custom, ksampler, lines, module, node, nothing_run, run, two_trajectories  # noqa: F401
+from test_panel import (ABOUT, ask, custom, ksampler, lines, module, node, nothing_run, run, two_trajectories)
 
 @pytest.fixture
 def noted():
@@ -163,7 +163,8 @@ import asyncio, comfy.samplers, torch
 assert len(asyncio.run(pack.comfy_entrypoint().get_node_list())) > 10
 denoiser, x = reference_mixture("ve")
 found = comfy.samplers.sampler_object("lambda_2m").sampler_function(
-    comfy_host.Model(denoiser, comfy_host.sampling_of("EPS")), x * 10, torch.tensor([10.0, 2.0, 0.4, 0.0]), extra_args={"seed": 3}, disable=True)
+    comfy_host.Model(denoiser, comfy_host.sampling_of("EPS")), x * 10, torch.tensor([10.0, 2.0, 0.4, 0.0]),
+    extra_args={"seed": 3}, disable=True)
 assert found.isfinite().all()
 events = sys.modules[pack.__name__ + ".nodes.events"]
 print("listeners", len(events.listeners), sys.modules[pack.__name__ + ".nodes.settings"].read("x"))
@@ -279,7 +280,7 @@ def test_a_node_that_another_has_made_while_running_notes_on_that_one(monkeypatc
     assert noted(inside, "4:1")
 
 
-def test_a_result_that_comfyui_has_kept_is_noted_anew_in_the_next_prompt_and_what_came_with_a_prompt_is_not_believed(
+def test_a_kept_result_is_noted_anew_in_the_next_prompt_and_what_came_with_a_prompt_is_not_believed(
         monkeypatch, noted) -> None:
     queued = module("status.metadata").queued
     graph = ksampler()

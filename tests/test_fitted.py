@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from problems import Gaussian, fitted_statistics, reference_mixture, starting_noise
-from samplers import PATHS, Statistics, CalibrationError, estimate_statistics, fit_multistep, k_diffusion_sampler
+from samplers import (PATHS, Statistics, CalibrationError, estimate_statistics, fit_multistep,
+                      k_diffusion_sampler)
 from samplers.learning import course, fitted, measure
-from samplers.learning.fitted import _candidates, _correction, _costs, _jumps, _last, _pooled, _rows, fit_weights, fitted_sigmas
+from samplers.learning.fitted import (_candidates, _correction, _costs, _jumps, _last, _pooled, _rows,
+                                      fit_weights, fitted_sigmas)
 from samplers.integrand import DataPrediction
 from samplers.phi import midpoint
 from samplers.sample import sample

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 from scipy.integrate import quad
 
-from problems import ADAPTIVE, FIXED, Counted, Gaussian, gaussian_statistics, needed, ode, reference_mixture, serving, starting_noise
+from problems import (ADAPTIVE, FIXED, Counted, Gaussian, gaussian_statistics, needed, ode,
+                      reference_mixture, serving, starting_noise)
 from samplers import FAMILIES, PATHS, SAMPLERS, Statistics, k_diffusion_sampler
 from samplers.learning.amed import Insertion
 from samplers.families import find

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from problems import ADAPTIVE, FIXED, Gaussian, needed, ode, sigmas_between, serving, smooth_statistics, starting_noise
+from problems import (ADAPTIVE, FIXED, Gaussian, needed, ode, sigmas_between, serving, smooth_statistics,
+                      starting_noise)
 from samplers import PATHS, SAMPLERS, k_diffusion_sampler
 from samplers.integrand import PREDICTIONS
 from samplers.phi import pseudo_weights, weights

@@ -40,10 +40,12 @@ def test_the_registry_s_parser_reads_the_configuration() -> None:
     from comfy_config.config_parser import extract_node_configuration
     config = extract_node_configuration(str(ROOT))
     assert config.project.name == "lambda-solvers" and re.fullmatch(r"\d+\.\d+\.\d+", config.project.version)
-    assert config.project.license.file == "LICENSE" and config.project.dependencies == [] and config.project.description
+    assert config.project.license.file == "LICENSE" and config.project.description
+    assert config.project.dependencies == []
     # one unknown value empties them
     assert config.project.supported_os and config.project.supported_accelerators
-    assert config.project.supported_comfyui_version == ">=0.3.75" and config.project.requires_python == ">=3.10"
+    assert config.project.supported_comfyui_version == ">=0.3.75"
+    assert config.project.requires_python == ">=3.10"
     assert config.tool_comfy.publisher_id and config.tool_comfy.display_name
 
 
@@ -56,8 +58,8 @@ def test_the_registry_s_ruff_rules_find_nothing() -> None:
     assert found.returncode == 0, found.stdout + found.stderr
 
 
-WIDEST = 240
-"""Of a line: no wider than it is today (aim: 110)."""
+WIDEST = 110
+"""Of a line, in characters."""
 
 
 def test_no_line_is_wider_than_agreed() -> None:

@@ -352,7 +352,8 @@ def saved(tmp_path, monkeypatch):
     folder_paths.filename_list_cache.pop(store.FOLDER, None)
 
 
-UNSURE = "note: not run on this model yet: a saved calibration that fits is used, else one is measured first, "
+UNSURE = ("note: not run on this model yet: a saved calibration that fits is used, else one is measured "
+          "first, ")
 MEASURED = "note: no saved calibration serves this run: one is measured first, "
 SMALL = "about 1 s"  # all that the tests' model takes
 
@@ -513,8 +514,8 @@ def test_a_calibration_of_another_kind_is_told_on_the_node_and_passed_over_behin
         line for line in lines(linked) if line.startswith("warn: warning: ") and "amed.safetensors" in line
     ]
     made = custom("v3", measure="auto", calibration=["12", 0]) | {"12": node("LambdaTrainAmed")}
-    assert "warn: warning: LambdaTrainAmed was made for something else: Measure Model makes what this sampler needs" in lines(
-        made)
+    assert ("warn: warning: LambdaTrainAmed was made for something else: Measure Model makes what this "
+            "sampler needs") in lines(made)
     attached = ksampler(sampler_name="lambda_v3", model=["13", 0]) | load | {
         "13": node("LambdaApplyCalibration", model=["1", 0], calibration=["12", 0])}
     assert UNSURE + images(54, 1, 12) in lines(attached)

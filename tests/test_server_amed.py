@@ -51,7 +51,7 @@ def sampler_node(graph: Graph, **options) -> Graph:
 
 @pytest.mark.parametrize("name, kind", [("lambda_amed", "amed"), ("lambda_amed_2m", "amed_dpmpp_2m")])
 def test_from_nothing_it_is_trained_once_saved_and_found_again(server, folder, name: str,
-                                                               kind: str) -> None:  # noqa: F811
+                                                               kind: str) -> None:
     graph = Graph("panda").counted().ksampler(name, steps=3, scheduler="karras")
     samples, run = graph.run(server)
     assert run.status == "success", run.error
@@ -74,7 +74,7 @@ def test_from_nothing_it_is_trained_once_saved_and_found_again(server, folder, n
         assert run.texts == [f"AMED: {file}"] and files(folder) == [file]
 
 
-def test_another_schedule_guidance_or_base_is_trained_anew(server, folder) -> None:  # noqa: F811
+def test_another_schedule_guidance_or_base_is_trained_anew(server, folder) -> None:
     for count, how in enumerate(({}, {"scheduler": "simple"}, {"steps": 4}, {"cfg": 6.0}, {"cfg": 3.1}), 1):
         _, run = batched(Graph()).ksampler("lambda_amed",
                                            **{"steps": 3, "scheduler": "karras", "cfg": 3.0,
@@ -84,7 +84,7 @@ def test_another_schedule_guidance_or_base_is_trained_anew(server, folder) -> No
     assert len(files(folder)) == 5
 
 
-def test_train_save_load_and_apply_give_the_same_image(server, folder) -> None:  # noqa: F811
+def test_train_save_load_and_apply_give_the_same_image(server, folder) -> None:
     graph = Graph("panda")
     trained = train(graph)
     graph.add("LambdaSaveCalibration", calibration=trained, name="shared/mine", overwrite=False)
@@ -100,7 +100,7 @@ def test_train_save_load_and_apply_give_the_same_image(server, folder) -> None: 
     assert torch.equal(graph.samples(server), first) and len(graph.evaluations(server)) == 5
 
 
-def test_the_picture_of_the_training_is_drawn(server, folder) -> None:  # noqa: F811
+def test_the_picture_of_the_training_is_drawn(server, folder) -> None:
     graph = Graph("panda")
     node = train(graph)[0]
     graph.add("PreviewImage", images=[node, 1])
@@ -110,11 +110,11 @@ def test_the_picture_of_the_training_is_drawn(server, folder) -> None:  # noqa: 
     with Image.open(server.file(shown)) as image:
         assert image.size == (480, 320) and len(image.convert("RGB").getcolors(100_000)) > 50
     assert re.fullmatch(
-        r"AMED trained in \d+ s, as long as \d+ images: error at the last step [0-9.]+ untrained, [0-9.]+ trained, on images "
-        r"held out.*", run.texts[-1])
+        r"AMED trained in \d+ s, as long as \d+ images: error at the last step [0-9.]+ untrained, [0-9.]+ "
+        r"trained, on images held out.*", run.texts[-1])
 
 
-def test_the_wrong_schedule_base_or_file_is_refused_with_both_named(server, folder) -> None:  # noqa: F811
+def test_the_wrong_schedule_base_or_file_is_refused_with_both_named(server, folder) -> None:
     graph = Graph()
     trained = train(graph)
     _, run = sampler_node(graph, calibration=trained, sigmas=schedule(graph, 4)).run(server)
@@ -138,7 +138,7 @@ def test_the_wrong_schedule_base_or_file_is_refused_with_both_named(server, fold
     assert run.status == "error" and "Load Calibration or Train AMED" in run.error["exception_message"]
 
 
-def test_amed_of_another_checkpoint_brings_a_warning_that_names_both(server, folder) -> None:  # noqa: F811
+def test_amed_of_another_checkpoint_brings_a_warning_that_names_both(server, folder) -> None:
     graph = Graph("panda")
     sigmas = schedule(graph)
     node = graph.add("TestFlowModel")
@@ -153,7 +153,7 @@ def test_amed_of_another_checkpoint_brings_a_warning_that_names_both(server, fol
 
 
 def test_cancel_while_training_leaves_a_partial_file_from_which_the_next_run_goes_on(
-        server, folder) -> None:  # noqa: F811
+        server, folder) -> None:
     cancelled = []
 
     async def watch(server, run):
@@ -181,7 +181,7 @@ def test_cancel_while_training_leaves_a_partial_file_from_which_the_next_run_goe
 @pytest.mark.parametrize("words, calls", [("panda", 1), ("panda " * 41, 2)],
                          ids=["together", "one after the other"])
 def test_a_predictor_reads_conds_that_are_evaluated_together_or_not(server, folder, words: str,
-                                                                    calls: int) -> None:  # noqa: F811
+                                                                    calls: int) -> None:
     """Six sections of a prompt do not go into one batch with the one of an empty prompt."""
     graph = Graph(words).counted()
     graph.through("TestCounter", name=f"{graph.counter}calls", calls=True)
@@ -196,7 +196,7 @@ def test_a_predictor_reads_conds_that_are_evaluated_together_or_not(server, fold
     assert losses["trained"]["training"][-1] < losses["untrained"]["training"][-1]
 
 
-def test_a_predictor_sees_the_conditional_half_of_a_batch(server, folder) -> None:  # noqa: F811
+def test_a_predictor_sees_the_conditional_half_of_a_batch(server, folder) -> None:
     """A batch of one and of three."""
     graph = Graph("panda")
     trained = train(graph, form="predictor", samples=4)
@@ -208,7 +208,7 @@ def test_a_predictor_sees_the_conditional_half_of_a_batch(server, folder) -> Non
                                                  samples=4)).samples(server).shape[0] == 3
 
 
-def test_a_transformer_has_a_table_and_is_refused_a_predictor(server, folder) -> None:  # noqa: F811
+def test_a_transformer_has_a_table_and_is_refused_a_predictor(server, folder) -> None:
     samples, run = flow(Graph()).ksampler("lambda_amed", steps=3, scheduler="simple").run(server)
     assert run.status == "success", run.error
     assert samples.isfinite().all() and files(folder)[0].startswith("SD3-")
@@ -220,7 +220,7 @@ def test_a_transformer_has_a_table_and_is_refused_a_predictor(server, folder) ->
         "exception_message"]
 
 
-def test_other_sizes_single_conds_and_batches_work_with_one_training(server, folder) -> None:  # noqa: F811
+def test_other_sizes_single_conds_and_batches_work_with_one_training(server, folder) -> None:
     Graph("panda").ksampler("lambda_amed", steps=3, scheduler="karras", cfg=1.0).samples(server)
     graph = Graph("panda")
     graph.latent = [graph.add("EmptyLatentImage", width=384, height=256, batch_size=2), 0]
@@ -240,12 +240,13 @@ def test_half_precision_is_trained_and_sampled(servers, folder, flag: str) -> No
 
 
 def test_the_first_step_is_skipped_by_a_node_or_an_option_and_refused_for_img2img(
-        server, folder) -> None:  # noqa: F811
+        server, folder) -> None:
     def wrapped(mode: str | None, denoise: float = 1.0, **options):
         graph = Graph("panda").counted()
         family = graph.add(
             "LambdaSamplerMultistep", **{
-                **dict(order=2, prediction="data", rule="midpoint", lower_order_final="auto", first_step="evaluate"),
+                **dict(order=2, prediction="data", rule="midpoint", lower_order_final="auto",
+                       first_step="evaluate"),
                 **options
             })
         sampler = [graph.add("LambdaFirstStep", sampler=[family, 0], mode=mode), 0] if mode else [family, 0]
@@ -284,7 +285,7 @@ def test_the_first_step_is_skipped_by_a_node_or_an_option_and_refused_for_img2im
 
 
 def test_more_than_10_steps_are_refused_before_the_model_is_asked_and_a_training_for_them_is_used(
-        server, folder) -> None:  # noqa: F811
+        server, folder) -> None:
     told = "AMED is not trained for 11 steps.*choose at most 10 steps, or lambda_fitted"
     graph = Graph("panda").counted().ksampler("lambda_amed", steps=11)
     _, run = graph.run(server)
@@ -307,7 +308,7 @@ def test_more_than_10_steps_are_refused_before_the_model_is_asked_and_a_training
     assert run.status == "success" and len(graph.evaluations(server)) == 21, run.error
 
 
-def test_train_amed_saves_what_the_sampler_then_finds(server, folder) -> None:  # noqa: F811
+def test_train_amed_saves_what_the_sampler_then_finds(server, folder) -> None:
     graph = Graph("panda")
     [node, _] = train(graph, prompt="any", save=True)
     run = server.run({key: value for key, value in graph.nodes.items()})

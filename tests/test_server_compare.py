@@ -26,7 +26,7 @@ def comparison(graph: Graph, **changes) -> Graph:
     return graph
 
 
-def run(graph: Graph, server, watch=None):  # noqa: F811
+def run(graph: Graph, server, watch=None):
     """What happened, the table's rows, the whole table, and the choice."""
     ran = server.run(graph.nodes, watch)
     if ran.status != "success":
@@ -37,7 +37,7 @@ def run(graph: Graph, server, watch=None):  # noqa: F811
     return ran, rows, table, cheapest
 
 
-def test_everything_is_counted_and_the_reference_is_made_once(server) -> None:  # noqa: F811
+def test_everything_is_counted_and_the_reference_is_made_once(server) -> None:
     graph = comparison(Graph("panda").counted(), evaluations="4, 8",
                        samplers="euler\nheun\nlambda_2m\nlambda_2m_sde\nlambda/dpmpp_2m")
     ran, rows, table, cheapest = run(graph, server)
@@ -76,7 +76,7 @@ def test_everything_is_counted_and_the_reference_is_made_once(server) -> None:  
     assert len(graph.evaluations(server)) > counted + 2 * (4 + 8) + 30
 
 
-def test_a_fine_run_has_no_error_left(server) -> None:  # noqa: F811
+def test_a_fine_run_has_no_error_left(server) -> None:
     graph = comparison(Graph("panda"), samplers="lambda_2m", schedulers="exponential", evaluations="40",
                        vae=None)
     _, rows, _, _ = run(graph, server)
@@ -84,7 +84,7 @@ def test_a_fine_run_has_no_error_left(server) -> None:  # noqa: F811
 
 
 def test_v3_is_calibrated_by_its_own_rule_and_its_measurement_is_not_counted(base,
-                                                                             server) -> None:  # noqa: F811
+                                                                             server) -> None:
     folder = base / "models" / "solver_calibrations"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -101,7 +101,7 @@ def test_v3_is_calibrated_by_its_own_rule_and_its_measurement_is_not_counted(bas
                                              ("lambda_amed", 10.0), ("dpm_2, s_noise=1.0", 10.0),
                                              ("lambda_2m_sde", 10.0)])
 def test_sampler_and_sigmas_make_the_image_of_the_cell_that_was_chosen(base, server, samplers,
-                                                                       error) -> None:  # noqa: F811
+                                                                       error) -> None:
     """With the very calibration that it had, though another was saved since, which serves it as well."""
     folder = base / "models" / "solver_calibrations"
     shutil.rmtree(folder, ignore_errors=True)
@@ -125,7 +125,7 @@ def test_sampler_and_sigmas_make_the_image_of_the_cell_that_was_chosen(base, ser
     assert verdict.count(rows[row][0])
 
 
-def test_cells_that_fail_say_why_and_the_others_run(server) -> None:  # noqa: F811
+def test_cells_that_fail_say_why_and_the_others_run(server) -> None:
     graph = comparison(Graph("panda"), samplers="lambda_2m\neuler", schedulers="kl_optimal, karras",
                        evaluations="1, 4", seed=5)
     ran, rows, _, cheapest = run(graph, server)
@@ -137,7 +137,7 @@ def test_cells_that_fail_say_why_and_the_others_run(server) -> None:  # noqa: F8
     assert len(rows) == 8 and len(failed) == 2 and cheapest.split()[0] in ("lambda_2m", "euler", "nothing")
 
 
-def test_img2img_has_a_reference_for_every_start(server) -> None:  # noqa: F811
+def test_img2img_has_a_reference_for_every_start(server) -> None:
     graph = Graph("panda").ksampler("lambda_2m", steps=12)
     ran, rows, table, _ = run(
         comparison(graph, samplers="lambda_2m", evaluations="4, 6", denoise=0.5, seed=9), server)
@@ -146,7 +146,7 @@ def test_img2img_has_a_reference_for_every_start(server) -> None:  # noqa: F811
     assert all(float(row[4]) < 0.3 for row in rows)
 
 
-def test_flow_models_and_batches_and_masks_are_compared(server) -> None:  # noqa: F811
+def test_flow_models_and_batches_and_masks_are_compared(server) -> None:
     graph = Graph("red heart").through("TinyEmojiAsFlow")
     graph.latent = [graph.add("EmptyLatentImage", width=256, height=256, batch_size=2), 0]
     mask = graph.add("SolidMask", value=1.0, width=256, height=256)
@@ -159,10 +159,10 @@ def test_flow_models_and_batches_and_masks_are_compared(server) -> None:  # noqa
     assert float(re.search(r"with half as many is ([0-9.]+) away", table)[1]) < 0.1
 
 
-def test_cancel_leaves_a_working_server_and_the_finished_reference(server) -> None:  # noqa: F811
+def test_cancel_leaves_a_working_server_and_the_finished_reference(server) -> None:
     cancelled = []
 
-    async def watch(server, ran):  # noqa: F811
+    async def watch(server, ran):
         if "1 of 4" in "".join(ran.texts[-1:]) and not cancelled:
             cancelled.append(True)
             await server.interrupt()
@@ -183,14 +183,14 @@ def test_cancel_leaves_a_working_server_and_the_finished_reference(server) -> No
      ({"schedulers": "gits:2"}, "write gits: and one of 0.80"),
      ({"evaluations": "5, many"}, "'many' is out of range: write whole numbers from 1 to 1000")])
 def test_what_cannot_be_read_is_refused_before_anything_runs(server, changes: dict,
-                                                             message: str) -> None:  # noqa: F811
+                                                             message: str) -> None:
     graph = comparison(Graph("panda").counted(), **changes)
     ran, *_ = run(graph, server)
     assert ran.status == "error" and message in ran.error["exception_message"]
     assert not (server.base / "output" / f"{graph.counter}.count").exists()
 
 
-def test_a_model_with_a_step_cache_is_compared_too(server) -> None:  # noqa: F811
+def test_a_model_with_a_step_cache_is_compared_too(server) -> None:
     graph = comparison(
         Graph("panda").through("EasyCache", reuse_threshold=0.2, start_percent=0.15, end_percent=0.95,
                                verbose=False))

@@ -16,7 +16,7 @@ from test_server_v3 import NAME, files, measure, tune
 FEW = 4
 
 
-def spent(graph: Graph, server) -> int:  # noqa: F811
+def spent(graph: Graph, server) -> int:
     """Evaluations of a run, which must succeed."""
     samples, run = graph.run(server)
     assert run.status == "success", run.error
@@ -40,7 +40,7 @@ SAME = ("ModelSamplingDiscrete", dict(sampling="eps", zsnr=False))
 
 @pytest.mark.parametrize("patch", [FREEU, RESCALED, VELOCITY, ZERO_SNR],
                          ids=lambda patch: patch[0] + str(patch[1].get("zsnr", "")))
-def test_a_model_that_a_node_has_changed_is_measured_by_itself(server, folder, patch) -> None:  # noqa: F811
+def test_a_model_that_a_node_has_changed_is_measured_by_itself(server, folder, patch) -> None:
     assert spent(patched(), server) > FEW
     assert spent(patched(patch, seed=1), server) > FEW and spent(patched(patch, seed=2), server) == FEW
     assert spent(patched(seed=3), server) == FEW and len(files(folder)) == 2
@@ -49,12 +49,12 @@ def test_a_model_that_a_node_has_changed_is_measured_by_itself(server, folder, p
                   for entry in about) == [0, 1] and len({entry["fingerprint"] for entry in about}) == 1
 
 
-def test_a_node_that_changes_nothing_makes_no_other_model(server, folder) -> None:  # noqa: F811
+def test_a_node_that_changes_nothing_makes_no_other_model(server, folder) -> None:
     assert spent(patched(), server) > FEW
     assert spent(patched(SAME, seed=1), server) == FEW
 
 
-def test_levels_beyond_those_that_were_measured_are_measured_too(server, folder) -> None:  # noqa: F811
+def test_levels_beyond_those_that_were_measured_are_measured_too(server, folder) -> None:
     """A flow's shift changes how far down its levels go, and a schedule may go beyond the model's own."""
     def flow(shift: float, seed: int) -> Graph:
         graph = Graph()
@@ -99,7 +99,7 @@ def guided(node: str, seed: int, name: str = NAME, measure: str | None = None, *
     return graph
 
 
-def test_a_guider_with_a_rule_of_its_own_is_measured_by_itself(server, folder) -> None:  # noqa: F811
+def test_a_guider_with_a_rule_of_its_own_is_measured_by_itself(server, folder) -> None:
     assert spent(guided("BasicGuider", 1), server) > FEW
     for node, settings in (("DualCFGGuider", dict(cfg_conds=1.0, cfg_cond2_negative=1.0)),
                            ("DualCFGGuider", dict(cfg_conds=3.0, cfg_cond2_negative=8.0)),
@@ -111,7 +111,7 @@ def test_a_guider_with_a_rule_of_its_own_is_measured_by_itself(server, folder) -
 
 
 def test_without_guidance_every_guider_takes_what_another_or_the_nodes_have_measured(
-        server, folder) -> None:  # noqa: F811
+        server, folder) -> None:
     """KSampler at cfg 1, BasicGuider, and Measure Model at a prompt."""
     graph = Graph("panda")
     graph.add("LambdaSaveCalibration", calibration=measure(graph, cfg=1.0), name="ours", overwrite=False)
@@ -132,7 +132,7 @@ CACHED = {"EasyCache": dict(reuse_threshold=0.2, start_percent=0.15, end_percent
 @pytest.mark.parametrize("name", [NAME, "lambda_fitted", "lambda_amed_2m"])
 @pytest.mark.parametrize("node", CACHED)
 def test_a_cache_does_not_answer_for_the_model_while_it_is_measured(server, folder, node: str,
-                                                                    name: str) -> None:  # noqa: F811
+                                                                    name: str) -> None:
     first = patched((node, CACHED[node]), name=name).samples(server)
     [cached] = files(folder)
     content = (folder / cached).read_bytes()
@@ -150,7 +150,7 @@ def test_a_cache_does_not_answer_for_the_model_while_it_is_measured(server, fold
 
 
 @pytest.fixture
-def lora(base):  # noqa: F811
+def lora(base):
     generator = torch.Generator().manual_seed(0)
     place = base / "models" / "loras" / "small.safetensors"
     place.parent.mkdir(exist_ok=True)
@@ -164,7 +164,7 @@ def lora(base):  # noqa: F811
 
 @pytest.mark.parametrize("name", [NAME, "lambda_fitted", "lambda_amed_2m"])
 def test_the_run_that_measures_makes_the_image_of_all_later_ones_under_hook_keyframes_too(
-        server, folder, lora, name: str) -> None:  # noqa: F811
+        server, folder, lora, name: str) -> None:
     def graph(again: int) -> Graph:
         made = Graph("panda")
         hooks = [made.add("CreateHookLoraModelOnly", lora_name=lora, strength_model=0.8), 0]
@@ -184,7 +184,7 @@ def test_the_run_that_measures_makes_the_image_of_all_later_ones_under_hook_keyf
     assert torch.equal(first, second)
 
 
-def test_a_damaged_file_is_measured_again_once_and_replaced(server, folder) -> None:  # noqa: F811
+def test_a_damaged_file_is_measured_again_once_and_replaced(server, folder) -> None:
     patched().samples(server)
     [name] = files(folder)
     whole = (folder / name).read_bytes()
@@ -194,7 +194,7 @@ def test_a_damaged_file_is_measured_again_once_and_replaced(server, folder) -> N
     assert spent(patched(seed=2), server) == FEW
 
 
-def test_a_file_of_a_newer_version_is_left_as_it_is(server, folder) -> None:  # noqa: F811
+def test_a_file_of_a_newer_version_is_left_as_it_is(server, folder) -> None:
     patched().samples(server)
     [name] = files(folder)
     newer = (folder / name).read_bytes().replace(b"lambda-solvers statistics 1",
@@ -205,7 +205,7 @@ def test_a_file_of_a_newer_version_is_left_as_it_is(server, folder) -> None:  # 
     assert spent(patched(seed=2), server) == FEW
 
 
-def test_one_unusable_file_does_not_keep_a_sampler_from_the_others(server, folder) -> None:  # noqa: F811
+def test_one_unusable_file_does_not_keep_a_sampler_from_the_others(server, folder) -> None:
     patched().samples(server)
     [name] = files(folder)
     (folder / "a.safetensors").symlink_to(folder / "nowhere.safetensors")
@@ -214,14 +214,14 @@ def test_one_unusable_file_does_not_keep_a_sampler_from_the_others(server, folde
     assert spent(patched(seed=1), server) == FEW
 
 
-def test_a_folder_that_was_removed_is_made_again(server, folder) -> None:  # noqa: F811
+def test_a_folder_that_was_removed_is_made_again(server, folder) -> None:
     shutil.rmtree(folder)
     assert "LambdaLoadCalibration" in server.get("/object_info")
     assert spent(patched(), server) > FEW and len(files(folder)) == 1
 
 
 def test_where_nothing_can_be_written_a_run_measures_and_says_that_it_will_again(
-        server, folder) -> None:  # noqa: F811
+        server, folder) -> None:
     shutil.rmtree(folder)
     folder.write_text("a file in the folder's place")
     try:
@@ -237,7 +237,7 @@ def test_where_nothing_can_be_written_a_run_measures_and_says_that_it_will_again
         folder.mkdir()
 
 
-def test_a_schedule_without_steps_measures_nothing(server, folder) -> None:  # noqa: F811
+def test_a_schedule_without_steps_measures_nothing(server, folder) -> None:
     graph = Graph("panda").counted()
     sigmas = [graph.add("TestSigmas", sigmas="14.6"), 0]
     _, run = graph.custom([graph.add("KSamplerSelect", sampler_name=NAME), 0], sigmas).run(server)
@@ -245,7 +245,7 @@ def test_a_schedule_without_steps_measures_nothing(server, folder) -> None:  # n
 
 
 def test_a_refit_wants_statistics_of_its_own_model_and_an_image_for_every_prompt(
-        server, folder) -> None:  # noqa: F811
+        server, folder) -> None:
     graph = Graph("panda")
     plain = measure(graph, fitted=True)
     graph.add("LambdaSaveCalibration", calibration=plain, name="plain", overwrite=False)
@@ -278,7 +278,7 @@ def mean(graph: Graph, seed: int) -> Graph:
 
 
 def test_the_mean_first_step_learns_from_the_model_alone_and_from_each_by_itself(
-        server) -> None:  # noqa: F811
+        server) -> None:
     half = Graph("ladybug")
     half.latent = [
         half.add("SetLatentNoiseMask", samples=half.latent,

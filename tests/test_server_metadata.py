@@ -18,7 +18,7 @@ from test_server_v3 import files, measure
 KEY, EVENT = "lambda_solvers", "lambda_solvers.run"
 
 
-def written(server, nodes: dict) -> tuple[dict, dict]:  # noqa: F811
+def written(server, nodes: dict) -> tuple[dict, dict]:
     """The prompt in the image that a workflow saves, and what of it is on which node; checked for all
     else."""
     asked = json.loads(json.dumps(nodes))
@@ -48,14 +48,14 @@ def saved(graph: Graph, prefix: str = "a") -> dict:
     return nodes
 
 
-def of(folder, kind: type = Statistics) -> dict:  # noqa: F811
+def of(folder, kind: type = Statistics) -> dict:
     """What a note says of the one file there."""
     [name] = files(folder)
     return {"name": name.removesuffix(".safetensors"), "digest": digest(kind.load(folder / name).arrays())}
 
 
 def test_the_name_and_digest_are_in_the_image_when_measured_found_kept_and_sent_again(
-        server, folder) -> None:  # noqa: F811
+        server, folder) -> None:
     graph = Graph("panda").counted().ksampler("lambda_v3")
     node = graph.latent[0]
     prompt, noted = written(server, saved(graph))
@@ -76,7 +76,7 @@ def test_the_name_and_digest_are_in_the_image_when_measured_found_kept_and_sent_
     assert written(server, saved(Graph("panda").ksampler("dpmpp_2m")))[1] == {}
 
 
-def test_with_a_custom_guider_inside_a_subgraph_and_with_what_is_given(server, folder) -> None:  # noqa: F811
+def test_with_a_custom_guider_inside_a_subgraph_and_with_what_is_given(server, folder) -> None:
     graph = Graph("panda")
     sigmas = [graph.add("BasicScheduler", model=graph.model, scheduler="karras", steps=5, denoise=1.0), 0]
     guider = [
@@ -99,7 +99,7 @@ def test_with_a_custom_guider_inside_a_subgraph_and_with_what_is_given(server, f
     assert files(folder) == []
 
 
-def test_texts_and_runs_reach_the_client_that_queued_and_no_other(server, folder) -> None:  # noqa: F811
+def test_texts_and_runs_reach_the_client_that_queued_and_no_other(server, folder) -> None:
     async def queue() -> tuple:
         async with aiohttp.ClientSession() as session, session.ws_connect(
                 f"{server.url}/ws?clientId=another") as other:
@@ -115,7 +115,7 @@ def test_texts_and_runs_reach_the_client_that_queued_and_no_other(server, folder
     assert heard and not [data for data in heard if isinstance(data, bytes) or EVENT in data]
 
 
-def test_on_the_node_of_the_workflow_that_has_made_the_sampling_node(server, folder) -> None:  # noqa: F811
+def test_on_the_node_of_the_workflow_that_has_made_the_sampling_node(server, folder) -> None:
     graph = Graph("panda")
     node = graph.add("TestKSamplerInside", model=graph.model, positive=graph.positive,
                      negative=graph.negative, latent_image=graph.latent, seed=3, sampler_name="lambda_v3")
@@ -128,7 +128,7 @@ def test_on_the_node_of_the_workflow_that_has_made_the_sampling_node(server, fol
 @pytest.mark.parametrize("samplers, kinds", [("lambda_v3\nlambda_amed", {Statistics, Amed}),
                                              ("euler\nlambda_2m", set())])
 def test_compare_samplers_notes_all_that_its_samplers_used(server, folder, samplers,
-                                                           kinds) -> None:  # noqa: F811
+                                                           kinds) -> None:
     graph = comparison(Graph("panda"), samplers=samplers, evaluations="5")
     graph.nodes["save"] = {
         "class_type": "SaveImage", "inputs": {"images": [graph.compare, 0], "filename_prefix": "g"}

@@ -39,7 +39,7 @@ def sampler_node(graph: Graph, **options) -> Graph:
     return graph.family("v3", **{"measure": "never", **options})
 
 
-def test_from_nothing_it_is_measured_once_saved_and_found_again(server, folder) -> None:  # noqa: F811
+def test_from_nothing_it_is_measured_once_saved_and_found_again(server, folder) -> None:
     graph = Graph("panda").counted().ksampler(NAME)
     samples, run = graph.run(server)
     assert run.status == "success", run.error
@@ -64,7 +64,7 @@ def test_from_nothing_it_is_measured_once_saved_and_found_again(server, folder) 
         assert run.texts == [f"statistics: {name}"] and files(folder) == [name]
 
 
-def test_the_fitted_solver_measures_a_file_of_its_own_beside_v3_s_once(server, folder) -> None:  # noqa: F811
+def test_the_fitted_solver_measures_a_file_of_its_own_beside_v3_s_once(server, folder) -> None:
     Graph("panda").ksampler(NAME).samples(server)
     [name] = files(folder)
     assert Statistics.load(folder / name).root is None
@@ -84,7 +84,7 @@ def test_the_fitted_solver_measures_a_file_of_its_own_beside_v3_s_once(server, f
     assert looks_like_an_image(graph.samples(server)) and len(graph.evaluations(server)) == STEPS
 
 
-def test_fitted_sigmas_are_a_schedule_for_any_sampler(server, folder) -> None:  # noqa: F811
+def test_fitted_sigmas_are_a_schedule_for_any_sampler(server, folder) -> None:
     graph = Graph("panda").counted()
     statistics = measure(graph, fitted=True)
     sigmas = [
@@ -105,7 +105,7 @@ def test_fitted_sigmas_are_a_schedule_for_any_sampler(server, folder) -> None:  
     assert len(seen) == 3 and 1.0 < seen[0] < 3.0  # half of the timesteps: sigma 1.6
 
 
-def test_a_refit_is_used_for_its_number_of_steps_alone(server, folder) -> None:  # noqa: F811
+def test_a_refit_is_used_for_its_number_of_steps_alone(server, folder) -> None:
     graph = Graph("panda")
     plain = measure(graph, fitted=True)
     refitted = tune(graph, plain, samples=3)
@@ -114,7 +114,8 @@ def test_a_refit_is_used_for_its_number_of_steps_alone(server, folder) -> None: 
     samples, run = graph.family("fitted", measure="never", nodes="chosen", calibration=refitted,
                                 steps=4).run(server)
     assert run.status == "success" and looks_like_an_image(samples), run.error
-    told = "tuned for 4 steps in [0-9]+ s, as long as [0-9]+ images: error|tuning for 4 steps found nothing better"
+    told = ("tuned for 4 steps in [0-9]+ s, as long as [0-9]+ images: error|"
+            "tuning for 4 steps found nothing better")
     assert any(re.search(told, text) for text in run.texts)
     assert not any("may not fit" in text for text in run.texts)
     loaded = Statistics.load(folder / "refitted.safetensors")
@@ -130,7 +131,7 @@ def test_a_refit_is_used_for_its_number_of_steps_alone(server, folder) -> None: 
         assert (found["plain"] != found["refitted"]) == (steps == 4 and bool(loaded.plans))
 
 
-def test_what_several_prompts_taught_is_used_for_every_prompt(server, folder) -> None:  # noqa: F811
+def test_what_several_prompts_taught_is_used_for_every_prompt(server, folder) -> None:
     graph = Graph("panda")
     statistics = measure(graph, fitted=True)
     clip = [graph.checkpoint, 1]
@@ -173,7 +174,7 @@ def test_what_several_prompts_taught_is_used_for_every_prompt(server, folder) ->
     assert run.status == "error" and "connect the checkpoint's CLIP to clip" in run.error["exception_message"]
 
 
-def test_a_cancelled_refit_goes_on_from_what_was_done(server, folder) -> None:  # noqa: F811
+def test_a_cancelled_refit_goes_on_from_what_was_done(server, folder) -> None:
     def graph(name: str) -> Graph:
         made = Graph("panda")
         loaded = [made.add("LambdaLoadCalibration", name="plain.safetensors"), 0]
@@ -201,7 +202,7 @@ def test_a_cancelled_refit_goes_on_from_what_was_done(server, folder) -> None:  
     assert Statistics.load(folder / "again.safetensors").about["refits"]["5"]["evaluations"] > 100
 
 
-def test_a_flow_model_is_fitted_and_refitted_from_pure_noise(server, folder) -> None:  # noqa: F811
+def test_a_flow_model_is_fitted_and_refitted_from_pure_noise(server, folder) -> None:
     """The first evaluation, at sigma = 1, leads to the grid; the others are chosen."""
     graph = Graph("red heart").through("TinyEmojiAsFlow").counted()
     refitted = tune(graph, measure(graph, fitted=True), steps=6, samples=3)
@@ -220,14 +221,14 @@ def test_a_flow_model_is_fitted_and_refitted_from_pure_noise(server, folder) -> 
     assert looks_like_an_image(listed.samples(server))
 
 
-def test_the_fitted_solver_refuses_statistics_that_were_measured_for_v3(server, folder) -> None:  # noqa: F811
+def test_the_fitted_solver_refuses_statistics_that_were_measured_for_v3(server, folder) -> None:
     graph = Graph("panda")
     samples, run = graph.family("fitted", measure="never", calibration=measure(graph)).run(server)
     assert run.status == "error"
     assert "measure again with fitted = True" in run.error["exception_message"]
 
 
-def test_every_prompt_is_measured_when_asked_for(server, folder) -> None:  # noqa: F811
+def test_every_prompt_is_measured_when_asked_for(server, folder) -> None:
     for words, count in (("panda", 1), ("strawberry", 2), ("panda", 2)):
         samples, run = sampler_node(
             Graph(words).through("TestSlowModel", seconds=0.0), measure="every prompt",
@@ -236,7 +237,7 @@ def test_every_prompt_is_measured_when_asked_for(server, folder) -> None:  # noq
         assert not any("another prompt" in text for text in run.texts)
 
 
-def test_another_guidance_is_measured_anew_and_a_near_one_is_not(server, folder) -> None:  # noqa: F811
+def test_another_guidance_is_measured_anew_and_a_near_one_is_not(server, folder) -> None:
     Graph().ksampler(NAME, steps=4, cfg=3.0).samples(server)
     Graph().ksampler(NAME, steps=4, cfg=3.2).samples(server)
     assert len(files(folder)) == 1
@@ -244,7 +245,7 @@ def test_another_guidance_is_measured_anew_and_a_near_one_is_not(server, folder)
     assert [re.search("-cfg[0-9]", name)[0] for name in files(folder)] == ["-cfg3", "-cfg6"]
 
 
-def test_measure_save_load_and_apply_give_the_same_image(server, folder) -> None:  # noqa: F811
+def test_measure_save_load_and_apply_give_the_same_image(server, folder) -> None:
     graph = Graph("panda")
     statistics = measure(graph)
     graph.add("LambdaSaveCalibration", calibration=statistics, name="shared/mine", overwrite=False)
@@ -264,7 +265,7 @@ def test_measure_save_load_and_apply_give_the_same_image(server, folder) -> None
     assert torch.equal(graph.samples(server), first) and len(graph.evaluations(server)) == STEPS
 
 
-def test_measure_model_saves_what_lambda_v3_and_lambda_fitted_then_find(server, folder) -> None:  # noqa: F811
+def test_measure_model_saves_what_lambda_v3_and_lambda_fitted_then_find(server, folder) -> None:
     """With nothing behind it, and a second time under the same name."""
     for seed, count in ((0, 1), (0, 1), (1, 2)):
         graph = Graph("panda").through("TestSlowModel", seconds=0.0001 * count)
@@ -284,7 +285,7 @@ def test_measure_model_saves_what_lambda_v3_and_lambda_fitted_then_find(server, 
     assert any("where `measure` is every prompt" in text for text in server.run(graph.nodes).texts)
 
 
-def test_the_picture_of_the_curves_is_drawn(server, folder) -> None:  # noqa: F811
+def test_the_picture_of_the_curves_is_drawn(server, folder) -> None:
     graph = Graph("panda")
     node = measure(graph)[0]
     graph.add("PreviewImage", images=[node, 1])
@@ -292,12 +293,13 @@ def test_the_picture_of_the_curves_is_drawn(server, folder) -> None:  # noqa: F8
     [shown] = run.outputs[node]["images"]
     with Image.open(server.file(shown)) as image:
         assert image.size == (480, 300) and len(image.convert("RGB").getcolors(100_000)) > 50
-    assert "measuring the model's statistics: evaluation 30 of 30, as long as 3 images of 20 steps, 0 s left" in run.texts
+    assert ("measuring the model's statistics: evaluation 30 of 30, as long as 3 images of 20 steps, 0 s left"
+            in run.texts)
     assert re.fullmatch("statistics measured in [0-9]+ s, as long as 3 images of 20 steps", run.texts[-1])
 
 
 def test_statistics_of_another_checkpoint_or_guidance_bring_a_warning_that_names_both(
-        server, folder) -> None:  # noqa: F811
+        server, folder) -> None:
     graph = Graph("panda")
     flow = graph.add("TestFlowModel")
     latent = [graph.add("EmptySD3LatentImage", width=64, height=64, batch_size=1), 0]
@@ -314,7 +316,7 @@ def test_statistics_of_another_checkpoint_or_guidance_bring_a_warning_that_names
     assert "measured for guidance 8.0, and this is 3" in warning
 
 
-def test_without_leave_to_measure_the_error_names_the_nodes_to_add(server, folder) -> None:  # noqa: F811
+def test_without_leave_to_measure_the_error_names_the_nodes_to_add(server, folder) -> None:
     _, run = sampler_node(Graph()).run(server)
     assert run.status == "error" and "Load Calibration or Measure Model" in run.error["exception_message"]
     _, run = sampler_node(Graph(), measure="saved only").run(server)
@@ -323,7 +325,7 @@ def test_without_leave_to_measure_the_error_names_the_nodes_to_add(server, folde
 
 
 def test_cancel_while_measuring_leaves_a_partial_file_from_which_the_next_run_goes_on(
-        server, folder) -> None:  # noqa: F811
+        server, folder) -> None:
     cancelled = []
 
     async def watch(server, run):
@@ -350,7 +352,7 @@ def test_cancel_while_measuring_leaves_a_partial_file_from_which_the_next_run_go
 
 @pytest.mark.parametrize("name",
                          ["../evil", "/tmp/evil", "a/../../evil", "..", "a\\..\\..\\evil", ".hidden", "a:b"])
-def test_a_name_that_would_leave_the_folder_is_refused(server, folder, name: str) -> None:  # noqa: F811
+def test_a_name_that_would_leave_the_folder_is_refused(server, folder, name: str) -> None:
     graph = Graph()
     save = graph.add("LambdaSaveCalibration", calibration=measure(graph, intervals=4, samples=1), name=name,
                      overwrite=True)
@@ -360,7 +362,7 @@ def test_a_name_that_would_leave_the_folder_is_refused(server, folder, name: str
     assert files(folder) == []
 
 
-def test_saving_twice_needs_leave(server, folder) -> None:  # noqa: F811
+def test_saving_twice_needs_leave(server, folder) -> None:
     for seed, overwrite, status in ((0, False, "success"), (1, False, "error"), (2, True, "success")):
         graph = Graph()
         graph.add("LambdaSaveCalibration", calibration=measure(graph, intervals=4, samples=1, seed=seed),
@@ -372,7 +374,7 @@ def test_saving_twice_needs_leave(server, folder) -> None:  # noqa: F811
                 "x.safetensors exists in solver_calibrations: choose another name")
 
 
-def test_without_a_name_every_file_gets_one_of_its_own(server, folder) -> None:  # noqa: F811
+def test_without_a_name_every_file_gets_one_of_its_own(server, folder) -> None:
     for seed in (40, 41, 42):
         graph = Graph()
         save = graph.add("LambdaSaveCalibration", calibration=measure(graph, intervals=4, samples=1,
@@ -383,7 +385,7 @@ def test_without_a_name_every_file_gets_one_of_its_own(server, folder) -> None: 
     assert sum(name.endswith(("-2.safetensors", "-3.safetensors")) for name in files(folder)) == 2
 
 
-def test_a_broken_or_missing_file_says_so_on_the_node(server, folder) -> None:  # noqa: F811
+def test_a_broken_or_missing_file_says_so_on_the_node(server, folder) -> None:
     (folder / "broken.safetensors").write_bytes(b"not a file")
     graph = Graph()
     loaded = graph.add("LambdaLoadCalibration", name="broken.safetensors")
@@ -401,7 +403,7 @@ def test_a_broken_or_missing_file_says_so_on_the_node(server, folder) -> None:  
     assert run.status == "success" and "is damaged or was cut short" in server.log.read_text()
 
 
-def test_img2img_flow_inpainting_and_batches_work(server, folder) -> None:  # noqa: F811
+def test_img2img_flow_inpainting_and_batches_work(server, folder) -> None:
     first = Graph("panda").ksampler("dpmpp_2m", steps=12).ksampler(NAME, seed=9, denoise=0.4).samples(server)
     assert looks_like_an_image(first)
     graph = Graph("red heart").through("TinyEmojiAsFlow")
@@ -419,7 +421,7 @@ def test_img2img_flow_inpainting_and_batches_work(server, folder) -> None:  # no
     assert (graph.ksampler(NAME).samples(server) - kept).abs().max() < 1e-3
 
 
-def test_a_transformer_flow_model_is_measured_and_sampled(server, folder) -> None:  # noqa: F811
+def test_a_transformer_flow_model_is_measured_and_sampled(server, folder) -> None:
     graph = Graph()
     flow = graph.add("TestFlowModel")
     graph.model, graph.positive, graph.negative = [flow, 0], [flow, 1], [flow, 2]
@@ -429,7 +431,7 @@ def test_a_transformer_flow_model_is_measured_and_sampled(server, folder) -> Non
     assert samples.isfinite().all() and files(folder)[0].startswith("SD3-")
 
 
-def test_a_lora_is_another_model_of_the_same_checkpoint(base, server, folder) -> None:  # noqa: F811
+def test_a_lora_is_another_model_of_the_same_checkpoint(base, server, folder) -> None:
     """Its statistics are measured apart, list it, and carry the fingerprint of the unpatched weights."""
     generator = torch.Generator().manual_seed(0)
     (base / "models" / "loras").mkdir(exist_ok=True)

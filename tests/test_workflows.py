@@ -31,7 +31,7 @@ def test_every_example_has_a_generator_and_a_thumbnail_and_is_published() -> Non
 
 
 @EVERY_EXAMPLE
-def test_an_example_is_what_its_generator_makes_of_this_server_s_nodes(server, path) -> None:  # noqa: F811
+def test_an_example_is_what_its_generator_makes_of_this_server_s_nodes(server, path) -> None:
     assert saved(path) == workflows.make(path.stem, server.get("/object_info")), "run python dev/workflows.py"
 
 
@@ -71,7 +71,7 @@ def test_links_name_each_other_and_nothing_overlaps(path) -> None:
 
 
 @EVERY_EXAMPLE
-def test_an_example_runs_on_the_tiny_checkpoint_and_its_image_restores_it(server, path) -> None:  # noqa: F811
+def test_an_example_runs_on_the_tiny_checkpoint_and_its_image_restores_it(server, path) -> None:
     prompt, example = workflows.tried(server, path, "panda"), saved(path)
     run = server.run(prompt, saved=example)
     assert run.status == "success", run.error
@@ -91,7 +91,7 @@ def test_an_example_runs_on_the_tiny_checkpoint_and_its_image_restores_it(server
         assert json.loads(image.info["workflow"]) == example and ran == prompt
 
 
-def test_a_calibration_s_name_is_restored_from_an_image(server, base) -> None:  # noqa: F811
+def test_a_calibration_s_name_is_restored_from_an_image(server, base) -> None:
     """Measure and save under a name; a workflow that loads it by this name carries the name in its images."""
     folder = base / "models" / "solver_calibrations"
     shutil.rmtree(folder, ignore_errors=True)

@@ -45,16 +45,16 @@ NAME = re.compile("[a-z0-9._]{1,40}")
 UNSAFE = str.maketrans("<>&", "()+")
 SOME = [float]
 ABOUT: Mapping[str, Any] = {
-    **dict.fromkeys(("model", "fingerprint", "conditions", "path", "pool", "precision", "created", "form", "first_step", "b", "source", "key"), str),
-    **dict.fromkeys(("guidance", "samples", "seed", "evaluations", "prompts", "teacher", "held_out", "next"), float), "base": (
-        str, None), "fitted": bool, "patches": [str], "learn": [str], "distilled": [(float, None)],
-    **dict.fromkeys(("shape", "sigmas", "strengths"), SOME), "refits": {
-        "*": {
-            "training": SOME, "selection": SOME, "kept": bool, "prompts": float, "evaluations": float,
-            "images": float
-        }
-    }, "losses": dict.fromkeys(("untrained", "table", "trained"),
-                               dict.fromkeys(("training", "selection", "held out"), SOME)),
+    **dict.fromkeys(("model", "fingerprint", "conditions", "path", "pool", "precision", "created", "form",
+                     "first_step", "b", "source", "key"), str),
+    **dict.fromkeys(("guidance", "samples", "seed", "evaluations", "prompts", "teacher", "held_out", "next"),
+                    float),
+    **dict.fromkeys(("shape", "sigmas", "strengths"), SOME),
+    "base": (str, None), "fitted": bool, "patches": [str], "learn": [str], "distilled": [(float, None)],
+    "refits": {"*": {"training": SOME, "selection": SOME, "kept": bool, "prompts": float,
+                     "evaluations": float, "images": float}},
+    "losses": dict.fromkeys(("untrained", "table", "trained"),
+                            dict.fromkeys(("training", "selection", "held out"), SOME)),
 }
 """What a file may say of itself. A list has items of one kind, a tuple names alternatives, and "*" stands
 for any name."""

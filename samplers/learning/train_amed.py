@@ -215,7 +215,8 @@ class Student:
     def __init__(self, denoise: Denoiser, solver: Insertion, schedule: Sequence[Level], path: Path,
                  targets: Mapping[int, Tensor], learn: Sequence[str] = LEARNED,
                  differences: Sequence[float] = DIFFERENCES) -> None:
-        self.denoise, self.solver, self.schedule, self.path, self.targets = denoise, solver, schedule, path, targets
+        self.denoise, self.solver, self.targets = denoise, solver, targets
+        self.schedule, self.path = schedule, path
         self.learn, self.differences, self.trainable = learn, differences, set(_trainable(schedule))
         self.before: Sequence[np.ndarray] = ()  # the u of every interval of the last run
 

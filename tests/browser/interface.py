@@ -22,12 +22,14 @@ SETTINGS = {
     "Comfy.Release.Status": "changelog seen", "Comfy.Notification.ShowVersionUpdates": False,
     "Comfy.Locale": "en"
 }
-READY = "() => window.app?.extensionManager && window.app?.graph && !document.querySelector('.p-blockui-mask')"
+READY = ("() => window.app?.extensionManager && window.app?.graph"
+         " && !document.querySelector('.p-blockui-mask')")
 PANELS = """() => [...document.querySelectorAll('.lambda-solvers-panel')].map((el) => ({
     shown: el.style.display !== 'none',
     lines: [...el.querySelectorAll('.lines div')].map((line) => line.className + ': ' + line.textContent),
     points: (el.querySelector('.points').getAttribute('d') ?? '').split('M').length - 1,
-    curve: el.querySelector('svg').getBoundingClientRect().height, height: el.getBoundingClientRect().height}))"""
+    curve: el.querySelector('svg').getBoundingClientRect().height,
+    height: el.getBoundingClientRect().height}))"""
 OVERLAPS = """(nodes2) => {
     const box = (node) => {
         const drawn = nodes2 && document.querySelector(`[data-node-id="${node.id}"]`)?.getBoundingClientRect()
@@ -35,14 +37,16 @@ OVERLAPS = """(nodes2) => {
     }
     const boxes = app.graph.nodes.map((node) => [node.title, ...box(node)]), found = []
     for (const [a, x, y, w, h] of boxes) for (const [b, u, v, s, t] of boxes)
-        if (a < b && x < u + s && u < x + w && y < v + t && v < y + h) found.push([a, b, Math.min(v + t - y, y + h - v)])
+        if (a < b && x < u + s && u < x + w && y < v + t && v < y + h)
+            found.push([a, b, Math.min(v + t - y, y + h - v)])
     return found
 }"""
 SPILT = """(nodes2) => app.graph.nodes.flatMap((node) => {
     const group = app.graph.groups.find(({ _bounding: [x, y, w, h] }) =>
         x <= node.pos[0] && node.pos[0] < x + w && y <= node.pos[1] && node.pos[1] < y + h)
     const drawn = nodes2 && document.querySelector(`[data-node-id="${node.id}"]`)?.getBoundingClientRect()
-    const bottom = node.pos[1] + (drawn ? drawn.height / app.canvas.ds.scale - LiteGraph.NODE_TITLE_HEIGHT : node.size[1])
+    const height = drawn && drawn.height / app.canvas.ds.scale - LiteGraph.NODE_TITLE_HEIGHT
+    const bottom = node.pos[1] + (height ?? node.size[1])
     const below = bottom - group._bounding[1] - group._bounding[3]
     return below > 0 ? [[node.title, below]] : []
 })"""
@@ -208,9 +212,11 @@ class Interface:
         else:
             self.page.mouse.click(*self.do(
                 """([id, name]) => {
-                const node = app.canvas.graph.getNodeById(id), widget = node.widgets.find((w) => w.name === name)
+                const node = app.canvas.graph.getNodeById(id)
+                const widget = node.widgets.find((w) => w.name === name)
                 const frame = app.canvas.canvas.getBoundingClientRect()
-                const at = app.canvas.ds.convertOffsetToCanvas([node.pos[0] + node.size[0] - 25, node.pos[1] + widget.last_y + 10])
+                const at = app.canvas.ds.convertOffsetToCanvas(
+                    [node.pos[0] + node.size[0] - 25, node.pos[1] + widget.last_y + 10])
                 return [at[0] + frame.left, at[1] + frame.top]
             }""", [node, widget]))
 

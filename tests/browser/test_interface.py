@@ -104,7 +104,8 @@ def test_a_linked_step_count_is_known_after_a_run(ui) -> None:
     ui.load("sampler_node")
     ui.reads("model evaluations: 12")
     ui.do(
-        """() => { const graph = app.graph, number = LiteGraph.createNode('PrimitiveInt'); graph.add(number); number.pos = [60, -150]
+        """() => { const graph = app.graph, number = LiteGraph.createNode('PrimitiveInt')
+        graph.add(number); number.pos = [60, -150]
         number.widgets[0].value = 9; number.widgets[1].value = 'fixed'
         const node = graph.nodes.find((n) => n.comfyClass === 'BasicScheduler')
         number.connect(0, node, node.inputs.findIndex((input) => input.name === 'steps')) }""")
@@ -148,11 +149,11 @@ def test_inside_a_subgraph_the_panel_reads_and_runs_as_outside(ui) -> None:
     ui.load("sampler_node")
     ui.reads("model evaluations: 12")
     ui.do("""() => { const graph = app.graph
-        const inner = new Set(graph.nodes.filter((n) => ['LambdaSamplerMultistep', 'BasicScheduler'].includes(n.comfyClass)))
+        const inside = ['LambdaSamplerMultistep', 'BasicScheduler']
+        const inner = new Set(graph.nodes.filter((n) => inside.includes(n.comfyClass)))
         app.canvas.graph.convertToSubgraph(inner) }""")
-    ui.do(
-        """() => { const node = app.graph.nodes.find((n) => n.subgraph); app.canvas.openSubgraph(node.subgraph, node) }"""
-    )
+    ui.do("""() => { const node = app.graph.nodes.find((n) => n.subgraph)
+        app.canvas.openSubgraph(node.subgraph, node) }""")
     ui.fit()
     ui.reads("count: model evaluations: 12")
     ui.put(ui.node(SCHEDULER), "steps", 11)
@@ -162,7 +163,8 @@ def test_inside_a_subgraph_the_panel_reads_and_runs_as_outside(ui) -> None:
     ui.reads("count: model evaluations: 11 (last run)")
     ui.do("""() => { const host = app.graph.nodes.find((node) => node.subgraph)
         const inner = host.subgraph.nodes.find((node) => node.comfyClass === 'BasicScheduler')
-        host.subgraph.addInput('steps', 'INT').connect(inner.inputs.find((input) => input.name === 'steps'), inner)
+        const steps = inner.inputs.find((input) => input.name === 'steps')
+        host.subgraph.addInput('steps', 'INT').connect(steps, inner)
         host.widgets.find((widget) => widget.name === 'steps').value = 15 }""")
     ui.page.mouse.click(80, 600)
     ui.reads("count: model evaluations: 15")  # the value outside, not the one that the node inside keeps
@@ -192,7 +194,8 @@ def test_after_a_reload_the_last_run_is_still_known_and_in_another_language(ui) 
         ui.open()
         ui.load(saved)
         ui.reads("count: " + chinese["evaluations_run"].format(count=7))
-        output = "(kind) => app.graph.nodes.find((node) => node.comfyClass === kind).outputs[0].localized_name"
+        output = """(kind) => app.graph.nodes.find((node) => node.comfyClass === kind)
+            .outputs[0].localized_name"""
         # the pinned interface leaves titles and widgets in English
         assert not ui.do(output, SAMPLER).isascii()
         ui.picture("chinese")

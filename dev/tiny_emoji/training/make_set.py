@@ -17,29 +17,29 @@ SILENT = {"with", "of", "large", "ear"}  # parts of names that are not captions
 
 CONCEPTS = """
 red-heart orange-heart yellow-heart green-heart blue-heart purple-heart brown-heart black-heart white-heart
-broken-heart sparkling-heart
-red-circle orange-circle yellow-circle green-circle blue-circle purple-circle brown-circle black-circle white-circle
-red-square orange-square yellow-square green-square blue-square purple-square brown-square black-large-square
-white-large-square
+broken-heart sparkling-heart red-circle orange-circle yellow-circle green-circle blue-circle purple-circle
+brown-circle black-circle white-circle red-square orange-square yellow-square green-square blue-square
+purple-square brown-square black-large-square white-large-square
 
-grinning-face smiling-face-with-heart-eyes smiling-face-with-sunglasses crying-face loudly-crying-face enraged-face
-angry-face sleeping-face face-with-open-mouth winking-face thinking-face neutral-face face-with-tears-of-joy alien
-ghost skull robot jack-o-lantern clown-face pile-of-poo
+grinning-face smiling-face-with-heart-eyes smiling-face-with-sunglasses crying-face loudly-crying-face
+enraged-face angry-face sleeping-face face-with-open-mouth winking-face thinking-face neutral-face
+face-with-tears-of-joy alien ghost skull robot jack-o-lantern clown-face pile-of-poo
 
-cat-face dog-face fox panda frog pig-face tiger-face lion mouse-face rabbit-face bear koala monkey-face cow-face
-penguin hatching-chick baby-chick owl fish tropical-fish blowfish octopus whale turtle snail lady-beetle honeybee
-butterfly crab
+cat-face dog-face fox panda frog pig-face tiger-face lion mouse-face rabbit-face bear koala monkey-face
+cow-face penguin hatching-chick baby-chick owl fish tropical-fish blowfish octopus whale turtle snail
+lady-beetle honeybee butterfly crab
 
-red-apple green-apple banana orange tangerine lemon watermelon grapes strawberry cherries peach pineapple tomato
-avocado carrot corn-ear ear-of-corn pizza hamburger doughnut cookie birthday-cake shortcake ice-cream soft-ice-cream
-lollipop cheese-wedge bread egg cooking fried-egg
+red-apple green-apple banana orange tangerine lemon watermelon grapes strawberry cherries peach pineapple
+tomato avocado carrot corn-ear ear-of-corn pizza hamburger doughnut cookie birthday-cake shortcake ice-cream
+soft-ice-cream lollipop cheese-wedge bread egg cooking fried-egg
 
 sun sun-with-face full-moon crescent-moon star glowing-star cloud rainbow fire droplet snowflake snowman
-evergreen-tree deciduous-tree palm-tree cactus sunflower tulip rose cherry-blossom blossom mushroom four-leaf-clover
-maple-leaf
+evergreen-tree deciduous-tree palm-tree cactus sunflower tulip rose cherry-blossom blossom mushroom
+four-leaf-clover maple-leaf
 
-soccer-ball basketball baseball tennis volleyball pool-8-ball gem-stone crown gift balloon rocket automobile bus
-airplane sailboat house light-bulb key locked bell alarm-clock hourglass-done wrapped-gift umbrella magnet bomb
+soccer-ball basketball baseball tennis volleyball pool-8-ball gem-stone crown gift balloon rocket automobile
+bus airplane sailboat house light-bulb key locked bell alarm-clock hourglass-done wrapped-gift umbrella
+magnet bomb
 """.split()
 
 
