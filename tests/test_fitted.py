@@ -303,7 +303,8 @@ def test_impossible_requests_are_refused_each_with_its_remedy() -> None:
 
 def test_the_catalogue_s_stand_in_has_weights_that_are_fitted_and_nearly_as_good_as_v3_s() -> None:
     """What tests of the whole catalogue run (problems.needed) is the fitted solver, and not v3 by another
-    name. Five images teach too little of this mixture to be better than v3; wrong weights are far worse."""
+    name. On this mixture it is no better than v3: that its weights are right is for the tests of exact
+    problems above."""
     found, model = fitted_statistics(), reference_mixture("ve")[0]
     x = torch.randn(
         (32, *reference_mixture("ve")[1].shape[1:]), generator=torch.Generator().manual_seed(8)) * 60.0

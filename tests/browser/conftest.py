@@ -24,7 +24,7 @@ PICTURES = environment.HOME / "browser"
 def executable() -> str:
     """A browser's program. Without one the tests fail in CI, and are skipped elsewhere."""
     if CHROMIUM is None:
-        missing = "no Chromium: install the package chromium, or name one in the environment variable CHROMIUM"
+        missing = "no Chromium: install the package chromium, or name one in the variable CHROMIUM"
         pytest.fail(missing) if os.environ.get("CI") else pytest.skip("NO BROWSER TEST WAS RUN: " + missing)
     return CHROMIUM
 
