@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from comfy_host import ROOT, Model, pack, sampling_of
-from test_panel import (ABOUT, ask, custom, ksampler, lines, module, node, nothing_run, run, two_trajectories)
+from test_panel import (  # noqa: F401  (nothing_run is a fixture)
+    ABOUT, ask, custom, ksampler, lines, module, node, nothing_run, run, two_trajectories)
 
 @pytest.fixture
 def noted():
