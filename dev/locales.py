@@ -2,10 +2,9 @@
 setting or a panel's text.
 
     locales/en    what the definitions say
-    locales/zh    the same through dev/zh.json: `texts` maps each English text to a Chinese one, and `endings`
-    how the registry
-                  ends an option's tooltip (its range and default), so that only what comes before it must be
-                  in `texts`
+    locales/zh    the same through dev/zh.json: `texts` maps each English text to a Chinese one, and
+                  `endings` how a node ends an option's tooltip (its range and default), so that only
+                  what comes before it must be in `texts`
 
 A text without a translation is named, and nothing is written for it; tests/test_locales.py fails then, and
 where locales/ is not what this script writes.

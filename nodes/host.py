@@ -10,7 +10,7 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..samplers.families import Sampler
+from ..samplers.catalogue import Sampler
 from ..samplers.k_diffusion import k_diffusion_function
 from . import first_steps
 

@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..samplers import FAMILIES, SAMPLERS
-from ..samplers.families import Option, Sampler
+from ..samplers.catalogue import Option, Sampler
 from . import events, identity, library
 from .host import CATEGORY, advanced, sampler_function
 from .kinds import KINDS, SOCKET, needed

@@ -4,27 +4,31 @@
     x = k_diffusion_sampler("dpmpp_2m")(model, x, sigmas)
 
 Read in this order: schedule (noise levels and paths), phi (quadrature), integrand (what is interpolated),
-solver (which evaluations a step uses), sample (the loop), families (the catalogue), k_diffusion and model
-(the host's convention). Beside them stand first_step (the first evaluation, left out) and noise. The folder
+solver (which evaluations a step uses), sample (the loop), catalogue and families (all by name), k_diffusion
+and model (the host's convention). Beside them stand first_step (the first evaluation, left out) and noise. The folder
 learning holds what is learned of a model: record and storage (files), statistics (DPM-Solver-v3's own),
 fitted (nodes and weights from measured trajectories), amed and predictor (a learned inner evaluation); course
 (probed, counted, resumable), gauss_newton, and on them measure, train_amed and refit.
 
 Symbols, the same everywhere:
 
-    x           state, x = alpha x0 + sigma eps            lam         log(alpha / sigma)
-    D, denoised the model's estimate of x0                 s -> t      departure and arrival of a step, h =
-    lam_t - lam_s
-    eps         (x - alpha D) / sigma                      r           a node's place in the step, in units of
-    h
-    m           what is interpolated: D or eps             z           argument of the phi-functions: h, -h,
-    (1 + eta) h
-    eta         share of noise, 0 the ODE, 1 the SDE       nfe         number of model evaluations
-    xi          increment of the noise, of unit variance   span        the stretch of its path: two levels
+    x            state, x = alpha x0 + sigma eps
+    D, denoised  the model's estimate of x0
+    eps          (x - alpha D) / sigma
+    m            what is interpolated: D or eps
+    lam          log(alpha / sigma)
+    s -> t       departure and arrival of a step, h = lam_t - lam_s
+    r            a node's place in the step, in units of h
+    z            argument of the phi-functions: h, -h, (1 + eta) h
+    eta          share of noise, 0 the ODE, 1 the SDE
+    xi           increment of the noise, of unit variance
+    span         the stretch of its path: two levels
+    nfe          number of model evaluations
 
 The noise of image k of a batch is that of seed + k alone, whatever the batch, the device and the schedule.
 """
-from .families import FAMILIES, SAMPLERS, nfe
+from . import families  # noqa: F401  (fills the catalogue)
+from .catalogue import FAMILIES, SAMPLERS, nfe
 from .k_diffusion import k_diffusion_sampler
 from .learning.amed import Amed
 from .learning.fitted import Plan, fit_multistep, fitted_sigmas

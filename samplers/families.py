@@ -1,274 +1,71 @@
-"""The catalogue: every solver by name, with its options, their ranges, and where it comes from.
+"""The solvers: every family is one function, every name a preset of one.
 
-A family is one function. Its signature gives the options with their defaults and ranges, its docstring what
-it is, its presets the names; nodes, tests, the table of docs/solvers.md and `nfe` all iterate over SAMPLERS,
-so a new solver is one function here (or a preset of one that exists).
+Its signature gives the options with their defaults and ranges, its docstring what it is, its presets the
+names. A new solver is one function here, or a preset of one that exists.
 """
 from __future__ import annotations
 
-import inspect
-import typing
-from dataclasses import dataclass, replace
-from numbers import Integral
-from typing import Annotated, Any, Callable, Mapping, NamedTuple, Sequence
+from dataclasses import replace
+from typing import Annotated
 
-import numpy as np
-
-from .first_step import CHOICES
+from .catalogue import Option, Preset, Solver, family
 from .integrand import PREDICTIONS, DataPrediction, NoisePrediction
 from .learning.amed import BASES, Amed, Insertion
 from .learning.fitted import Fitted, Unmeasured
 from .learning.statistics import EmpiricalPrediction, Statistics
 from .phi import RULES, adams, pseudo_weights, weights
-from .schedule import find_path, levels
 from .solver import HEUN, TABLEAUX, Adaptive, Churned, Grouped, Multistep, Singlestep
 
-Solver = Multistep | Singlestep | Grouped | Adaptive | Churned | Insertion | Fitted
-
-
-@dataclass(frozen=True)
-class Option:
-    """One setting: its kind (int, float or a choice), range, and what it does."""
-
-    help: str
-    low: float | None = None
-    high: float | None = None
-    step: float | None = None
-    choices: tuple[str, ...] = ()
-    advanced: bool = False
-    kind: type = str
-    default: Any = None
-    stand_in: Any = None  # for planning without running, where a value must be given to run
-
-    @property
-    def range(self) -> str:
-        if self.choices:
-            return "one of " + ", ".join(self.choices)
-        if self.kind is bool:
-            return "true or false"
-        return f"{'a whole number' if self.kind is int else 'a number'} from {self.low:g} to {self.high:g}"
-
-    def check(self, name: str, value: Any) -> Any:
-        """`value` if it is admissible, numpy's numbers as Python's.
-
-        ValueError naming the option, the value and the range if it is not.
-        """
-        if isinstance(value, (np.number, np.bool_)):
-            value = value.item()
-        if self.stand_in is not None:
-            if not isinstance(value, self.kind):
-                raise ValueError(f"{name} = {value!r}: give {self.help}")
-            return value
-        if self.kind is bool:
-            good = isinstance(value, bool)
-        elif self.choices:
-            good = value in self.choices
-        else:
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            good = (whole or
-                    (self.kind is float and isinstance(value, float))) and self.low <= value <= self.high
-        if not good:
-            raise ValueError(f"{name} = {value!r} is out of range: choose {self.range}")
-        return value
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """A solver to choose: a family, or a name that stands for some of its options. What SAMPLERS and
-    FAMILIES hold."""
-
-    name: str
-    title: str
-    help: str
-    family: str
-    citation: str
-    options: Mapping[str, Option]
-    fixed: Mapping[str, Any]
-    build: Callable[..., Solver]
-
-    def settings(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """All settings: what the name fixes, what is given, and defaults. ValueError if one is not
-        admissible."""
-        for name in options:
-            if name in self.fixed:
-                raise ValueError(
-                    f"{name} is not an option of {self.name}, which stands for {name} = "
-                    f"{self.fixed[name]!r}: choose another sampler of the family {self.family}")
-            if name not in self.options:
-                raise ValueError(
-                    f"{self.name} has no option {name!r}: choose from {', '.join(self.options) or 'none'}")
-        free = {
-            name: option.check(name, options.get(name, option.default))
-            for name, option in self.options.items()
-        }
-        return {**self.fixed, **free}
-
-    def solver(self, **options: Any) -> Solver:
-        return self.solver_of(self.settings(options))
-
-    def solver_of(self, settings: Mapping[str, Any]) -> Solver:
-        """The solver of all settings but first_step, which is the denoiser's."""
-        return self.build(**{name: settings[name] for name in settings if name != "first_step"})
-
-    def first_step(self, settings: Mapping[str, Any]) -> str:
-        """How the first evaluation is answered: as set, or as an AMED that was trained with afs needs it."""
-        chosen, trained = settings["first_step"], settings.get("trained")
-        if trained is None or trained.base is None or chosen == trained.first_step or (
-                chosen, trained.first_step) == ("mean", "evaluate"):
-            return chosen
-        if chosen == "evaluate":
-            return trained.first_step
-        raise ValueError(
-            f"first_step = {chosen!r}, but this AMED was trained with {trained.first_step}: train one with "
-            f"{chosen}, or set first_step to evaluate, which follows the training")
-
-    @property
-    def evaluations_per_step(self) -> int | None:
-        """Model evaluations on each interval of finite length; None if they depend on the model
-        (adaptive)."""
-        total = nfe(self.name, range(13, 0, -1))
-        return None if total is None else total // 12
-
-    @property
-    def stand_ins(self) -> dict[str, Any]:
-        """Values for the options without which nothing can run, enough to plan."""
-        return {name: option.stand_in for name, option in self.options.items() if option.stand_in is not None}
-
-
-class Preset(NamedTuple):
-    """A name in a family: the options it stands for, other defaults, and when to reach for it."""
-
-    title: str
-    when: str
-    fixed: Mapping[str, Any]
-    defaults: Mapping[str, Any] = {}
-
-
-FIRST_STEP = Option(
-    "How the first evaluation of a run at full noise is answered. evaluate: by the model; afs: analytically, "
-    "at no cost, which suits models with a very high sigma_max; mean: by the mean of what the model answered "
-    "to earlier seeds of the same prompt, once there are "
-    "some", choices=CHOICES, advanced=True, default="evaluate")
-
-FAMILIES: dict[str, Sampler] = {}
-SAMPLERS: dict[str, Sampler] = {}
-
-
-def family(title: str, citation: str,
-           presets: Mapping[str, Preset]) -> Callable[[Callable[..., Solver]], Callable]:
-    """Enter the decorated function and its presets into the catalogue."""
-
-    def enter(build: Callable[..., Solver]) -> Callable[..., Solver]:
-        hints = typing.get_type_hints(build, include_extras=True)
-        options = {}
-        for name, parameter in inspect.signature(build).parameters.items():
-            kind, option = typing.get_args(hints[name])
-            options[name] = replace(option, kind=kind, default=parameter.default)
-        options["first_step"] = FIRST_STEP
-        paragraphs = [" ".join(part.split()) for part in inspect.getdoc(build).split("\n\n")]
-        whole = Sampler(build.__name__, title, "\n\n".join(paragraphs), title, citation, options, {}, build)
-        FAMILIES[whole.name] = whole
-        for name, (preset_title, when, fixed, defaults) in presets.items():
-            free = {key: replace(option, default=defaults.get(key, option.default))
-                    for key, option in options.items() if key not in fixed}
-            SAMPLERS[name] = replace(whole, name=name, title=preset_title, help=when, options=free,
-                                     fixed=fixed)
-        return build
-
-    return enter
-
-
-def find(name: str) -> Sampler:
-    if name not in SAMPLERS:
-        raise ValueError(f"unknown sampler {name!r}: choose one of {', '.join(SAMPLERS)}")
-    return SAMPLERS[name]
-
-
-def nfe(name: str, steps: int | Sequence[float], path: str = "ve", **options: Any) -> int | None:
-    """Model evaluations of a run, without running it; None if they depend on the model (adaptive solvers).
-
-    steps: the number of intervals of a schedule from the path's highest sigma to 0, as KSampler's; or the
-    sigmas themselves. A first step that the model does not answer counts 0.
-    """
-    sampler, gaussian = find(name), find_path(path)
-    settings = sampler.settings({**sampler.stand_ins, **options})
-    if isinstance(trained := settings.get("trained"), Amed):
-        settings["trained"] = replace(trained, interpolate=True)  # the count is the same on every schedule
-    if isinstance(steps, (str, float)):
-        raise ValueError(f"steps = {steps!r}: give a whole number of intervals, or the sigmas")
-    if isinstance(steps, Integral):
-        if steps < 0:
-            raise ValueError(f"steps = {steps} is out of range: choose a whole number >= 0")
-        steps = [k / max(1, steps) for k in range(steps, -1, -1)]  # sigma = 1: where a flow begins
-        if "statistics" in settings:
-            settings["statistics"] = sampler.stand_ins["statistics"]  # the count is theirs, on every schedule
-    solver = sampler.solver_of(settings)
-    if isinstance(solver, Adaptive):
-        return None
-    planned = solver.steps(levels(steps, gaussian), gaussian)
-    skipped = bool(planned) and sampler.first_step(settings) != "evaluate"
-    return sum(len(step.evaluations) for step in planned) - skipped
-
-
-Prediction = Annotated[
-    str,
-    Option(
-        "What is interpolated: data = the denoised image (DPM-Solver++), noise = the predicted noise "
-        "(DPM-Solver). Which is better depends on the model for multistep; for singlestep in few steps data "
-        "is", choices=tuple(PREDICTIONS),
-        advanced=True)]
-LowerOrderFinal = Annotated[
-    str,
-    Option(
-        "Lower the order towards the end, where a long step by what the model said earlier goes astray. "
-        "auto: in runs of fewer than 15 steps that end clean, to 1 in the last step above 0 if it is long, "
-        "else to 2; on: always to 1; off: never, as in ComfyUI",
-        advanced=True, choices=("auto", "on", "off"))]
-SinglestepRule = Annotated[
-    str,
-    Option(
-        "How the inner evaluations are combined. midpoint: as published; taylor: the polynomial through all "
-        "of them",
-        choices=("midpoint", "taylor"), advanced=True)]
-MultistepRule = Annotated[
-    str,
-    Option(
-        "How earlier evaluations are combined. midpoint: as published by Lu et al., for order 2 the usual "
-        "DPM++ 2M, the best in few steps; taylor: exact for polynomials, of full order; published: order 3 "
-        "as published, order 2 as taylor (k-diffusion's 3M SDE)", choices=tuple(RULES), advanced=True)]
-NoiseDevice = Annotated[
-    str,
-    Option(
-        "Where the noise is drawn. cpu: the same image on every device; gpu: quicker for large latents, tied "
-        "to the device",
-        choices=("cpu", "gpu"), advanced=True)]
+Prediction = Annotated[str, Option(
+    "What is interpolated: data = the denoised image (DPM-Solver++), noise = the predicted noise "
+    "(DPM-Solver). Which is better depends on the model for multistep; for singlestep in few steps data "
+    "is", choices=tuple(PREDICTIONS), advanced=True)]
+LowerOrderFinal = Annotated[str, Option(
+    "Lower the order towards the end, where a long step by what the model said earlier goes astray. auto: in "
+    "runs of fewer than 15 steps that end clean, to 1 in the last step above 0 if it is long, else to 2; on: "
+    "always to 1; off: never, as in ComfyUI",
+    advanced=True, choices=("auto", "on", "off"))]
+SinglestepRule = Annotated[str, Option(
+    "How the inner evaluations are combined. midpoint: as published; taylor: the polynomial through all of "
+    "them",
+    choices=("midpoint", "taylor"), advanced=True)]
+MultistepRule = Annotated[str, Option(
+    "How earlier evaluations are combined. midpoint: as published by Lu et al., for order 2 the usual DPM++ "
+    "2M, the best in few steps; taylor: exact for polynomials, of full order; published: order 3 as "
+    "published, order 2 as taylor (k-diffusion's 3M SDE)", choices=tuple(RULES), advanced=True)]
+NoiseDevice = Annotated[str, Option(
+    "Where the noise is drawn. cpu: the same image on every device; gpu: quicker for large latents, tied to "
+    "the device",
+    choices=("cpu", "gpu"), advanced=True)]
 ORDER_HELP = "Order of accuracy. 2 was the best choice up to 20 steps in our measurements; 3 needs more"
 
 DPM_SOLVER = "Lu et al. 2022, DPM-Solver (arXiv:2206.00927)"
 DPM_SOLVER_PP = "Lu et al. 2022, DPM-Solver++ (arXiv:2211.01095)"
 
 
-@family(
-    "DPM-Solver Multistep", f"{DPM_SOLVER_PP}; {DPM_SOLVER}", {
-        "dpmpp_1m": Preset("DPM-Solver++(1M), DDIM", "a first-order reference: DDIM, Euler in sigma",
-                           {"order": 1, "prediction": "data"}),
-        "dpmpp_2m": Preset(
-            "DPM-Solver++(2M)", "of those that measure nothing the best on average up to 10 evaluations",
-            {"order": 2, "prediction": "data"}), "dpmpp_3m": Preset(
-                "DPM-Solver++(3M)",
-                "many steps: up to 20 evaluations dpmpp_2m was better on average in our measurements",
-                {"order": 3, "prediction": "data"}), "dpm_1m": Preset(
-                    "DPM-Solver-1, DDIM", "a first-order reference: the same as dpmpp_1m",
-                    {"order": 1, "prediction": "noise"}), "dpm_2m": Preset(
-                        "DPM-Solver(2M)",
-                        "level with dpmpp_2m: better at guidance 3 on the emoji model, worse on a mixture",
-                        {"order": 2, "prediction": "noise"}), "dpm_3m": Preset(
-                            "DPM-Solver(3M)", "as dpm_2m, a little less steady",
-                            {"order": 3, "prediction": "noise"}, {"rule": "taylor"}),
-    })
-def multistep(order: Annotated[int, Option(ORDER_HELP, 1, 3)] = 2, prediction: Prediction = "data",
-              rule: MultistepRule = "midpoint", lower_order_final: LowerOrderFinal = "auto",
-              ) -> Solver:
+@family("DPM-Solver Multistep", f"{DPM_SOLVER_PP}; {DPM_SOLVER}", {
+    "dpmpp_1m": Preset("DPM-Solver++(1M), DDIM", "a first-order reference: DDIM, Euler in sigma",
+                       {"order": 1, "prediction": "data"}),
+    "dpmpp_2m": Preset("DPM-Solver++(2M)",
+                       "of those that measure nothing the best on average up to 10 evaluations",
+                       {"order": 2, "prediction": "data"}),
+    "dpmpp_3m": Preset("DPM-Solver++(3M)",
+                       "many steps: up to 20 evaluations dpmpp_2m was better on average in our measurements",
+                       {"order": 3, "prediction": "data"}),
+    "dpm_1m": Preset("DPM-Solver-1, DDIM", "a first-order reference: the same as dpmpp_1m",
+                     {"order": 1, "prediction": "noise"}),
+    "dpm_2m": Preset("DPM-Solver(2M)",
+                     "level with dpmpp_2m: better at guidance 3 on the emoji model, worse on a mixture",
+                     {"order": 2, "prediction": "noise"}),
+    "dpm_3m": Preset("DPM-Solver(3M)", "as dpm_2m, a little less steady", {"order": 3, "prediction": "noise"},
+                     {"rule": "taylor"}),
+})
+def multistep(
+    order: Annotated[int, Option(ORDER_HELP, 1, 3)] = 2,
+    prediction: Prediction = "data",
+    rule: MultistepRule = "midpoint",
+    lower_order_final: LowerOrderFinal = "auto",
+) -> Solver:
     """DPM-Solver and DPM-Solver++, multistep: the last evaluations are reused, each step costs one new one.
 
     The defaults are what dev/benchmark.py accuracy found best on average at 5 to 20 evaluations.
@@ -276,57 +73,58 @@ def multistep(order: Annotated[int, Option(ORDER_HELP, 1, 3)] = 2, prediction: P
     return Multistep(PREDICTIONS[prediction], order, RULES[rule], lower_order_final)
 
 
-@family(
-    "DPM-Solver Singlestep", f"{DPM_SOLVER}, Algorithms 1-2 and section 3.4; {DPM_SOLVER_PP}, Algorithm 1", {
-        "dpmpp_2s": Preset(
-            "DPM-Solver++(2S)", "two evaluations a step and no history, so a run can be cut anywhere",
-            {"order": 2, "prediction": "data", "fast": False}), "dpmpp_3s": Preset(
-                "DPM-Solver++(3S)", "three evaluations a step and no history, for reference images",
-                {"order": 3, "prediction": "data", "fast": False}), "dpm_2s": Preset(
-                    "DPM-Solver-2", "many steps only: far behind dpmpp_2s in few",
-                    {"order": 2, "prediction": "noise", "fast": False}),
-        "dpm_3s": Preset(
-            "DPM-Solver-3", "many steps only: far behind dpmpp_3s in few",
-            {"order": 3, "prediction": "noise", "fast": False}), "dpmpp_fast": Preset(
-                "DPM-Solver++ fast", "singlestep methods that cost exactly one evaluation an interval",
-                {"prediction": "data", "fast": True}, {"order": 3}), "dpm_fast": Preset(
-                    "DPM-Solver-fast", "as published, for many steps: in few it is far behind dpmpp_fast",
-                    {"fast": True}, {"order": 3, "prediction": "noise"}),
-    })
+SINGLESTEP = f"{DPM_SOLVER}, Algorithms 1-2 and section 3.4; {DPM_SOLVER_PP}, Algorithm 1"
+
+
+@family("DPM-Solver Singlestep", SINGLESTEP, {
+    "dpmpp_2s": Preset("DPM-Solver++(2S)",
+                       "two evaluations a step and no history, so a run can be cut anywhere",
+                       {"order": 2, "prediction": "data", "fast": False}),
+    "dpmpp_3s": Preset("DPM-Solver++(3S)", "three evaluations a step and no history, for reference images",
+                       {"order": 3, "prediction": "data", "fast": False}),
+    "dpm_2s": Preset("DPM-Solver-2", "many steps only: far behind dpmpp_2s in few",
+                     {"order": 2, "prediction": "noise", "fast": False}),
+    "dpm_3s": Preset("DPM-Solver-3", "many steps only: far behind dpmpp_3s in few",
+                     {"order": 3, "prediction": "noise", "fast": False}),
+    "dpmpp_fast": Preset("DPM-Solver++ fast",
+                         "singlestep methods that cost exactly one evaluation an interval",
+                         {"prediction": "data", "fast": True}, {"order": 3}),
+    "dpm_fast": Preset("DPM-Solver-fast", "as published, for many steps: in few it is far behind dpmpp_fast",
+                       {"fast": True}, {"order": 3, "prediction": "noise"}),
+})
 def singlestep(
-    order: Annotated[
-        int, Option("Order of accuracy, and evaluations in each step; if fast, in the longest", 1, 3)] = 2,
-    prediction: Prediction = "data", rule: SinglestepRule = "midpoint", fast: Annotated[
-        bool,
-        Option(
-            "Let a step take as many intervals of the schedule as it makes evaluations, so that steps = "
-            "evaluations, exactly: of order 3, 3, ... and the rest")] = False,
+    order: Annotated[int, Option(
+        "Order of accuracy, and evaluations in each step; if fast, in the longest", 1, 3)] = 2,
+    prediction: Prediction = "data",
+    rule: SinglestepRule = "midpoint",
+    fast: Annotated[bool, Option(
+        "Let a step take as many intervals of the schedule as it makes evaluations, so that steps = "
+        "evaluations, exactly: of order 3, 3, ... and the rest")] = False,
 ) -> Solver:
     """DPM-Solver and DPM-Solver++, singlestep: every step makes all its evaluations itself, 1, 2 or 3 of
     them."""
-    return Grouped(PREDICTIONS[prediction], order, rule) if fast else Singlestep(
-        PREDICTIONS[prediction], TABLEAUX[order, rule])
+    integrand = PREDICTIONS[prediction]
+    return Grouped(integrand, order, rule) if fast else Singlestep(integrand, TABLEAUX[order, rule])
 
 
-@family(
-    "DPM-Solver Adaptive", f"{DPM_SOLVER}, appendix C", {
-        "dpm_adaptive_12": Preset(
-            "DPM-Solver-12 (adaptive)",
-            "the number of evaluations follows from a tolerance", {"order": 2}), "dpm_adaptive_23": Preset(
-                "DPM-Solver-23 (adaptive)", "as dpm_adaptive_12, for tighter tolerances", {"order": 3}),
-    })
+@family("DPM-Solver Adaptive", f"{DPM_SOLVER}, appendix C", {
+    "dpm_adaptive_12": Preset("DPM-Solver-12 (adaptive)",
+                              "the number of evaluations follows from a tolerance",
+                              {"order": 2}),
+    "dpm_adaptive_23": Preset("DPM-Solver-23 (adaptive)",
+                              "as dpm_adaptive_12, for tighter tolerances", {"order": 3}),
+})
 def adaptive(
-    order: Annotated[
-        int, Option("Order of the higher of the two methods, and evaluations in each trial step", 2, 3)] = 3,
-    prediction: Prediction = "noise", rtol: Annotated[
-        float,
-        Option("Relative tolerance of a step: smaller is more exact and slower", 1e-5, 1.0, 1e-3)] = 0.05,
-    atol: Annotated[float,
-                    Option("Absolute tolerance of a step, in units of a state of unit variance", 1e-6, 1.0,
-                           1e-4)] = 0.0078,
+    order: Annotated[int, Option(
+        "Order of the higher of the two methods, and evaluations in each trial step", 2, 3)] = 3,
+    prediction: Prediction = "noise",
+    rtol: Annotated[float, Option(
+        "Relative tolerance of a step: smaller is more exact and slower", 1e-5, 1.0, 1e-3)] = 0.05,
+    atol: Annotated[float, Option(
+        "Absolute tolerance of a step, in units of a state of unit variance", 1e-6, 1.0, 1e-4)] = 0.0078,
     h_init: Annotated[float, Option("First step length in lambda", 1e-3, 2.0, 1e-2, advanced=True)] = 0.05,
-    theta: Annotated[float,
-                     Option("Safety factor on the next step's length", 0.1, 0.99, 0.01, advanced=True)] = 0.9,
+    theta: Annotated[float, Option(
+        "Safety factor on the next step's length", 0.1, 0.99, 0.01, advanced=True)] = 0.9,
     rule: SinglestepRule = "midpoint",
 ) -> Solver:
     """Steps of free length from the schedule's first to its last sigma, by an error tolerance instead of a
@@ -338,22 +136,22 @@ def adaptive(
     return Adaptive(PREDICTIONS[prediction], TABLEAUX[order, rule], rtol, atol, h_init, theta)
 
 
-@family(
-    "DPM-Solver++ SDE", f"{DPM_SOLVER_PP}, SDE-DPM-Solver++", {
-        "dpmpp_sde": Preset("SDE-DPM-Solver++(1)", "stochastic, of first order: needs the most steps",
-                            {"order": 1}), "dpmpp_2m_sde": Preset(
-                                "SDE-DPM-Solver++(2M)",
-                                "stochastic: an image of its own for every seed and eta", {"order": 2}),
-        "dpmpp_3m_sde": Preset("SDE-DPM-Solver++(3M)", "as dpmpp_2m_sde, of higher order", {"order": 3},
-                               {"rule": "published"}),
-    })
+@family("DPM-Solver++ SDE", f"{DPM_SOLVER_PP}, SDE-DPM-Solver++", {
+    "dpmpp_sde": Preset("SDE-DPM-Solver++(1)",
+                        "stochastic, of first order: needs the most steps", {"order": 1}),
+    "dpmpp_2m_sde": Preset("SDE-DPM-Solver++(2M)",
+                           "stochastic: an image of its own for every seed and eta", {"order": 2}),
+    "dpmpp_3m_sde": Preset("SDE-DPM-Solver++(3M)", "as dpmpp_2m_sde, of higher order", {"order": 3},
+                           {"rule": "published"}),
+})
 def sde(
-    order: Annotated[int, Option(ORDER_HELP, 1, 3)] = 2, eta: Annotated[
-        float, Option("Share of noise: 1 is the diffusion SDE, 0 the ODE (no noise)", 0.0, 10.0, 0.01)] = 1.0,
-    s_noise: Annotated[
-        float,
-        Option("Factor on the added noise; 1 is exact, a little more adds texture", 0.0, 10.0, 0.01)] = 1.0,
-    rule: MultistepRule = "midpoint", lower_order_final: LowerOrderFinal = "auto",
+    order: Annotated[int, Option(ORDER_HELP, 1, 3)] = 2,
+    eta: Annotated[float, Option(
+        "Share of noise: 1 is the diffusion SDE, 0 the ODE (no noise)", 0.0, 10.0, 0.01)] = 1.0,
+    s_noise: Annotated[float, Option(
+        "Factor on the added noise; 1 is exact, a little more adds texture", 0.0, 10.0, 0.01)] = 1.0,
+    rule: MultistepRule = "midpoint",
+    lower_order_final: LowerOrderFinal = "auto",
     noise_device: NoiseDevice = "cpu",
 ) -> Solver:
     """DPM-Solver++ multistep on the diffusion SDE: fresh noise in every step forgets earlier errors, given
@@ -365,36 +163,30 @@ def sde(
     return Multistep(DataPrediction(eta, s_noise), order, RULES[rule], lower_order_final)
 
 
-@family(
-    "DPM-Solver-v3", "Zheng et al. 2023, DPM-Solver-v3 (arXiv:2310.13268)", {
-        "dpm_solver_v3": Preset(
-            "DPM-Solver-v3",
-            "guided sampling in few steps, once the model was measured; without guidance dpm_2m", {}),
-    })
+@family("DPM-Solver-v3", "Zheng et al. 2023, DPM-Solver-v3 (arXiv:2310.13268)", {
+    "dpm_solver_v3": Preset("DPM-Solver-v3",
+                            "guided sampling in few steps, once the model was measured; without guidance "
+                            "dpm_2m", {}),
+})
 def v3(
-    statistics: Annotated[
-        Statistics,
-        Option("the model's statistics: samplers.estimate_statistics(...), or Statistics.load(path)",
-               stand_in=Statistics.constant())] = None, order: Annotated[int, Option(ORDER_HELP, 1, 3)] = 2,
-    corrector: Annotated[
-        str,
-        Option(
-            "Repeat each step with the evaluation at its end, at no further cost. half: only in the cleaner "
-            "half of the way. full was better at low guidance (3), off at high "
-            "(7)", choices=("off", "full", "half"))] = "off",
-    pseudo_corrector: Annotated[
-        bool,
-        Option("Use leading divided differences in the corrector, with one node more (pseudo order)",
-               advanced=True)] = True,
-    pseudo_predictor: Annotated[
-        bool,
-        Option("Use leading divided differences in the predictor (pseudo order)", advanced=True)] = False,
-    lower_order_final: LowerOrderFinal = "auto", quadrature: Annotated[
-        str,
-        Option(
-            "fine: the coefficients as exact as the statistics; grid: trapezoidal on their grid, as the "
-            "authors' code",
-            choices=("fine", "grid"), advanced=True)] = "fine",
+    statistics: Annotated[Statistics, Option(
+        "the model's statistics: samplers.estimate_statistics(...), or Statistics.load(path)",
+        stand_in=Statistics.constant())] = None,
+    order: Annotated[int, Option(ORDER_HELP, 1, 3)] = 2,
+    corrector: Annotated[str, Option(
+        "Repeat each step with the evaluation at its end, at no further cost. half: only in the cleaner half "
+        "of the way. full was better at low guidance (3), off at high "
+        "(7)", choices=("off", "full", "half"))] = "off",
+    pseudo_corrector: Annotated[bool, Option(
+        "Use leading divided differences in the corrector, with one node more (pseudo order)",
+        advanced=True)] = True,
+    pseudo_predictor: Annotated[bool, Option(
+        "Use leading divided differences in the predictor (pseudo order)", advanced=True)] = False,
+    lower_order_final: LowerOrderFinal = "auto",
+    quadrature: Annotated[str, Option(
+        "fine: the coefficients as exact as the statistics; grid: trapezoidal on their grid, as the authors' "
+        "code",
+        choices=("fine", "grid"), advanced=True)] = "fine",
 ) -> Solver:
     """DPM-Solver-v3: what the model does on average is measured once and integrated exactly, so less is left
     to interpolate.
@@ -404,48 +196,43 @@ def v3(
     """
     return Multistep(EmpiricalPrediction(statistics, fine=quadrature == "fine"), order,
                      lower_order_final=lower_order_final,
-                     basis=pseudo_weights if pseudo_predictor else weights, corrector=corrector,
-                     corrector_basis=pseudo_weights if pseudo_corrector else weights,
+                     basis=pseudo_weights if pseudo_predictor else weights,
+                     corrector=corrector, corrector_basis=pseudo_weights if pseudo_corrector else weights,
                      corrector_extra=int(pseudo_corrector))
 
 
-@family(
-    "Fitted Multistep", "Lambda Solvers, on the integrand of Zheng et al. 2023 (arXiv:2310.13268)", {
-        "fitted": Preset("Fitted multistep",
-                         "few evaluations on a schedule you choose, once the model was measured",
-                         {"nodes": "given"}), "fitted_chosen": Preset(
-                             "Fitted multistep, levels chosen",
-                             "few evaluations, once the model was measured, on levels chosen "
-                             "for it: of a schedule only the range counts", {"nodes": "chosen"}),
-    })
+@family("Fitted Multistep", "Lambda Solvers, on the integrand of Zheng et al. 2023 (arXiv:2310.13268)", {
+    "fitted": Preset("Fitted multistep",
+                     "few evaluations on a schedule you choose, once the model was measured",
+                     {"nodes": "given"}),
+    "fitted_chosen": Preset("Fitted multistep, levels chosen",
+                            "few evaluations, once the model was measured, on levels chosen "
+                            "for it: of a schedule only the range counts", {"nodes": "chosen"}),
+})
 def fitted(
-    statistics: Annotated[
-        Statistics,
-        Option("the model's statistics, measured for fitting: samplers.estimate_statistics(..., fitted=True)",
-               stand_in=Unmeasured())] = None,
+    statistics: Annotated[Statistics, Option(
+        "the model's statistics, measured for fitting: samplers.estimate_statistics(..., fitted=True)",
+        stand_in=Unmeasured())] = None,
     order: Annotated[int, Option("Evaluations that a step may use; nodes are chosen for 2", 1, 3)] = 2,
-    nodes: Annotated[
-        str,
-        Option(
-            "given: the schedule as it is. chosen: only its first and last level and its number of steps "
-            "count, and the levels between are chosen for the measured "
-            "model", choices=("given", "chosen"))] = "given",
+    nodes: Annotated[str, Option(
+        "given: the schedule as it is. chosen: only its first and last level and its number of steps count, "
+        "and the levels between are chosen for the measured model", choices=("given", "chosen"))] = "given",
 ) -> Solver:
     """DPM-Solver-v3 with weights, and if asked noise levels, fitted to trajectories of the model that were
     measured once."""
     return Fitted(statistics, order, nodes)
 
 
-@family(
-    "iPNDM",
-    "Zhang & Chen 2022, DEIS (arXiv:2204.13902), section 3.3; Liu et al. 2022, PNDM (arXiv:2202.09778)", {
-        "ipndm": Preset(
-            "iPNDM", "few steps without any calibration: level with DPM-Solver-v3 in published tables", {}),
-    })
-def ipndm(order: Annotated[
-    int, Option("Order of accuracy where steps are equal, and how many evaluations are combined", 1, 4)] = 4,
-          lower_order_final: LowerOrderFinal = "auto",
-          ) -> Solver:
+@family("iPNDM", "Zhang & Chen 2022, DEIS (arXiv:2204.13902), section 3.3; Liu et al. 2022, PNDM "
+                 "(arXiv:2202.09778)", {
+    "ipndm": Preset("iPNDM",
+                    "few steps without any calibration: level with DPM-Solver-v3 in published tables", {}),
+})
+def ipndm(
+    order: Annotated[int, Option(
+        "Order of accuracy where steps are equal, and how many evaluations are combined", 1, 4)] = 4,
+    lower_order_final: LowerOrderFinal = "auto",
+) -> Solver:
     """Adams-Bashforth on the predicted noise with the coefficients of equal steps, whatever the steps.
 
     With lower_order_final off it is ComfyUI's ipndm.
@@ -453,21 +240,20 @@ def ipndm(order: Annotated[
     return Multistep(NoisePrediction(), order, lower_order_final=lower_order_final, basis=adams)
 
 
-@family("Heun (EDM)", "Karras et al. 2022, EDM (arXiv:2206.00364), Algorithms 1-2",
-        {"heun": Preset("Heun", "two evaluations a step: reference images, and many steps with churn", {}), })
-def heun(s_churn: Annotated[
-    float,
-    Option("How much noise is added and removed again over the run; 0 is the ODE", 0.0, 100.0, 0.1)] = 0.0,
-         s_tmin: Annotated[
-             float,
-             Option("Lowest sigma / alpha at which noise is added", 0.0, 1000.0, 0.01, advanced=True)] = 0.0,
-         s_tmax: Annotated[
-             float,
-             Option("Highest sigma / alpha at which noise is added", 0.0, 1e6, 0.01, advanced=True)] = 1e6,
-         s_noise: Annotated[
-             float, Option("Factor on the added noise; 1 is exact", 0.0, 10.0, 0.001, advanced=True)] = 1.0,
-         noise_device: NoiseDevice = "cpu",
-         ) -> Solver:
+@family("Heun (EDM)", "Karras et al. 2022, EDM (arXiv:2206.00364), Algorithms 1-2", {
+    "heun": Preset("Heun", "two evaluations a step: reference images, and many steps with churn", {}),
+})
+def heun(
+    s_churn: Annotated[float, Option(
+        "How much noise is added and removed again over the run; 0 is the ODE", 0.0, 100.0, 0.1)] = 0.0,
+    s_tmin: Annotated[float, Option(
+        "Lowest sigma / alpha at which noise is added", 0.0, 1000.0, 0.01, advanced=True)] = 0.0,
+    s_tmax: Annotated[float, Option(
+        "Highest sigma / alpha at which noise is added", 0.0, 1e6, 0.01, advanced=True)] = 1e6,
+    s_noise: Annotated[float, Option(
+        "Factor on the added noise; 1 is exact", 0.0, 10.0, 0.001, advanced=True)] = 1.0,
+    noise_device: NoiseDevice = "cpu",
+) -> Solver:
     """Heun's method in sigma, with churn if asked for: the EDM sampler."""
     return Churned(Singlestep(NoisePrediction(), HEUN), s_churn, s_tmin, s_tmax, s_noise)
 
@@ -475,39 +261,36 @@ def heun(s_churn: Annotated[
 AMED = "Zhou et al. 2024, AMED-Solver (arXiv:2312.00094)"
 
 
-@family(
-    "AMED", AMED, {
-        "amed": Preset("AMED-Solver", "very few evaluations, once it was trained for the schedule",
-                       {"base": "amed"}), "amed_euler": Preset(
-                           "AMED-Plugin on Euler", "as amed, on the simplest solver", {"base": "euler"}),
-        "amed_dpm_2": Preset(
-            "AMED-Plugin on DPM-Solver-2",
-            "as amed, with both evaluations of a step combined", {"base": "dpm_2"}), "amed_ipndm": Preset(
-                "AMED-Plugin on iPNDM", "as amed, with earlier evaluations reused", {"base": "ipndm"}),
-        "amed_dpmpp_2m": Preset("AMED-Plugin on DPM-Solver++(2M)", "as amed, on the steadiest solver",
-                                {"base": "dpmpp_2m"}), "amed_dpmpp_3m": Preset(
-                                    "AMED-Plugin on DPM-Solver++(3M)", "as amed_dpmpp_2m, of higher order",
-                                    {"base": "dpmpp_3m"}),
-    })
+@family("AMED", AMED, {
+    "amed": Preset("AMED-Solver",
+                   "very few evaluations, once it was trained for the schedule", {"base": "amed"}),
+    "amed_euler": Preset("AMED-Plugin on Euler", "as amed, on the simplest solver", {"base": "euler"}),
+    "amed_dpm_2": Preset("AMED-Plugin on DPM-Solver-2",
+                         "as amed, with both evaluations of a step combined", {"base": "dpm_2"}),
+    "amed_ipndm": Preset("AMED-Plugin on iPNDM",
+                         "as amed, with earlier evaluations reused", {"base": "ipndm"}),
+    "amed_dpmpp_2m": Preset("AMED-Plugin on DPM-Solver++(2M)",
+                            "as amed, on the steadiest solver", {"base": "dpmpp_2m"}),
+    "amed_dpmpp_3m": Preset("AMED-Plugin on DPM-Solver++(3M)",
+                            "as amed_dpmpp_2m, of higher order", {"base": "dpmpp_3m"}),
+})
 def amed(
-    trained: Annotated[Amed,
-                       Option("what was learned for the schedule: samplers.fit_amed(...), or Amed.load(path)",
-                              stand_in=Amed.untrained())] = None,
-    base: Annotated[str,
-                    Option("The rule that steps to the learned node and on: AMED's own, or another solver's",
-                           choices=tuple(BASES))] = "amed",
-    interpolate: Annotated[
-        bool,
-        Option(
-            "Allow another schedule than the trained one: r, c and a are then taken as functions of lambda",
-            advanced=True)] = False, lower_order_final: LowerOrderFinal = "auto",
+    trained: Annotated[Amed, Option(
+        "what was learned for the schedule: samplers.fit_amed(...), or Amed.load(path)",
+        stand_in=Amed.untrained())] = None,
+    base: Annotated[str, Option(
+        "The rule that steps to the learned node and on: AMED's own, or another solver's",
+                                choices=tuple(BASES))] = "amed",
+    interpolate: Annotated[bool, Option(
+        "Allow another schedule than the trained one: r, c and a are then taken as functions of lambda",
+        advanced=True)] = False,
+    lower_order_final: LowerOrderFinal = "auto",
 ) -> Solver:
     """AMED: two evaluations a step, the second at a place that was learned for your model, prompt and
     schedule."""
     if trained.base not in (None, base):
-        raise ValueError(
-            f"this AMED was trained on base {trained.base}, and {base} is chosen: choose {trained.base}, or "
-            f"train one on {base}")
+        raise ValueError(f"this AMED was trained on base {trained.base}, and {base} is chosen: choose "
+                         f"{trained.base}, or train one on {base}")
     method = BASES[base]
     if isinstance(method, Multistep) and method.basis is weights:
         method = replace(method, lower_order_final=lower_order_final)

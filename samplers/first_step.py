@@ -2,8 +2,8 @@
 
 At the highest level x is almost nothing but noise, and what the model makes of it hardly depends on which:
 
-    afs     D = (x - sigma eps) / alpha,   eps = x / sqrt(alpha^2 sigma_data^2 + sigma^2)     the analytic
-    first step
+    afs     D = (x - sigma eps) / alpha,   eps = x / sqrt(alpha^2 sigma_data^2 + sigma^2)
+            (the analytic first step)
     mean    D = the mean of the model's own first answers to other noises of the same prompt
 
 Dockhorn et al. 2022 (arXiv:2210.05475), section 3.3, and Zhou et al. 2024 (arXiv:2312.00094) for afs; the

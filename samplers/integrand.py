@@ -113,8 +113,8 @@ class Exponential:
 class DataPrediction(Exponential):
     """m = D, the denoised image: DPM-Solver++ and, with eta > 0, SDE-DPM-Solver++.
 
-        x_t = (sigma_t / sigma_s) e^(-eta h) x_s + alpha_t int e^(...) D dlam + sigma_t sqrt(1 - e^(-2 eta h))
-        s_noise xi
+        x_t = (sigma_t / sigma_s) e^(-eta h) x_s + alpha_t int e^(...) D dlam
+              + sigma_t sqrt(1 - e^(-2 eta h)) s_noise xi
 
     Lu et al. 2022b (arXiv:2211.01095), Proposition 4.1; the SDE is theirs for eta = 1, and the ODE for eta =
     0. Finite at both ends: a step of infinite length with one node is DDIM, x_t = (sigma_t / sigma_s) x_s +

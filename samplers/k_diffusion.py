@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .families import Sampler, find
+from .catalogue import Sampler, find
 from .first_step import MeanAnswer, afs, answered, check_full_noise
 from .learning.amed import Insertion
 from .model import answer, latents, not_finite

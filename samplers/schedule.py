@@ -2,8 +2,8 @@
 
 On every path the sampler's state is x = alpha x0 + sigma eps; a path is the curve (alpha, sigma), and
 
-    lam = log(alpha / sigma)          half the log of the signal-to-noise ratio (Lu et al. 2022,
-    arXiv:2206.00927, sec. 3)
+    lam = log(alpha / sigma)      half the log of the signal-to-noise ratio
+                                  (Lu et al. 2022, arXiv:2206.00927, sec. 3)
 
 is the time in which all solvers of this package work. In y = x / alpha and varsigma = sigma / alpha the three
 paths are one and the same: dy / dvarsigma = eps.
@@ -11,8 +11,7 @@ paths are one and the same: dy / dvarsigma = eps.
     path                  alpha              sigma in        who
     VarianceExploding     1                  [0, inf)        k-diffusion, EDM; ComfyUI's eps, v and EDM models
     RectifiedFlow         1 - sigma          [0, 1]          SD3, Flux and other flow models (ComfyUI's CONST)
-    VariancePreserving    sqrt(1 - sigma^2)  [0, 1]          DDPM / score-SDE states, for schedules stated in
-    t
+    VariancePreserving    sqrt(1 - sigma^2)  [0, 1]          DDPM / score-SDE states, schedules stated in t
 
 The ends are levels too: sigma = 0 has lam = +inf, and sigma = 1 (alpha = 0) of a flow or VP path has lam =
 -inf. All numbers are Python floats (float64, on the host).

@@ -319,9 +319,9 @@ run of DPM-Solver-23 was 0.61 off without a limit, 0.037 with 2, 0.012 with 1.5 
 class Adaptive:
     """A tableau with an embedded lower order; the step length follows from the difference of the two.
 
-        error = max over the batch of  RMS( (u_high - u_low) / max(atol, rtol max(|u_low|, |u_before|)) ),   u
-        = x / sqrt(alpha^2 + sigma^2), u_before: u_low of the last accepted step;   a step with error <= 1 is
-        accepted; h <- min(theta h error^(-1/order), longest, what is left)
+        error = max over the batch of  RMS( (u_high - u_low) / max(atol, rtol max(|u_low|, |u_before|)) ),
+        u = x / sqrt(alpha^2 + sigma^2),   u_before: u_low of the last accepted step;
+        a step with error <= 1 is accepted;   h <- min(theta h error^(-1/order), longest, what is left)
 
     Lu et al. 2022 (arXiv:2206.00927), appendix C: DPM-Solver-12 and -23. Theirs is a VP state, where u is x.
     In a VE state x would allow rtol |x_before| = rtol sigma for any step away from sigma: from sigma = 80

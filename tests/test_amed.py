@@ -14,7 +14,7 @@ from problems import Counted, Gaussian, reference_mixture, starting_noise
 from processes import EVERY_PLACE, IN_PLACE, KILLED, NEEDS_FORK, copy, ended, kill_within_write, slow
 from samplers import PATHS, SAMPLERS, Amed, CalibrationError, Statistics, fit_amed, k_diffusion_sampler, nfe
 from samplers.learning.amed import BASES, Insertion
-from samplers.families import FAMILIES
+from samplers import FAMILIES
 from samplers.first_step import MeanAnswer
 from samplers.k_diffusion import k_diffusion_function
 from samplers.learning.predictor import Predictor

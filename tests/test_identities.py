@@ -12,7 +12,7 @@ from problems import (ADAPTIVE, FIXED, Counted, Gaussian, gaussian_statistics, n
                       reference_mixture, serving, starting_noise)
 from samplers import FAMILIES, PATHS, SAMPLERS, Statistics, k_diffusion_sampler
 from samplers.learning.amed import Insertion
-from samplers.families import find
+from samplers.catalogue import find
 from samplers.learning.fitted import Fitted
 from samplers.k_diffusion import k_diffusion_function
 from samplers.solver import Multistep

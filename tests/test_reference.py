@@ -13,7 +13,7 @@ from scipy.optimize import brentq
 
 from problems import REFERENCE, reference_mixture
 from samplers import Amed, Statistics, k_diffusion_sampler
-from samplers.families import FAMILIES
+from samplers import FAMILIES
 from samplers.k_diffusion import k_diffusion_function
 from samplers.sample import sample, sample_adaptive
 from samplers.schedule import PATHS, levels

@@ -58,7 +58,7 @@ def test_modules_import_downwards_only() -> None:
         "schedule", "tensors", "model", "phi", "integrand", "solver", "noise", "sample", "first_step",
         *(f"learning.{name}" for name in ("storage", "record", "statistics", "fitted", "predictor", "amed",
                                           "course", "gauss_newton", "measure", "train_amed", "refit")),
-        "families", "k_diffusion", "__init__"
+        "catalogue", "families", "k_diffusion", "__init__"
     ]
     for path in (ROOT / "samplers").rglob("*.py"):
         folder = path.relative_to(ROOT / "samplers").parts[:-1]

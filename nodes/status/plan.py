@@ -19,7 +19,7 @@ from nodes import NODE_CLASS_MAPPINGS
 from torch import Tensor
 
 from ...samplers import FAMILIES
-from ...samplers.families import Sampler
+from ...samplers.catalogue import Sampler
 from ...samplers.first_step import FULL
 from ...samplers.learning.fitted import Unmeasured
 from ...samplers.schedule import Level, find_path, levels

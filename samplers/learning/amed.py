@@ -2,8 +2,8 @@
 
 In y = x / alpha and varsigma = sigma / alpha, with (r, c, a) learned for the step s -> t:
 
-    varsigma_m = varsigma_t^r varsigma_s^(1 - r)                      s --------- m ------ t        lam_m =
-    lam_s + r h y_m = y_s + (varsigma_m - varsigma_s) eps_s                       0           1
+    varsigma_m = varsigma_t^r varsigma_s^(1 - r)             s --------- m ------ t     lam_m = lam_s + r h
+    y_m = y_s + (varsigma_m - varsigma_s) eps_s              0           1
     eps_m = (y_m - D(y_m, a varsigma_m)) / varsigma_m
     y_t = y_s + c (varsigma_t - varsigma_s) eps_m
 

@@ -10,8 +10,8 @@ of itself at the end, with the damping measured on errors like a solver's own. B
 DPM-Solver-v3:
 
     nodes      minimise  sum_j gamma(lam_j)^2 |v3's error in step j|^2 e^(GRADED log(h_j / h_(j-1))^2)
-    exactly, over all paths of
-               n steps through the grid: steps whose lengths change little from one to the next
+               exactly, over all paths of n steps through the grid: steps whose lengths change little
+               from one to the next
     weights    v3's own, each step's corrected as far as the correction holds on trajectories left out
 
 The last step goes to x0 = D_0 + c (D_-1 - D_0), whatever y is: where the model knows the answer, as in what

@@ -2,8 +2,8 @@
 image.
 
     middle block [B, C, H, W] -> mean over C -> 8 x 8 -> 64 -> 128 -> 4  \\
-    lam_s -> sin, cos (8) -> 4                                           -> 12 -> 1 each, added to the table's
-    (u_r, u_c, u_a) lam_t -> sin, cos (8) -> 4                                          /
+    lam_s -> sin, cos (8) -> 4                                           -> 12 -> 1 each, added to
+    lam_t -> sin, cos (8) -> 4                                          /         the table's (u_r, u_c, u_a)
 
     r = sigmoid(u_r),    c = 1 + C_BOUND tanh(u_c),    a = 1 + A_BOUND tanh(u_a)
 

@@ -174,8 +174,8 @@ class EmpiricalPrediction:
     """m = f = (1 - l) x / alpha - D, and the flow that l, s and b imply.
 
         x_t = alpha_t e^(-L_t) (x_s / alpha_s - sum_j w_j (e^(-S_j) f_j - B_j) - C_t),
-        w_j = int e^(L+S) ell_j,    C_t = int e^(L+S) B,    all integrals from s, ell_j the basis polynomials
-        of the nodes
+        w_j = int e^(L+S) ell_j,    C_t = int e^(L+S) B,    all integrals from s,
+        ell_j the basis polynomials of the nodes
 
     Zheng et al. 2023 (arXiv:2310.13268), section 3. The authors' integrals are trapezoidal on the statistics'
     grid; ours go through the levels of the step too, and with `fine` they are divided further and

@@ -1,8 +1,8 @@
 """Draw the icons of Iconify packages.
 
-    npm install @iconify-json/noto @iconify-json/noto-v1 @iconify-json/fluent-emoji
-    @iconify-json/fluent-emoji-flat pip install resvg-py python render.py node_modules/@iconify-json/* --out
-    icons
+    npm install @iconify-json/{noto,noto-v1,fluent-emoji,fluent-emoji-flat}
+    pip install resvg-py
+    python render.py node_modules/@iconify-json/* --out icons
 
 For each package a file icons/NAME.npz: `names` and `categories` (n strings), `rgba` (n, 64, 64, 4) uint8.
 """
