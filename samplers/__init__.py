@@ -5,10 +5,10 @@
 
 Read in this order: schedule (noise levels and paths), phi (quadrature), integrand (what is interpolated),
 solver (which evaluations a step uses), sample (the loop), catalogue and families (all by name), k_diffusion
-and model (the host's convention). Beside them stand first_step (the first evaluation, left out) and noise. The folder
-learning holds what is learned of a model: record and storage (files), statistics (DPM-Solver-v3's own),
-fitted (nodes and weights from measured trajectories), amed and predictor (a learned inner evaluation); course
-(probed, counted, resumable), gauss_newton, and on them measure, train_amed and refit.
+and model (the host's convention). Beside them stand first_step (the first evaluation, left out) and noise.
+The folder learning holds what is learned of a model: record and storage (files), statistics (DPM-Solver-v3's
+own), fitted (nodes and weights from measured trajectories), amed and predictor (a learned inner evaluation);
+course (probed, counted, resumable), gauss_newton, and on them measure, train_amed and refit.
 
 Symbols, the same everywhere:
 
@@ -27,8 +27,8 @@ Symbols, the same everywhere:
 
 The noise of image k of a batch is that of seed + k alone, whatever the batch, the device and the schedule.
 """
-from . import families  # noqa: F401  (fills the catalogue)
-from .catalogue import FAMILIES, SAMPLERS, nfe
+from .catalogue import nfe
+from .families import FAMILIES, SAMPLERS
 from .k_diffusion import k_diffusion_sampler
 from .learning.amed import Amed
 from .learning.fitted import Plan, fit_multistep, fitted_sigmas

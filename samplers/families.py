@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated
 
-from .catalogue import Option, Preset, Solver, family
+from .catalogue import FAMILIES, SAMPLERS, Option, Preset, Solver, family  # noqa: F401  (filled here)
 from .integrand import PREDICTIONS, DataPrediction, NoisePrediction
 from .learning.amed import BASES, Amed, Insertion
 from .learning.fitted import Fitted, Unmeasured
