@@ -41,6 +41,15 @@ def pytest_collection_modifyitems(items: list) -> None:
     items.sort(key=lambda item: LONGEST.index(group(item)) if group(item) in LONGEST else len(LONGEST))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    """A report goes from one process to the other as UTF-8, and a test logs what is none on purpose."""
+    report = yield
+    report.sections = [(title, text.encode(errors="backslashreplace").decode())
+                       for title, text in report.sections]
+    return report
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
     """A check that did not run is not a check that passed."""
     skipped = terminalreporter.stats.get("skipped", [])
