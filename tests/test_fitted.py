@@ -212,7 +212,7 @@ def test_what_a_fit_needs_is_saved_and_an_old_file_serves_v3_alone(tmp_path) -> 
     x, sigmas = noise(1), torch.tensor([14.6, 1.0, 0.0], dtype=torch.float64)
     assert k_diffusion_sampler("dpm_solver_v3", statistics=old)(mixture(), x, sigmas,
                                                                 disable=True).isfinite().all()
-    with pytest.raises(ValueError, match=r"serve DPM-Solver-v3 only.*measure again with fitted = True"):
+    with pytest.raises(ValueError, match=r"serve DPM-Solver-v3 only.*measure again with fitted on"):
         k_diffusion_sampler("fitted", statistics=old)(mixture(), x, sigmas, disable=True)
     with pytest.raises(CalibrationError,
                        match=r"root has shape \[6, 18, 18\]: it must be \[trajectories, 19, 19\]"):

@@ -165,7 +165,7 @@ def test_cancelled_it_leaves_nothing_and_what_cannot_be_fitted_is_refused(found)
         refit_multistep(mixture(), noise(4), found, 2)
     with pytest.raises(ValueError, match="at least two to learn from and one to select by"):
         refit_multistep(mixture(), noise(2), found, 4)
-    with pytest.raises(ValueError, match="measure again with fitted = True"):
+    with pytest.raises(ValueError, match="measure again with fitted on"):
         refit_multistep(mixture(), noise(4), replace(found, root=None), 4)
 
 

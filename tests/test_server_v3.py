@@ -225,7 +225,7 @@ def test_the_fitted_solver_refuses_statistics_that_were_measured_for_v3(server, 
     graph = Graph("panda")
     samples, run = graph.family("fitted", measure="never", calibration=measure(graph)).run(server)
     assert run.status == "error"
-    assert "measure again with fitted = True" in run.error["exception_message"]
+    assert "measure again with fitted on" in run.error["exception_message"]
 
 
 def test_every_prompt_is_measured_when_asked_for(server, folder) -> None:
