@@ -83,7 +83,7 @@ def test_what_the_archive_leaves_out_are_whole_folders_and_nothing_it_needs() ->
 def test_the_archive_works_alone(alone) -> None:
     with Server(environment.ensure(), alone) as server:
         info = server.get("/object_info")
-        assert {*SAMPLER_NODES, "LambdaCompareSamplers", "LambdaEstimateStatistics"} <= set(info)
+        assert {*SAMPLER_NODES, "LambdaCompareSamplers", "LambdaMeasureModel"} <= set(info)
         assert set(NAMES) <= set(info["KSampler"]["input"]["required"]["sampler_name"][0])
         ours, theirs = (Graph("panda").ksampler(name).samples(server) for name in ("lambda_2m", "dpmpp_2m"))
         assert looks_like_an_image(ours)
