@@ -198,8 +198,8 @@ def fill_in(prompt: dict, words: str, steps: int, batch: int = 1) -> None:
 
 def table(rows: list[dict]) -> str:
     lines = ["| sampler | steps | model evaluations | seconds an image |", "|---|---|---|---|"]
-    lines += [f"| {row['label']} | {row['steps']} | {row['evaluations'] or 'adaptive'} | {row['seconds']:.2f} |"
-              for row in rows]
+    lines += [f"| {row['label']} | {row['steps']} | {row['evaluations'] or 'adaptive'} | "
+              f"{row['seconds']:.2f} |" for row in rows]
     return "\n".join(lines) + "\n"
 
 

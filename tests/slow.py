@@ -37,7 +37,7 @@ BOTH_ENDS = ("test_an_edited_step_count_is_seen_at_once_on_the_sampler",
              "test_a_collapsed_sampler_hides_its_panel_and_shows_it_again")
 """What the kind of nodes makes a difference to: in the pinned interface with classic nodes too. All else of
 the browser is tested in INTERFACE, the newest with Nodes 2.0; in all four with --all."""
-RUNS_LONG = ("few_steps", "compare_samplers", "amed", "share")
+RUNS_LONG = ("few_steps", "compare_samplers", "amed", "share", "flow_models")
 
 
 def function(key: str) -> str:
