@@ -28,7 +28,8 @@ ROUNDS = 15  # timed, in turn
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["overhead", "quick", "steps", "ours", "few", "accuracy", "best"])
+    parser.add_argument("what", choices=["overhead", "quick", "steps", "ours", "few", "hyper", "accuracy",
+                                         "best"])
     parser.add_argument("--out", type=Path, default=environment.HOME / "accuracy",
                         help="a folder (default .dev/accuracy)")
     parser.add_argument("--against", type=Path,

@@ -61,7 +61,8 @@ def advance(denoise: Denoiser, x: Tensor, step: Step, values: dict[int | Span, T
     `values` holds the evaluations by their numbers, and increments of the noise by their spans. Those it
     lacks are made and entered; those that no later update needs are dropped, but for the ones to `keep`.
     """
-    y = x
+    y, seen = x, step.missed.uses if step.missed else ()
+    keep = keep.union(seen)
     for k, (evaluation, update) in enumerate(zip(step.evaluations, step.updates)):
         if k not in values:
             values[k] = evaluate(denoise, y, evaluation, observe if k < step.intervals else None, first + k)
@@ -77,6 +78,8 @@ def advance(denoise: Denoiser, x: Tensor, step: Step, values: dict[int | Span, T
             if span not in values:
                 values[span] = noise(*span)
             y.add_(values[span], alpha=std)
+    if step.missed:
+        y.add_(step.missed(x, [values[k] for k in seen if k in values]))
     return y
 
 
@@ -138,7 +141,7 @@ def on_device(step: Step, x: Tensor) -> Step:
         evaluations=tuple(
             e._replace(x=placed(e.x, x), denoised=placed(e.denoised, x), scale=placed(e.scale, x))
             for e in step.evaluations), updates=tuple(map(update, step.updates)), correction=step.correction
-        and update(step.correction))
+        and update(step.correction), missed=step.missed and step.missed.placed(x))
 
 
 OPENING = 0.1

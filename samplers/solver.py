@@ -13,13 +13,25 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Callable, Iterator, Literal, Mapping, NamedTuple, Sequence
+from typing import Callable, Iterator, Literal, Mapping, NamedTuple, Protocol, Sequence
 
 from torch import Tensor
 
 from .integrand import DataPrediction, Evaluation, Integrand, Span, Stage, Update
 from .phi import Basis, Rule, midpoint, taylor, trapezoid, weights
 from .schedule import Level, Path, VarianceExploding
+
+
+class Residual(Protocol):
+    """What a step misses, told by what it saw: to add to x at t, of x at s and the values it uses that are
+    there."""
+
+    uses: tuple[int, ...]  # numbers of evaluations, its own first
+
+    def placed(self, x: Tensor) -> Residual:
+        """On x's device; ValueError if it is not of such latents."""
+
+    def __call__(self, x: Tensor, values: Sequence[Tensor]) -> Tensor: ...
 
 
 class Step(NamedTuple):
@@ -29,6 +41,7 @@ class Step(NamedTuple):
     evaluation at t among its nodes: the next step's first, numbered after the step's own. A step with a plan
     is replaced by what plan(x, before) returns after its first evaluation, when that depends on what the
     model said; `before` is the step taken before it, and `told` what the plan of that one has to tell it.
+    What it missed is added at t.
     """
 
     evaluations: tuple[Evaluation, ...]
@@ -38,6 +51,7 @@ class Step(NamedTuple):
     correction: Update | None = None
     plan: Callable[[Tensor, Step | None], Step] | None = None
     told: tuple = ()
+    missed: Residual | None = None
 
     @property
     def s(self) -> Level:
@@ -56,7 +70,8 @@ class Step(NamedTuple):
         """How many evaluations from before it, and from before the one that corrects it, are needed."""
         corrected = self.correction.terms if self.correction else ()
         return max(0, *(-k for update in self.updates for k, _ in update.terms),
-                   *(len(self.evaluations) - k for k, _ in corrected))
+                   *(len(self.evaluations) - k for k, _ in corrected),
+                   *(-k for k in (self.missed.uses if self.missed else ())))
 
 
 class Tableau(NamedTuple):

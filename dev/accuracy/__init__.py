@@ -35,6 +35,9 @@ from .solvers import Entry, entries
 from .steps import steps
 
 PROMPTS = ("red heart", "panda", "strawberry", "doughnut")
+UNSEEN = (*PROMPTS, "alien", "yellow star", "blue square", "fox", "smiling face with sunglasses",
+          "birthday cake", "crescent moon", "sunflower")
+"""What the hypersolver is measured on; it learns from none of them."""
 CATALOGUE = ("core", "plain", "plain variant", "calibrated", "calibrated variant", "own prompt")
 BEYOND = ("core", "calibrated", "own prompt", "refitted")
 
@@ -53,6 +56,7 @@ class Size:
     kinds: tuple[str, ...] = CATALOGUE
     names: tuple[str, ...] = ()                        # of samplers; all if empty
     stride: int = 2                                    # timesteps of the emoji's converged solution
+    second: bool = True                                # is it held against another
 
 
 SIZES = {
@@ -70,6 +74,11 @@ SIZES = {
     "few": Size(("karras", "sgm_uniform"), PROMPTS[:2], tuple(range(3, 11)), noises=2, exact_noises=16,
                 kinds=(*CATALOGUE, "trained", "trained variant")),
     "accuracy": Size(SCHEDULERS, budgets=(4, 5, 6, 8, 10, 15, 20), other_budgets=(4, 5, 6, 8, 10)),
+    "hyper": Size(("karras", "sgm_uniform", "exponential", "beta", "normal"), UNSEEN, (5, 6, 8, 10),
+                  (5, 6, 8, 10), (7.0, 3.0, 1.0), noises=4, exact_noises=0, stride=5, second=False,
+                  kinds=("core", "calibrated"),
+                  names=("comfy/euler", "comfy/dpmpp_2m", "comfy/lms", "comfy/ipndm", "comfy/ipndm_v",
+                         "comfy/deis", "comfy/uni_pc_bh2", "lambda/fitted_chosen")),
     "best": Size(tuple(name for name in SCHEDULERS if name != MOVING_START), other_budgets=(4, 5, 6, 8, 10),
                  noises=8, exact_noises=512, kinds=BEYOND),
 }
@@ -92,7 +101,8 @@ def grid(size: Size, solvers: Sequence[Entry]) -> Iterator[Cell]:
 def benches(size: Size, folder: Path) -> Iterator[Bench]:
     say = clock()
     exact = (gaussians, digits) if size.exact_noises else ()
-    for make in (*exact, lambda noises: Emoji(size.prompts, size.guidances, size.noises, size.stride)):
+    for make in (*exact, lambda noises: Emoji(size.prompts, size.guidances, size.noises, size.stride,
+                                                size.second)):
         problem = make(size.exact_noises)
         kept = Kept(folder / "kept", problem)
         yield from (Bench(problem, guidance, kept, say) for guidance in problem.guidances)

@@ -131,8 +131,9 @@ class Emoji:
     calibration_noises, refit_noises, training_noises = 2, 8, 10  # as the nodes choose for its size
 
     def __init__(self, prompts: tuple[str, ...], guidances: tuple[float, ...], noises: int,
-                 stride: int = 2) -> None:
+                 stride: int = 2, second: bool = True) -> None:
         self.prompts, self.guidances, self.noises, self.stride = prompts, guidances, noises, stride
+        self.second = second  # whether the converged solution is held against another
         spec = importlib.util.spec_from_file_location("tiny_emoji", TINY_EMOJI / "__init__.py",
                                                       submodule_search_locations=[str(TINY_EMOJI)])
         sys.modules["tiny_emoji"] = module = importlib.util.module_from_spec(spec)
@@ -238,7 +239,7 @@ def reference(problem: Problem, model: comfy_host.Model, noise: Tensor, start: f
         stride = problem.stride if highest else 4  # ddim_uniform's cells are few and their errors large
         x = run(S.sample_dpmpp_2m, torch.tensor([*every[:-1:stride], every[-1], 0.0]))
         second = fine(start, len(every) // (problem.stride - 1), problem.dtype)
-        other = run(S.sample_dpmpp_2m, second) if highest else None
+        other = run(S.sample_dpmpp_2m, second) if highest and problem.second else None
     return Reference(x, None if other is None else rms(other - x))
 
 

@@ -61,7 +61,8 @@ class Course:
         self.model, self.extra_args, self.dtype = model, dict(extra_args or {}), dtype
         self.precision, self.progress, self.total = precision or dtype, progress, total
         check_precision(self.precision)
-        self.kept, self.done, self.spent, self.loss = {}, 0, 0, math.nan
+        self.kept, self.done, self.loss = {}, 0, math.nan
+        self.images, self.asked = len(x), 0  # of a whole evaluation, and in all
         own = {"dtype": str(dtype), "precision": str(self.precision)}
         self.file = Partial(partial, kind, x, {**settings, **own}, seconds)
         inner = [level for level in levels if finite(level)]
@@ -78,7 +79,7 @@ class Course:
     def _take_up(self, known: Known) -> None:
         kept, done = self.file.read()
         if done and known.same(kept["probe"].cpu()):
-            self.kept, self.done, self.spent = kept, done, int(kept["spent"])
+            self.kept, self.done, self.asked = kept, done, int(kept["asked"])
         else:
             self.kept = {"probe": known.answer}
 
@@ -86,17 +87,27 @@ class Course:
         """How far y = x / alpha is moved for a derivative."""
         return DELTA[self.precision](level.sigma / level.alpha)
 
-    def denoise(self, x: Tensor, sigma: float | np.ndarray) -> Tensor:
-        denoised = finite_answer(self.model, x.to(self.dtype), sigma, self.extra_args)
-        self.spent += 1
+    @property
+    def spent(self) -> int:
+        """Evaluations of all images."""
+        return self.asked // self.images
+
+    def denoise(self, x: Tensor, sigma: float | np.ndarray, **more: Any) -> Tensor:
+        """D(x); more: for the model, beside extra_args."""
+        denoised = finite_answer(self.model, x.to(self.dtype), sigma, {**self.extra_args, **more})
+        self.asked += len(x)
+        self.tell()
+        return denoised
+
+    def tell(self) -> None:
+        """How far it is; the place where it may be cancelled."""
         if self.progress:
             self.progress(min(self.spent, self.total), self.total, self.loss)
-        return denoised
 
     def keep(self, done: int, found: Mapping[str, Tensor], at_once: bool = False) -> None:
         """All that was found when a part was done, in place of what was kept before."""
         self.done = done
-        self.kept = {**found, "probe": self.kept["probe"], "spent": torch.tensor(self.spent)}
+        self.kept = {**found, "probe": self.kept["probe"], "asked": torch.tensor(self.asked)}
         self.file.write(self.kept, done, at_once)
 
     def targets(self, teach: Callable[[], Mapping[int, Tensor]]) -> dict[int, Tensor]:

@@ -31,6 +31,7 @@ import numpy as np
 from ..integrand import DataPrediction, Evaluation, Stage, Update
 from ..schedule import Level, Path, VarianceExploding, find_path, levels
 from ..solver import LONG, SHORT_RUN, Step, ddim, finite
+from .hypersolver import Hypersolver
 from .statistics import SLACK, EmpiricalPrediction, Statistics, integral
 
 REFINE = 2
@@ -215,6 +216,10 @@ class Fitted:
             levels, n = [first, *levels[2 if given else 1:]], n - 1
             if n == 0:
                 return opening
+        learned = self.learned(n)
+        if learned:
+            chosen = fit_multistep(self.calibration.for_another_prompt(), n, start=levels[0].lam, end=end)
+            return [*opening, *learned.steps([*map(path.at, chosen.lam), levels[-1]], path)]
         if refitted is not None:
             plan = Plan.read(refitted, self.calibration)
         elif given:
@@ -222,6 +227,11 @@ class Fitted:
         else:
             plan = fit_multistep(self.calibration, n, order=self.order, start=levels[0].lam, end=end)
         return [*opening, *plan.steps(path)]
+
+    def learned(self, n: int) -> Hypersolver | None:
+        """The calibration's hypersolver, if it serves so many evaluations from a finite level."""
+        found = self.calibration.hypersolver
+        return found if found and n in found.counts and self.nodes == "chosen" else None
 
     def refitted(self, levels: Sequence[Level]) -> np.ndarray | None:
         """The calibration's plan that was learned for such a run: of as many evaluations, from full noise

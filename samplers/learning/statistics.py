@@ -25,6 +25,7 @@ import numpy as np
 
 from ..integrand import Evaluation, Stage, Update
 from ..schedule import Level
+from .hypersolver import Hypersolver
 from .record import Record, array, group
 from .storage import CalibrationError
 
@@ -52,7 +53,7 @@ class Statistics(Record, format=FORMAT):
     for every combination c of them.
 
     plans: for a number n of evaluations that was refitted, its steps, [n, 3 + order] (fitted.Plan has the
-    columns).
+    columns). hypersolver: what was trained for steps over the levels that these statistics choose, or None.
     """
 
     lam: np.ndarray = array(lambda n: (n,))
@@ -64,6 +65,8 @@ class Statistics(Record, format=FORMAT):
     root: np.ndarray | None = array(lambda n: ("trajectories", 2 * n + 1, 2 * n + 1), optional=True)
     plans: Mapping[int, np.ndarray] = group("plan", lambda plans: {str(n): rows for n, rows in plans.items()},
                                             _read_plans, dict)
+    hypersolver: Hypersolver | None = group("hypersolver", Hypersolver.arrays, Hypersolver.of_arrays,
+                                            lambda: None)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,0 +1,249 @@
+"""The hypersolver: what a step of DPM-Solver++(2M) misses, told by a small network from what the step saw.
+
+    y_t = (the solver's y_t) + rho(c) g(v / scale(c); c),          y = x / alpha,  varsigma = sigma / alpha
+
+    v  y_s / sqrt(1 + varsigma_s^2),  D_s,  D_s - D_-1,  D_-1 - D_-2      (0 where there is none)
+    c  what is known of the step before it is made: `Conditions`
+    g  v -> 3x3 -> + 3x3 -> + 3x3 of every second place -> 3x3, of 32 channels with SiLU, each with a factor
+       and a shift that c tells:  c -> 64 -> 2 x 32 for every layer
+
+rho and scale, the sizes of what is missed and of the parts of v, are powers of e of a polynomial in c: the
+network sees and answers numbers near 1. It sees 11 x 11 places, so it serves every size of image; it is one
+for all steps, numbers of steps and guidances, and in y one for all paths.
+
+The idea is that of Poli et al. 2020, "Hypersolvers" (arXiv:2007.09601): a solver, and a network for its
+residual.
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Mapping, NamedTuple, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import Conv2d, Linear, Module, ModuleList
+from torch.nn.functional import silu
+
+from ..integrand import DataPrediction
+from ..phi import midpoint
+from ..schedule import Level, Path
+from ..solver import Multistep, Step
+from .storage import CalibrationError
+
+SOLVER = Multistep(DataPrediction(), 2, midpoint)
+VIEWS, TERMS = 4, 16  # parts of v; terms of the polynomial
+WIDTH, HIDDEN = 32, 64
+DILATIONS = 1, 2      # of the layers in the middle
+BOUND = 6.0           # of what is answered, in units of rho: hardly anything that was taught is beyond
+
+
+class Conditions(NamedTuple):
+    """c, numbers near -2 .. 2. The ratios are of noise levels, varsigma_t / varsigma_s: of this step, of the
+    one before and of the one before that; 0 to sigma = 0, 1 where there is no step."""
+
+    lam: float
+    ratio: float
+    before: float
+    earlier: float
+    first: float
+    second: float
+    last: float
+    guidance: float
+
+    @classmethod
+    def of(cls, levels: Sequence[Level], i: int, guidance: float) -> Conditions:
+        """Of step i over these levels, of which the run began at the first."""
+        ratios = (math.exp(levels[j].lam - levels[j + 1].lam) if j >= 0 else 1.0 for j in (i, i - 1, i - 2))
+        return cls(levels[i].lam / 2.5, *(1.5 * (2.0 * ratio - 1.0) for ratio in ratios), float(i == 0),
+                   float(i == 1), float(levels[i + 1].sigma == 0.0), math.log(max(guidance, 0.1)))
+
+
+def terms(c: Tensor) -> Tensor:
+    """The terms of the polynomial in c [B, 8], [B, TERMS]."""
+    lam, ratio, before, _, first, second, last, guidance = c.unbind(1)
+    return torch.stack([torch.ones_like(lam), lam, lam**2, lam**3, ratio, ratio**2, ratio * lam, before, first,
+                        second, last, last * lam, guidance, guidance**2, guidance * lam, guidance * lam**2], 1)
+
+
+class Modulation(NamedTuple):
+    """All that c decides, for each of a batch: the layers' factors and shifts [B, 2 layers width], rho [B], and
+    the scale of each part of v [B, VIEWS]."""
+
+    layers: Tensor
+    rho: Tensor
+    scale: Tensor
+
+
+class Network(Module):
+    """g, rho and scale, for latents of so many channels. It answers 0 until it has learned."""
+
+    def __init__(self, channels: int, width: int = WIDTH, seed: int = 0) -> None:
+        super().__init__()
+        self.enter = Conv2d(VIEWS * channels, width, 3, padding=1)
+        self.middle = ModuleList(Conv2d(width, width, 3, padding=d, dilation=d) for d in DILATIONS)
+        self.leave = Conv2d(width, channels, 3, padding=1)
+        self.told = ModuleList((Linear(len(Conditions._fields), HIDDEN),
+                                Linear(HIDDEN, 2 * (1 + len(DILATIONS)) * width)))
+        self.register_buffer("sizes", torch.zeros(1 + VIEWS, TERMS))  # of rho and of scale
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, value in self.named_parameters():
+                silent = value.ndim == 1 or name in ("leave.weight", "told.1.weight")
+                value.copy_(0.0 * value if silent else torch.randn(value.shape, generator=generator)
+                            / math.sqrt(3.0 * value[0].numel()))
+
+    def modulation(self, c: Tensor) -> Modulation:
+        """Of c [B, 8]."""
+        inner, outer = self.told
+        rho, *scale = (terms(c) @ self.sizes.T).exp().unbind(1)
+        return Modulation(outer(silu(inner(c))), rho, torch.stack(scale, 1))
+
+    def forward(self, v: Tensor, by: Modulation) -> Tensor:
+        """g [B, C, H, W] of v [B, VIEWS, C, H, W]."""
+        factors, shifts = by.layers[:, :, None, None].unflatten(1, (2, 1 + len(self.middle), -1)).unbind(1)
+        entered = self.enter((v / by.scale[:, :, None, None, None]).flatten(1, 2))
+        h = silu(entered * (1.0 + factors[:, 0]) + shifts[:, 0])
+        for k, layer in enumerate(self.middle, 1):
+            h = h + silu(layer(h) * (1.0 + factors[:, k]) + shifts[:, k])
+        return BOUND * torch.tanh(self.leave(h) / BOUND)
+
+
+def views(x: Tensor, at: Level, answers: Sequence[Tensor]) -> Tensor:
+    """v [B, VIEWS, C, H, W] of x at a level and of D_s, D_-1, D_-2 as far as they are there; float32, frames as
+    images of the batch."""
+    d = [flat(answer) for answer in answers]
+    parts = [flat(x) / math.hypot(at.alpha, at.sigma), d[0], *(a - b for a, b in zip(d, d[1:]))]
+    return torch.stack([*parts, *[torch.zeros_like(d[0])] * (VIEWS - len(parts))], 1)
+
+
+def flat(x: Tensor) -> Tensor:
+    """[B, C, H, W] of latents [B, C, ...]: frames are images, and what has no height has one row."""
+    x = x.float()
+    if x.ndim > 4:
+        x = x.movedim(1, -3).flatten(0, -4)
+    return x if x.ndim == 4 else x.reshape(len(x), x.shape[1], -1, x.shape[-1])
+
+
+def unflat(h: Tensor, like: Tensor) -> Tensor:
+    """The latents in the shape and dtype of `like` that `flat` made into h."""
+    if like.ndim > 4:
+        h = h.unflatten(0, (len(like), *like.shape[2:-2])).movedim(-3, 1)
+    return h.reshape(like.shape).to(like.dtype)
+
+
+@dataclass(frozen=True)
+class Missed:
+    """What a step s -> t misses in x, as solver.Residual."""
+
+    network: Network
+    by: Modulation
+    s: Level
+    t: Level
+    uses: tuple[int, ...]
+
+    def placed(self, x: Tensor) -> Missed:
+        """ValueError for latents of other channels than those it learned from."""
+        learned, own = self.network.leave.out_channels, x.shape[1] if x.ndim > 2 else 0
+        if own != learned:
+            raise ValueError(f"this hypersolver was trained on latents of {learned} channels, and x has shape "
+                             f"{list(x.shape)}: train one on this model")
+        by = Modulation(*(value.to(x.device, non_blocking=True) for value in self.by))
+        return replace(self, network=self.network.to(x.device), by=by)
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, answers: Sequence[Tensor]) -> Tensor:
+        """To add to x at t; of x at s, and of D_s, D_-1, D_-2 as far as they are there.
+
+        In a last step nothing is missed where D did not move since the step before: what inpainting keeps is
+        kept exactly.
+        """
+        v, by = views(x, self.s, answers), self.by
+        if len(by.rho) > 1:  # of each image
+            by = Modulation(*(value.repeat_interleave(len(v) // len(value), 0) for value in by))
+        missed = self.network(v, by) * (self.t.alpha * by.rho[:, None, None, None])
+        if self.t.sigma == 0.0 and len(answers) > 1:
+            missed = missed * (flat(answers[0]) != flat(answers[1])).any(1, keepdim=True)
+        return unflat(missed, x)
+
+
+@dataclass(frozen=True, eq=False)
+class Hypersolver:
+    """A network that was trained, on the CPU, and what for.
+
+    weights: of a Network, by its names. bounds [2, 8]: the lowest and highest conditions that taught it; others
+    count as the nearest of them. counts: the numbers of steps at which it was better than without, on prompts
+    held out. guidance: of the run, or of each image; without one, the middle of those that taught.
+    """
+
+    weights: Mapping[str, Tensor]
+    bounds: np.ndarray
+    counts: tuple[int, ...]
+    guidance: float | Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        """CalibrationError for what no network has."""
+        enter = self.weights.get("enter.weight")
+        if enter is None or enter.ndim != 4 or not 1 <= len(enter) <= 1024 or not enter.shape[1]:
+            raise CalibrationError("the hypersolver's enter.weight must have shape [width, 4 channels, 3, 3]")
+        with torch.device("meta"):
+            shapes = {name: value.shape for name, value in self._empty().state_dict().items()}
+        for name in shapes.keys() | self.weights.keys():
+            found = self.weights.get(name, torch.empty(0)).shape
+            if shapes.get(name) != found:
+                raise CalibrationError(f"the hypersolver's {name} has shape {list(found)}: it must be "
+                                       f"{list(shapes.get(name, []))}")
+        size = (2, len(Conditions._fields))
+        if self.bounds.shape != size or (self.bounds[0] > self.bounds[1]).any():
+            raise CalibrationError(f"the hypersolver's bounds must be the lowest and the highest, {list(size)}")
+        if any(not 1 <= n <= 1000 for n in self.counts):
+            raise CalibrationError(f"the hypersolver's counts = {list(self.counts)} must be from 1 to 1000")
+
+    def _empty(self) -> Network:
+        width, seen = self.weights["enter.weight"].shape[:2]
+        return Network(seen // VIEWS, width)
+
+    def network(self) -> Network:
+        network = self._empty()
+        network.load_state_dict({name: value.float() for name, value in self.weights.items()})
+        return network.requires_grad_(False)
+
+    @property
+    def channels(self) -> int:
+        """Of the latents."""
+        return self.weights["leave.bias"].shape[0]
+
+    @property
+    def guidances(self) -> tuple[float, float]:
+        """The lowest and highest that taught."""
+        low, high = np.exp(self.bounds[:, Conditions._fields.index("guidance")]).tolist()
+        return low, high
+
+    def steps(self, levels: Sequence[Level], path: Path) -> list[Step]:
+        """The solver's steps over these levels, each with what it misses."""
+        network = self.network()
+        told = math.sqrt(math.prod(self.guidances)) if self.guidance is None else self.guidance
+        each = [float(guidance) for guidance in np.ravel(told)]
+        result = []
+        for i, step in enumerate(SOLVER.steps(levels, path)):
+            c = np.clip([Conditions.of(levels, i, guidance) for guidance in each], *self.bounds)
+            by = network.modulation(torch.from_numpy(c).float())
+            result.append(step._replace(missed=Missed(network, by, step.s, step.t, (0, -1, -2)[:i + 1])))
+        return result
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What a file holds: the weights in half precision, but for the few that decide sizes."""
+        weights = {name: value.numpy().astype(np.float32 if name == "sizes" else np.float16)
+                   for name, value in self.weights.items()}
+        return {**weights, "bounds": self.bounds, "counts": np.array(self.counts, dtype=np.int64)}
+
+    @classmethod
+    def of_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Hypersolver:
+        arrays = dict(arrays)
+        try:
+            bounds, counts = arrays.pop("bounds").astype(np.float64), arrays.pop("counts").ravel().tolist()
+            weights = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in arrays.items()}
+        except (KeyError, TypeError) as fault:
+            raise CalibrationError(f"the hypersolver is not whole: {fault}") from None
+        return cls(weights, bounds, tuple(int(n) for n in counts))

@@ -1,0 +1,352 @@
+"""Train a hypersolver by forward evaluations of the model: no data set, and no gradients through the model.
+
+A teacher of many steps shows x*, the true trajectory, at any level. Then the solver makes runs of its own, in
+lessons: of some images, over a few levels. Each step of a lesson shows what it saw, v, and what it missed,
+
+    r = (x*_t - the solver's x_t) / alpha_t
+
+from where the solver is, and not from where it should be: so the network learns to lead back to x* too. After a
+round of lessons it is trained on all that was seen so far, and the next round is run with it, since what it will
+see is what it makes. Training lowers the mean of |g - r / rho|^2 / (1/3 + |r / rho|^2). Whole prompts are held
+out: in the end, runs of their images with the network and without decide at what numbers of steps it serves.
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import partial as bound
+from pathlib import Path as File
+from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..integrand import DataPrediction
+from ..model import PROBE, latents
+from ..sample import Place, combine, on_device, onward, sample
+from ..schedule import Level, Path, find_path
+from ..solver import ddim
+from .course import Course
+from .fitted import check, fit_multistep
+from .gauss_newton import FLOOR, typical
+from .hypersolver import SOLVER, Conditions, Hypersolver, Network, flat, terms, views
+from .statistics import Statistics
+from .storage import digest
+
+PARTIAL = "lambda-solvers partial hypersolver 1"
+STEPS = 4, 5, 6, 7, 8, 9, 10
+TEACHER = 48       # its evaluations
+ROUNDS = 3
+INSIDE = 0.25      # of a lesson's images begin at a level between, as image to image does
+DEEPEST = 0.7      # of the way to the last level, in lam, where they begin at most
+HELD_OUT = 8       # every eighth prompt
+COMPARED = 16      # images of them that are run in the end, at most
+CROP = 64          # places of an image that are kept, each way
+ITERATIONS = 1500  # after each round
+BATCH, RATE, DECAY, WARM, AVERAGED = 32, 3e-3, 1e-3, 50, 0.99
+LEAST = 1 / 3      # in the loss
+
+
+class Lesson(NamedTuple):
+    """Runs of some images over these levels, the last of sigma = 0."""
+
+    levels: tuple[Level, ...]
+    images: list[int]
+
+
+def lessons(calibration: Statistics, path: Path, count: int, steps: Sequence[int], seed: int) -> Iterator[Lesson]:
+    """A round: each image is in one of its lessons; at every number of steps some begin inside."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(count, generator=generator).tolist()
+    for k, n in enumerate(steps):
+        mine = order[k::len(steps)]
+        few, deep = int(INSIDE * len(mine)), DEEPEST * float(torch.rand((), generator=generator))
+        for images, share in ((mine[few:], 0.0), (mine[:few], deep)):
+            lam = calibration.lam[0] + share * (calibration.lam[-1] - calibration.lam[0])
+            yield Lesson(schedule(calibration, path, n, lam), sorted(images))
+
+
+def schedule(calibration: Statistics, path: Path, n: int, start: float) -> tuple[Level, ...]:
+    """The levels that n steps from lam = start to sigma = 0 go over."""
+    return (*map(path.at, fit_multistep(calibration, n, start=start).lam), path.level(0.0))
+
+
+@torch.no_grad()
+def fit_hypersolver(model: Callable[..., Tensor], x: Tensor, calibration: Statistics, *,
+                    guidance: float | Sequence[float] = 1.0, prompts: Sequence[int] | None = None,
+                    steps: Sequence[int] = STEPS, path: str = "ve", start: float | None = None,
+                    rounds: int = ROUNDS, iterations: int = ITERATIONS, seed: int = 0,
+                    extra_args: Mapping[str, Any] | None = None,
+                    progress: Callable[[int, int, float], None] | None = None,
+                    precision: torch.dtype | None = None, about: Mapping[str, Any] | None = None,
+                    partial: File | str | None = None) -> Statistics:
+    """The calibration with a hypersolver for these numbers of steps, trained on runs of `model`.
+
+    model(x, sigma[B], images=[...], **extra_args) returns the denoised x of these of the images. x [K, ...] is
+    noise at the calibration's first level, or at sigma = start above it (1 of a flow), from which a first
+    evaluation leads there. prompts [K]: which prompt each image has, if not its own; guidance, one or [K]: at
+    what the model guides it.
+
+    Forward evaluations alone, about `hypersolver_cost` of all images, each announced by progress(done, total,
+    loss), which may raise to cancel, and so may it while the network is trained. `partial` names a file that
+    keeps every part that is done, for a call with the same x, settings and model to go on from. The calibration
+    comes back as it was if nothing was better with the network; `about` of it has the errors of the images that
+    select, without it and with it. ValueError for fewer than two prompts, for numbers of steps that no run has,
+    and for a calibration that was not measured for fitting; UnsteadyModel for a model that does not answer for
+    itself.
+    """
+    check(calibration)
+    x, dtype = latents(x), x.dtype
+    prompts = list(range(len(x))) if prompts is None else list(prompts)
+    guidances = np.broadcast_to(np.asarray(guidance, dtype=np.float64), len(x)).tolist()
+    _check(len(x), prompts, steps, rounds)
+    gaussian, plain = find_path(path), calibration.for_another_prompt()
+    highest, lowest = (gaussian.at(float(lam)) for lam in calibration.lam[[0, -1]])
+    opening = [] if start is None else [gaussian.level(start)]
+    settings = {
+        "guidance": guidances, "prompts": prompts, "steps": list(steps), "path": path, "start": start,
+        "rounds": rounds, "iterations": iterations, "seed": seed, "about": dict(about or {}),
+        "of": digest(plain.arrays())
+    }
+    course = Course(model, x, [*opening, highest, lowest], gaussian, kind=PARTIAL, settings=settings,
+                    total=hypersolver_cost(prompts, steps, rounds, bool(opening)), dtype=dtype, precision=precision,
+                    extra_args={**(extra_args or {}), "images": list(range(len(x)))}, partial=partial, seconds=30.0,
+                    progress=progress)
+    taught = [[lesson for lesson in lessons(plain, gaussian, len(x), steps, seed + k) if lesson.images]
+              for k in range(rounds)]
+    runs = [Lesson(schedule(plain, gaussian, n, highest.lam), _held(prompts)[:COMPARED]) for n in steps]
+    school = School(course, x, opening, gaussian, highest, lowest, guidances, {*_held(prompts)}, taught, runs,
+                    iterations, seed)
+    with course:
+        kept, parts = dict(course.kept), school.parts()
+        for i in range(course.done, len(parts)):
+            parts[i](kept)
+            course.keep(i + 1, kept)
+    errors = {n: kept[f"errors.{k}"].cpu().numpy() for k, n in enumerate(steps)}
+    counts = tuple(n for n, (without, having) in errors.items()
+                   if typical(having, FLOOR * without.mean()) < typical(without, FLOOR * without.mean()))
+    told = {"images": len(x), "prompts": len({*prompts}), "guidance": [min(guidances), max(guidances)],
+            "evaluations": course.spent,
+            "selection": {str(n): np.sqrt(both.mean(1)).tolist() for n, both in errors.items()}}
+    return replace(calibration, hypersolver=school.learned(kept, counts) if counts else calibration.hypersolver,
+                   about={**calibration.about, "hypersolver": told})
+
+
+def hypersolver_cost(prompts: Sequence[int], steps: Sequence[int] = STEPS, rounds: int = ROUNDS,
+                     opening: bool = False) -> int:
+    """The evaluations of all images that fit_hypersolver makes, rounded up; which prompt each of them has."""
+    compared = 2 * sum(steps) * min(COMPARED, len(_held(prompts))) / len(prompts)
+    return math.ceil(PROBE + opening + TEACHER + rounds * sum(steps) / len(steps) + compared)
+
+
+def _held(prompts: Sequence[int]) -> list[int]:
+    """The images of the prompts that are held out."""
+    names = sorted({*prompts})
+    away = {*(names[HELD_OUT - 1::HELD_OUT] or names[-1:])}
+    return [k for k, prompt in enumerate(prompts) if prompt in away]
+
+
+def _check(count: int, prompts: Sequence[int], steps: Sequence[int], rounds: int) -> None:
+    if len(prompts) != count:
+        raise ValueError(f"prompts names {len(prompts)}, and x has {count} images: name one for each")
+    if len({*prompts}) < 2:
+        raise ValueError("all images have one prompt: give at least two, since whole prompts are held out")
+    if not steps or any(not 2 <= n <= 50 for n in steps) or len({*steps}) < len(steps):
+        raise ValueError(f"steps = {list(steps)} is out of range: choose different whole numbers from 2 to 50")
+    if rounds < 1:
+        raise ValueError(f"rounds = {rounds} is out of range: choose a whole number from 1")
+
+
+Found = dict[str, Tensor]
+"""What the parts of a course leave to those behind them."""
+
+
+@dataclass(frozen=True)
+class School:
+    """What is taught to whom, in parts that are done one after the other."""
+
+    course: Course
+    x: Tensor
+    opening: Sequence[Level]
+    path: Path
+    highest: Level
+    lowest: Level
+    guidances: Sequence[float]
+    held: set[int]
+    rounds: Sequence[Sequence[Lesson]]
+    runs: Sequence[Lesson]
+    iterations: int
+    seed: int
+
+    def parts(self) -> list[Callable[[Found], None]]:
+        teaching = [bound(self.teach, i) for i in range(TEACHER)]
+        learning = [part for k, taught in enumerate(self.rounds)
+                    for part in (*(bound(self.attend, k, j) for j in range(len(taught))), bound(self.train, k))]
+        return [self.begin, *teaching, *learning, *(bound(self.compare, k) for k in range(len(self.runs)))]
+
+    def begin(self, found: Found) -> None:
+        found["begin"] = found["x"] = sample(
+            self.course.denoise, self.x, [ddim(DataPrediction(), level, self.highest) for level in self.opening])
+
+    @property
+    def grid(self) -> list[Level]:
+        """The teacher's levels, and sigma = 0."""
+        lams = np.linspace(self.highest.lam, self.lowest.lam, TEACHER).tolist()
+        return [*map(self.path.at, lams), self.path.level(0.0)]
+
+    def teach(self, i: int, found: Found) -> None:
+        """One step of the teacher, and of the step before it x* at the levels that lessons ask for."""
+        grid, x, old = self.grid, found["x"], found.get("denoised")
+        denoised = self.course.denoise(x, grid[i].sigma)
+        if i:
+            self._note(found, grid[i - 1], grid[i], found["before"], old, denoised)
+        if i == TEACHER - 1:
+            self._note(found, grid[i], grid[i + 1], x, denoised, denoised)
+            for name in ("x", "before", "denoised"):
+                del found[name]
+        else:
+            update = SOLVER.step(grid, i).updates[0]
+            found |= {"x": combine(x, update, {0: denoised, -1: old}), "before": x, "denoised": denoised}
+
+    def _note(self, found: Found, s: Level, t: Level, x: Tensor, denoised: Tensor, then: Tensor) -> None:
+        """x* between s and t, by the line through D at both; at sigma = 0 it is D."""
+        for name, images, at in self._asked():
+            if not s.lam <= at.lam < t.lam and not at.sigma == t.sigma:
+                continue
+            h = at.lam - s.lam
+            slope = (h - 1.0 + math.exp(-h)) / (t.lam - s.lam) if at.sigma else 0.0
+            there = (at.sigma / s.sigma * x[images] + at.alpha * (1.0 - math.exp(-h)) * denoised[images]
+                     + at.alpha * slope * (then - denoised)[images])
+            found[name] = there if name.startswith("start") else self.crop(there, images)
+
+    def _asked(self) -> Iterator[tuple[str, list[int], Level]]:
+        """Name, images and level of all that is needed of the teacher."""
+        for k, taught in enumerate(self.rounds):
+            for j, lesson in enumerate(taught):
+                if lesson.levels[0] != self.highest:
+                    yield f"start.{k}.{j}", lesson.images, lesson.levels[0]
+                for i, level in enumerate(lesson.levels[1:]):
+                    yield f"target.{k}.{j}.{i}", lesson.images, level
+        yield "end", self.runs[0].images, self.path.level(0.0)
+
+    def crop(self, v: Tensor, images: Sequence[int]) -> Tensor:
+        """Some places of each of these images, always the same."""
+        if v.ndim < 4 or max(v.shape[-2:]) <= CROP:
+            return v
+        rows = []
+        for row, image in zip(v, images):
+            generator = torch.Generator().manual_seed(self.seed * 100_003 + image)
+            for axis in (-2, -1):
+                spare = max(0, row.shape[axis] - CROP)
+                row = row.narrow(axis, int(torch.randint(spare + 1, (), generator=generator)),
+                                 min(CROP, row.shape[axis]))
+            rows.append(row)
+        return torch.stack(rows)
+
+    def attend(self, k: int, j: int, found: Found) -> None:
+        """One lesson: what its steps saw, and what they missed."""
+        levels, images = self.rounds[k][j]
+        denoise = bound(self.course.denoise, images=images)
+        place = Place(0, found.pop(f"start.{k}.{j}", found["begin"][images]))
+        seen = []
+        for i, step in enumerate(self.steps(levels, images, found)):
+            here, place = onward(denoise, place, on_device(step, place.x), 2)
+            answers = [here.values[0], *here.past][:i + 1]
+            landed = combine(here.x, step.updates[0], {-n: answer for n, answer in enumerate(answers)})
+            missed = (found.pop(f"target.{k}.{j}.{i}") - self.crop(landed, images)) / step.t.alpha
+            v = views(self.crop(here.x, images), step.s, [self.crop(answer, images) for answer in answers])
+            frames = len(v) // len(images)
+            of_image = [[*Conditions.of(levels, i, self.guidances[image]), image in self.held] for image in images]
+            seen.append((v.half().cpu(), flat(missed).half().cpu(), torch.tensor(of_image).repeat_interleave(frames, 0)))
+        found |= {f"{name}.{k}.{j}": torch.cat(parts) for name, parts in zip(("v", "r", "c"), zip(*seen))}
+
+    def steps(self, levels: Sequence[Level], images: Sequence[int], found: Found) -> list:
+        """With what the network has learned so far."""
+        if "bounds" not in found:
+            return SOLVER.steps(levels, self.path)
+        guided = replace(self.learned(found), guidance=[self.guidances[image] for image in images])
+        return guided.steps(levels, self.path)
+
+    def train(self, k: int, found: Found) -> None:
+        """The network, on all that was seen so far."""
+        names = [f"{i}.{j}" for i in range(k + 1) for j in range(len(self.rounds[i]))]
+        v, r, c = (torch.cat([found[f"{which}.{name}"] for name in names]) for which in "vrc")
+        c, held = c[:, :-1], c[:, -1] > 0.0
+        with torch.inference_mode(False), torch.enable_grad():
+            network = Network(v.shape[2], seed=self.seed)
+            if "bounds" in found:
+                network.load_state_dict({name[4:]: value.float().clone() for name, value in found.items()
+                                         if name.startswith("net.")})
+            else:
+                network.sizes.copy_(sizes(v, r, c))
+            network = trained(network.to(self.x.device), v[~held], r[~held], c[~held], self.iterations, self.seed + k,
+                              self.course.tell)
+        with torch.no_grad():
+            self.course.loss = left(network, v[held], r[held], c[held])
+        found |= {f"net.{name}": value.cpu() for name, value in network.state_dict().items()}
+        found["bounds"] = torch.stack([c.amin(0), c.amax(0)]).double()
+
+    def learned(self, found: Found, counts: Sequence[int] = ()) -> Hypersolver:
+        weights = {name[4:]: value.cpu() if name.endswith("sizes") else value.cpu().half()
+                   for name, value in found.items() if name.startswith("net.")}
+        return Hypersolver(weights, found["bounds"].cpu().numpy(), tuple(counts))
+
+    def compare(self, k: int, found: Found) -> None:
+        """The mean squared errors of the images that select, without the network and with it."""
+        levels, images = self.runs[k]
+        ends = [sample(bound(self.course.denoise, images=images), found["begin"][images], steps)
+                for steps in (SOLVER.steps(levels, self.path), self.steps(levels, images, found))]
+        errors = [(self.crop(end, images) - found["end"]).flatten(1).square().mean(1) for end in ends]
+        found[f"errors.{k}"] = torch.stack(errors).double().cpu()
+
+
+def sizes(v: Tensor, r: Tensor, c: Tensor) -> Tensor:
+    """Of rho and scale [1 + VIEWS, TERMS]: a fit to the logs of the rms of what was seen, a little damped."""
+    parts = torch.cat([r[:, None], v], 1).float().flatten(2).square().mean(2)  # [M, 1 + VIEWS]
+    logs, of = 0.5 * (parts + 1e-10).log().clamp(min=-12.0), terms(c)
+    return torch.linalg.solve(of.T @ of + 1e-2 * torch.eye(of.shape[1]), of.T @ logs).T
+
+
+def trained(network: Network, v: Tensor, r: Tensor, c: Tensor, iterations: int, seed: int,
+            tell: Callable[[], None]) -> Network:
+    """The mean, over the last steps, of the network on its way down, by AdamW; images are mirrored at random."""
+    generator = torch.Generator().manual_seed(seed)
+    adam = torch.optim.AdamW(network.parameters(), RATE, weight_decay=DECAY)
+    mean = {name: value.detach().clone() for name, value in network.state_dict().items()}
+    device = network.sizes.device
+    for k in range(iterations):
+        rows = torch.randint(len(v), (BATCH,), generator=generator)
+        batch = [part[rows].to(device).float() for part in (v, r, c)]
+        if torch.rand((), generator=generator) < 0.5:
+            batch[:2] = [part.flip(-1) for part in batch[:2]]
+        adam.param_groups[0]["lr"] = RATE * min(1.0, (k + 1) / WARM) * 0.5 * (1 + math.cos(math.pi * k / iterations))
+        adam.zero_grad()
+        loss(network, *batch).mean().backward()
+        adam.step()
+        for name, value in network.state_dict().items():
+            mean[name].lerp_(value, 1.0 - AVERAGED)
+        if k % 20 == 0:
+            tell()
+    network.load_state_dict(mean)
+    return network
+
+
+def loss(network: Network, v: Tensor, r: Tensor, c: Tensor) -> Tensor:
+    """|g - r / rho|^2 / (LEAST + |r / rho|^2), means over each image, [B]."""
+    by = network.modulation(c)
+    target = r / by.rho[:, None, None, None]
+    error, size = ((part.square().mean((1, 2, 3))) for part in (network(v, by) - target, target))
+    return error / (LEAST + size)
+
+
+def left(network: Network, v: Tensor, r: Tensor, c: Tensor) -> float:
+    """The rms loss on what was held out, 1 of a network that answers 0."""
+    device, total, none = network.sizes.device, 0.0, 0.0
+    for rows in torch.arange(len(v)).split(BATCH):
+        batch = [part[rows].to(device).float() for part in (v, r, c)]
+        total += float(loss(network, *batch).sum())
+        target = batch[1] / network.modulation(batch[2]).rho[:, None, None, None]
+        size = target.square().mean((1, 2, 3))
+        none += float((size / (LEAST + size)).sum())
+    return math.sqrt(total / none) if none else math.nan
