@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .problems import (VERSION, Problem, Reference, model_sampling, reference, rms, schedule, starting_noise,
                        starting_x)
-from .solvers import REFIT_PROMPTS, Entry, Options, fitted_statistics, refitted
+from .solvers import REFIT_PROMPTS, Entry, Options, Seen, fitted_statistics, refitted
 
 HERE = Path(__file__).resolve().parent
 THEIRS = [HERE / "problems.py", HERE / "cells.py"]
@@ -243,7 +243,7 @@ class Bench:
         def body(model):
             counted, x = Counted(model, remembers=False), starting_x(model, noise, sigmas[0])
             try:
-                found = dict(calibrate(counted, x, sigmas, samples, len(seen), measured))
+                found = dict(calibrate(Seen(counted, x, sigmas, samples, len(seen), self.guidance, measured)))
                 if self.several and (None in seen or len(seen) > 1):
                     found["statistics"] = found["statistics"].for_another_prompt()
             except Exception as error:  # must not end the run: its cells say why they are empty

@@ -5,7 +5,7 @@ A new solver of the catalogue is measured by existing. One that needs a calibrat
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Callable, Iterator, Mapping
+from typing import Any, Callable, Iterator, Mapping, NamedTuple
 
 import comfy_host
 import demo
@@ -13,6 +13,8 @@ from comfy.extra_samplers import uni_pc
 from torch import Tensor
 
 import samplers
+
+from . import hypersolver
 
 S = comfy_host.comfy_sampling()
 BASELINE = "comfy/dpmpp_2m"
@@ -22,21 +24,32 @@ REFIT_BUDGETS = (4, 5, 6, 8, 10)
 Options = Mapping[str, Any]  # of k_diffusion_sampler
 
 
+class Seen(NamedTuple):
+    """What a calibration sees of a problem: x at sigmas[0], of so many prompts, of which `samples` are for
+    statistics; and what fitted_statistics found on one of them."""
+
+    model: comfy_host.Model
+    x: Tensor
+    sigmas: Tensor
+    samples: int
+    prompts: int
+    guidance: float
+    measured: Options
+
+
 @dataclass(frozen=True)
 class Entry:
     """A sampler to measure. `cost(n)` is its model evaluations in n steps to sigma = 0.
 
-    calibrate(model, x at sigmas[0], sigmas, samples, prompts, measured) -> Options is called once for each
-    problem and guidance, on noises that are not evaluated: `samples` of x for statistics, x of so many
-    prompts, `measured` what fitted_statistics found on one of them. On the emoji it sees nobody's prompt, as
-    the rule `auto` of the nodes does it, and serves all prompts; "own prompt" saw the one that is evaluated.
-    train(name, model, x, sigmas, block) is the same for one schedule.
+    calibrate(Seen) -> Options is called once for each problem and guidance, on noises that are not evaluated. On
+    the emoji it sees nobody's prompt, as the rule `auto` of the nodes does it, and serves all prompts; "own
+    prompt" saw the one that is evaluated. train(name, model, x, sigmas, block) is the same for one schedule.
     """
 
     label: str
     run: Callable[..., Tensor]      # (model, x, sigmas, **options) -> x
     cost: Callable[[int], int]
-    kind: str = "core"              # plain, calibrated, own prompt, refitted, trained, "... variant"
+    kind: str = "core"              # plain, calibrated, own prompt, refitted, hypersolver, trained, "... variant"
     discards: bool = False          # KSampler drops the last sigma above 0 for it
     calibrate: Callable[..., Options] | None = None
     train: Callable[..., Options] | None = None
@@ -113,21 +126,28 @@ VARIANTS = [  # name, what is different, options
 ]
 
 
-def dpm_solver_v3_statistics(model, x, sigmas, samples: int, prompts: int, measured: Options) -> Options:
-    return {"statistics": samplers.estimate_statistics(model, x[:samples], sigmas)}
+def dpm_solver_v3_statistics(seen: Seen) -> Options:
+    return {"statistics": samplers.estimate_statistics(seen.model, seen.x[:seen.samples], seen.sigmas)}
 
 
-def fitted_statistics(model, x, sigmas, samples: int, prompts: int, measured: Options) -> Options:
-    return {"statistics": samplers.estimate_statistics(model, x[:samples], sigmas, fitted=True)}
+def fitted_statistics(seen: Seen) -> Options:
+    return {"statistics": samplers.estimate_statistics(seen.model, seen.x[:seen.samples], seen.sigmas,
+                                                       fitted=True)}
 
 
-def refitted(model, x, sigmas, samples: int, prompts: int, measured: Options) -> Options:
+def refitted(seen: Seen) -> Options:
     """What was measured, refitted for every budget, a quarter of the images held out."""
-    found = measured["statistics"]
+    found = seen.measured["statistics"]
     for budget in REFIT_BUDGETS:
-        found = samplers.refit_multistep(model, x, found, budget, held_out=len(x) // 4,
-                                         about={"prompts": prompts})
+        found = samplers.refit_multistep(seen.model, seen.x, found, budget, held_out=len(seen.x) // 4,
+                                         about={"prompts": seen.prompts})
     return {"statistics": found}
+
+
+def hypersolved(seen: Seen) -> Options:
+    """What was trained once, for all guidances, on prompts that are not evaluated."""
+    found = hypersolver.trained()
+    return {"statistics": replace(found, hypersolver=replace(found.hypersolver, guidance=seen.guidance))}
 
 
 CALIBRATED = [  # name, what is different, options, calibration
@@ -182,6 +202,7 @@ def everything() -> Iterator[Entry]:
             yield ours(name, "own prompt", "own prompt", options, calibrate=calibrate, own_prompt=True)
     yield ours("fitted_chosen", "refitted", "refitted, several prompts", calibrate=refitted, several=True)
     yield ours("fitted_chosen", "refitted", "refitted, own prompt", calibrate=refitted, own_prompt=True)
+    yield ours("fitted_chosen", "hypersolver", "hypersolver", calibrate=hypersolved)
     for name, about, options, train in TRAINED:
         yield ours(name, "trained variant" if about else "trained", about, options, train=train)
 
