@@ -29,15 +29,13 @@ from typing import Iterator, Sequence
 import torch
 
 from .cells import Bench, Cell, Kept, clock, read, write
+from .hypersolver import UNSEEN
 from .problems import SCHEDULERS, Emoji, digits, gaussians
 from .report import MAIN, MOVING_START, difference, plot, report
 from .solvers import Entry, entries
 from .steps import steps
 
 PROMPTS = ("red heart", "panda", "strawberry", "doughnut")
-UNSEEN = (*PROMPTS, "alien", "yellow star", "blue square", "fox", "smiling face with sunglasses",
-          "birthday cake", "crescent moon", "sunflower")
-"""What the hypersolver is measured on; it learns from none of them."""
 CATALOGUE = ("core", "plain", "plain variant", "calibrated", "calibrated variant", "own prompt")
 BEYOND = ("core", "calibrated", "own prompt", "refitted")
 

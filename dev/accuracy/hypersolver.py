@@ -1,5 +1,5 @@
-"""The hypersolver that is measured: trained once on the emoji, over a range of guidances, on prompts that are not
-evaluated, and kept in a file."""
+"""The hypersolver that is measured: trained once on the emoji, over a range of guidances, on prompts that
+are not evaluated, and kept in a file."""
 from __future__ import annotations
 
 import functools
@@ -16,16 +16,19 @@ from torch import Tensor
 import samplers
 from samplers.learning.train_hypersolver import fit_hypersolver
 
-from .problems import CHECKPOINT, UNSEEN, Emoji, model_sampling, starting_noise
+from .problems import CHECKPOINT, Emoji, model_sampling, starting_noise
 
+UNSEEN = ("red heart", "panda", "strawberry", "doughnut", "alien", "yellow star", "blue square", "fox",
+          "smiling face with sunglasses", "birthday cake", "crescent moon", "sunflower")
+"""The prompts it is measured on; none of them teaches."""
 COLOURED = [f"{colour} {shape}" for shape in ("heart", "circle", "square")
             for colour in ("red", "orange", "yellow", "green", "blue", "brown", "black", "white", "purple")]
-NAMED = """broken heart, sparkling heart, red apple, green apple, ghost, skull, robot, clown face, pile of poo,
-pig face, frog, bear, penguin, grinning face, smiling face with heart eyes, face with tears of joy, face with open mouth,
-crying face, loudly crying face, angry face, enraged face, sleeping face, neutral face, thinking face, winking face,
-avocado, banana, bread, carrot, cheese wedge, cherries, cookie, egg, grapes, hamburger, ice cream, lemon, lollipop,
-peach, pineapple, pizza, shortcake, tangerine, tomato, watermelon, sun, star, fire, droplet, evergreen tree, cactus,
-tulip"""
+NAMED = """broken heart, sparkling heart, red apple, green apple, ghost, skull, robot, clown face, pile of
+poo, pig face, frog, bear, penguin, grinning face, smiling face with heart eyes, face with tears of joy,
+face with open mouth, crying face, loudly crying face, angry face, enraged face, sleeping face, neutral
+face, thinking face, winking face, avocado, banana, bread, carrot, cheese wedge, cherries, cookie, egg,
+grapes, hamburger, ice cream, lemon, lollipop, peach, pineapple, pizza, shortcake, tangerine, tomato,
+watermelon, sun, star, fire, droplet, evergreen tree, cactus, tulip"""
 STYLES = ("noto", "fluent", "flat", "blob")
 SIZE = {"prompts": 96, "images": 4, "guidances": (1.0, 9.0), "seed": 0}
 
@@ -59,8 +62,20 @@ class Guided:
 
     def _some(self, x: Tensor, sigma: Tensor, images: Tensor) -> Tensor:
         texts = torch.cat([self.texts[images], self.nothing.expand(len(x), -1, -1)])
-        told, free = self.network.apply_model(x.repeat(2, 1, 1, 1), sigma.repeat(2), c_crossattn=texts).chunk(2)
+        both = self.network.apply_model(x.repeat(2, 1, 1, 1), sigma.repeat(2), c_crossattn=texts)
+        told, free = both.chunk(2)
         return free + self.guidances[images, None, None, None] * (told - free)
+
+
+class Told:
+    """Progress, a line for each evaluation."""
+
+    last = 0
+
+    def __call__(self, done: int, total: int, loss: float) -> None:
+        if done > self.last:
+            print(f"hypersolver: evaluation {done} of {total}, loss {loss:.3f}", flush=True)
+        self.last = done
 
 
 def spread(count: int, low: float, high: float) -> list[float]:
@@ -91,11 +106,10 @@ def train(partial: Path | None = None, size: dict = SIZE) -> samplers.Statistics
     sigmas = model_sampling().sigmas.flip(0)
     middle = Guided(problem, prompts[:2], torch.full((2,), (low * high) ** 0.5))
     statistics = samplers.estimate_statistics(
-        lambda x, sigma: middle(x, sigma, range(len(x))), sigmas[0] * starting_noise(problem, 2, seed=7), sigmas,
-        fitted=True)
+        lambda x, sigma: middle(x, sigma, range(len(x))), sigmas[0] * starting_noise(problem, 2, seed=7),
+        sigmas, fitted=True)
     model = Guided(problem, prompts, torch.tensor(each))
     return fit_hypersolver(
         model, sigmas[0] * starting_noise(problem, len(prompts), seed=8), statistics, guidance=each,
         prompts=[k // size["images"] for k in range(len(prompts))], seed=size["seed"], partial=partial,
-        progress=lambda done, total, loss: print(f"hypersolver: {done} of {total}, loss {loss:.3f}", flush=True)
-        if model.calls % 4096 < 64 else None)
+        progress=Told())

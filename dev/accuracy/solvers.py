@@ -41,15 +41,15 @@ class Seen(NamedTuple):
 class Entry:
     """A sampler to measure. `cost(n)` is its model evaluations in n steps to sigma = 0.
 
-    calibrate(Seen) -> Options is called once for each problem and guidance, on noises that are not evaluated. On
-    the emoji it sees nobody's prompt, as the rule `auto` of the nodes does it, and serves all prompts; "own
-    prompt" saw the one that is evaluated. train(name, model, x, sigmas, block) is the same for one schedule.
-    """
+    calibrate(Seen) -> Options is called once for each problem and guidance, on noises that are not
+    evaluated. On the emoji it sees nobody's prompt, as the rule `auto` of the nodes does it, and serves all
+    prompts; "own prompt" saw the one that is evaluated. train(name, model, x, sigmas, block) is the same
+    for one schedule. """
 
     label: str
     run: Callable[..., Tensor]      # (model, x, sigmas, **options) -> x
     cost: Callable[[int], int]
-    kind: str = "core"              # plain, calibrated, own prompt, refitted, hypersolver, trained, "... variant"
+    kind: str = "core"              # plain, calibrated, own prompt, refitted, hypersolver, trained, ...
     discards: bool = False          # KSampler drops the last sigma above 0 for it
     calibrate: Callable[..., Options] | None = None
     train: Callable[..., Options] | None = None

@@ -63,13 +63,14 @@ class Conditions(NamedTuple):
 def terms(c: Tensor) -> Tensor:
     """The terms of the polynomial in c [B, 8], [B, TERMS]."""
     lam, ratio, before, _, first, second, last, guidance = c.unbind(1)
-    return torch.stack([torch.ones_like(lam), lam, lam**2, lam**3, ratio, ratio**2, ratio * lam, before, first,
-                        second, last, last * lam, guidance, guidance**2, guidance * lam, guidance * lam**2], 1)
+    return torch.stack([torch.ones_like(lam), lam, lam**2, lam**3, ratio, ratio**2, ratio * lam, before,
+                        first, second, last, last * lam, guidance, guidance**2, guidance * lam,
+                        guidance * lam**2], 1)
 
 
 class Modulation(NamedTuple):
-    """All that c decides, for each of a batch: the layers' factors and shifts [B, 2 layers width], rho [B], and
-    the scale of each part of v [B, VIEWS]."""
+    """All that c decides, for each of a batch: the layers' factors and shifts [B, 2 layers width], rho [B],
+    and the scale of each part of v [B, VIEWS]."""
 
     layers: Tensor
     rho: Tensor
@@ -111,8 +112,8 @@ class Network(Module):
 
 
 def views(x: Tensor, at: Level, answers: Sequence[Tensor]) -> Tensor:
-    """v [B, VIEWS, C, H, W] of x at a level and of D_s, D_-1, D_-2 as far as they are there; float32, frames as
-    images of the batch."""
+    """v [B, VIEWS, C, H, W] of x at a level and of D_s, D_-1, D_-2 as far as they are there; float32,
+    frames as images of the batch."""
     d = [flat(answer) for answer in answers]
     parts = [flat(x) / math.hypot(at.alpha, at.sigma), d[0], *(a - b for a, b in zip(d, d[1:]))]
     return torch.stack([*parts, *[torch.zeros_like(d[0])] * (VIEWS - len(parts))], 1)
@@ -147,8 +148,8 @@ class Missed:
         """ValueError for latents of other channels than those it learned from."""
         learned, own = self.network.leave.out_channels, x.shape[1] if x.ndim > 2 else 0
         if own != learned:
-            raise ValueError(f"this hypersolver was trained on latents of {learned} channels, and x has shape "
-                             f"{list(x.shape)}: train one on this model")
+            raise ValueError(f"this hypersolver was trained on latents of {learned} channels, and x has "
+                             f"shape {list(x.shape)}: train one on this model")
         by = Modulation(*(value.to(x.device, non_blocking=True) for value in self.by))
         return replace(self, network=self.network.to(x.device), by=by)
 
@@ -172,10 +173,10 @@ class Missed:
 class Hypersolver:
     """A network that was trained, on the CPU, and what for.
 
-    weights: of a Network, by its names. bounds [2, 8]: the lowest and highest conditions that taught it; others
-    count as the nearest of them. counts: the numbers of steps at which it was better than without, on prompts
-    held out. guidance: of the run, or of each image; without one, the middle of those that taught.
-    """
+    weights: of a Network, by its names. bounds [2, 8]: the lowest and highest conditions that taught it;
+    others count as the nearest of them. counts: the numbers of steps at which it was better than without,
+    on prompts held out. guidance: of the run, or of each image; without one, the middle of those that
+    taught. """
 
     weights: Mapping[str, Tensor]
     bounds: np.ndarray
@@ -196,7 +197,8 @@ class Hypersolver:
                                        f"{list(shapes.get(name, []))}")
         size = (2, len(Conditions._fields))
         if self.bounds.shape != size or (self.bounds[0] > self.bounds[1]).any():
-            raise CalibrationError(f"the hypersolver's bounds must be the lowest and the highest, {list(size)}")
+            raise CalibrationError(
+                f"the hypersolver's bounds must be the lowest and the highest, {list(size)}")
         if any(not 1 <= n <= 1000 for n in self.counts):
             raise CalibrationError(f"the hypersolver's counts = {list(self.counts)} must be from 1 to 1000")
 

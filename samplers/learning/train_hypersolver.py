@@ -1,15 +1,15 @@
 """Train a hypersolver by forward evaluations of the model: no data set, and no gradients through the model.
 
-A teacher of many steps shows the true trajectory: x* and D* at any level. Lessons are runs of some images over a
-few levels. Each step of a lesson shows what it sees, v, and what it misses,
+A teacher of many steps shows the true trajectory: x* and D* at any level. Lessons are runs of some images
+over a few levels. Each step of a lesson shows what it sees, v, and what it misses,
 
     r = (x*_t - the solver's x_t) / alpha_t
 
-In the first lessons every step begins on the true trajectory, which costs nothing beyond the teacher. Then the
-network is trained, and the solver makes runs of its own with it, begins each step where the one before it led, and
-learns to lead back to x* too. Training lowers the mean of |g - r / rho|^2 / (1 + |r / rho|^2). Whole prompts are
-held out: in the end, runs of their images with the network and without decide at what numbers of steps it serves.
-"""
+In the first lessons every step begins on the true trajectory, which costs nothing beyond the teacher. Then
+the network is trained, and the solver makes runs of its own with it, begins each step where the one before
+it led, and learns to lead back to x* too. Training lowers the mean of |g - r / rho|^2 / (1 + |r / rho|^2).
+Whole prompts are held out: in the end, runs of their images with the network and without decide at what
+numbers of steps it serves. """
 from __future__ import annotations
 
 import math
@@ -56,7 +56,8 @@ class Lesson(NamedTuple):
     images: list[int]
 
 
-def lessons(calibration: Statistics, path: Path, count: int, steps: Sequence[int], seed: int) -> Iterator[Lesson]:
+def lessons(calibration: Statistics, path: Path, count: int, steps: Sequence[int],
+            seed: int) -> Iterator[Lesson]:
     """Each image is in one of them; at every number of steps some begin inside."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(count, generator=generator).tolist()
@@ -85,19 +86,18 @@ def fit_hypersolver(model: Callable[..., Tensor], x: Tensor, calibration: Statis
                     partial: File | str | None = None) -> Statistics:
     """The calibration with a hypersolver for these numbers of steps, trained on runs of `model`.
 
-    model(x, sigma[B], images=[...], **extra_args) returns the denoised x of these of the images. x [K, ...] is
-    noise at the calibration's first level, or at sigma = start above it (1 of a flow), from which a first
-    evaluation leads there. prompts [K]: which prompt each image has, if not its own; guidance, one or [K]: at
-    what the model guides it.
+    model(x, sigma[B], images=[...], **extra_args) returns the denoised x of these of the images. x [K, ...]
+    is noise at the calibration's first level, or at sigma = start above it (1 of a flow), from which a
+    first evaluation leads there. prompts [K]: which prompt each image has, if not its own; guidance, one or
+    [K]: at what the model guides it.
 
-    Forward evaluations alone, about `hypersolver_cost` of all images, each announced by progress(done, total,
-    loss), which may raise to cancel, and so may it while the network is trained. `partial` names a file that
-    keeps every part that is done, for a call with the same x, settings and model to go on from. The calibration
-    comes back as it was if nothing was better with the network; `about` of it has the errors of the images that
-    select, without it and with it. ValueError for fewer than two prompts, for numbers of steps that no run has,
-    and for a calibration that was not measured for fitting; UnsteadyModel for a model that does not answer for
-    itself.
-    """
+    Forward evaluations alone, about `hypersolver_cost` of all images, each announced by progress(done,
+    total, loss), which may raise to cancel, and so may it while the network is trained. `partial` names a
+    file that keeps every part that is done, for a call with the same x, settings and model to go on from.
+    The calibration comes back as it was if nothing was better with the network; `about` of it has the
+    errors of the images that select, without it and with it. ValueError for fewer than two prompts, for
+    numbers of steps that no run has, and for a calibration that was not measured for fitting; UnsteadyModel
+    for a model that does not answer for itself. """
     check(calibration)
     x, dtype = latents(x), x.dtype
     prompts = list(range(len(x))) if prompts is None else list(prompts)
@@ -112,9 +112,9 @@ def fit_hypersolver(model: Callable[..., Tensor], x: Tensor, calibration: Statis
         "of": digest(plain.arrays())
     }
     course = Course(model, x, [*opening, highest, lowest], gaussian, kind=PARTIAL, settings=settings,
-                    total=hypersolver_cost(prompts, steps, rounds, bool(opening)), dtype=dtype, precision=precision,
-                    extra_args={**(extra_args or {}), "images": list(range(len(x)))}, partial=partial, seconds=30.0,
-                    progress=progress)
+                    total=hypersolver_cost(prompts, steps, rounds, bool(opening)), dtype=dtype,
+                    precision=precision, extra_args={**(extra_args or {}), "images": list(range(len(x)))},
+                    partial=partial, seconds=30.0, progress=progress)
     sets = [list(lessons(plain, gaussian, len(x), steps, seed + k)) for k in range(SHOWN + rounds)]
     runs = [Lesson(schedule(plain, gaussian, n, highest.lam), _held(prompts)[:COMPARED]) for n in steps]
     school = School(course, x, opening, gaussian, highest, lowest, guidances, {*_held(prompts)},
@@ -130,7 +130,8 @@ def fit_hypersolver(model: Callable[..., Tensor], x: Tensor, calibration: Statis
     told = {"images": len(x), "prompts": len({*prompts}), "guidance": [min(guidances), max(guidances)],
             "evaluations": course.spent,
             "selection": {str(n): np.sqrt(both.mean(1)).tolist() for n, both in errors.items()}}
-    return replace(calibration, hypersolver=school.learned(kept, counts) if counts else calibration.hypersolver,
+    learned = school.learned(kept, counts) if counts else calibration.hypersolver
+    return replace(calibration, hypersolver=learned,
                    about={**calibration.about, "hypersolver": told})
 
 
@@ -154,7 +155,8 @@ def _check(count: int, prompts: Sequence[int], steps: Sequence[int], rounds: int
     if len({*prompts}) < 2:
         raise ValueError("all images have one prompt: give at least two, since whole prompts are held out")
     if not steps or any(not 2 <= n <= 50 for n in steps) or len({*steps}) < len(steps):
-        raise ValueError(f"steps = {list(steps)} is out of range: choose different whole numbers from 2 to 50")
+        raise ValueError(f"steps = {list(steps)} is out of range: choose different whole numbers from 2 to "
+                         "50")
     if rounds < 0:
         raise ValueError(f"rounds = {rounds} is out of range: choose a whole number from 0")
 
@@ -182,13 +184,13 @@ class School:
 
     def parts(self) -> list[Callable[[Found], None]]:
         teaching = [bound(self.teach, i) for i in range(TEACHER)]
-        learning = [part for k, taught in enumerate(self.rounds)
-                    for part in (*(bound(self.attend, k, j) for j in range(len(taught))), bound(self.train, k))]
+        learning = [part for k, taught in enumerate(self.rounds) for part in (
+            *(bound(self.attend, k, j) for j in range(len(taught))), bound(self.train, k))]
         return [self.begin, *teaching, *learning, *(bound(self.compare, k) for k in range(len(self.runs)))]
 
     def begin(self, found: Found) -> None:
-        found["begin"] = found["x"] = sample(
-            self.course.denoise, self.x, [ddim(DataPrediction(), level, self.highest) for level in self.opening])
+        steps = [ddim(DataPrediction(), level, self.highest) for level in self.opening]
+        found["begin"] = found["x"] = sample(self.course.denoise, self.x, steps)
 
     @property
     def grid(self) -> list[Level]:
@@ -274,9 +276,10 @@ class School:
     def own(self, k: int, j: int, found: Found) -> list[tuple[Tensor, list[Tensor]]]:
         """The same, where the solver's own run is."""
         levels, images = self.rounds[k][j]
+        denoise = bound(self.course.denoise, images=images)
         place, went = Place(0, found.pop(f"start.{k}.{j}", found["begin"][images])), []
         for step in self.steps(levels, images, found):
-            here, place = onward(bound(self.course.denoise, images=images), place, on_device(step, place.x), 2)
+            here, place = onward(denoise, place, on_device(step, place.x), 2)
             answers = [here.values[0], *here.past][:len(went) + 1]
             went.append((self.crop(here.x, images), [self.crop(answer, images) for answer in answers]))
         return went
@@ -300,8 +303,8 @@ class School:
                                          if name.startswith("net.")})
             else:
                 network.sizes.copy_(sizes(v, r, c))
-            network = trained(network.to(self.x.device), v[~held], r[~held], c[~held], self.iterations, self.seed + k,
-                              self.course.tell)
+            network = trained(network.to(self.x.device), v[~held], r[~held], c[~held], self.iterations,
+                              self.seed + k, self.course.tell)
         with torch.no_grad():
             self.course.loss = left(network, v[held], r[held], c[held])
         found |= {f"net.{name}": value.cpu() for name, value in network.state_dict().items()}
@@ -330,7 +333,8 @@ def sizes(v: Tensor, r: Tensor, c: Tensor) -> Tensor:
 
 def trained(network: Network, v: Tensor, r: Tensor, c: Tensor, iterations: int, seed: int,
             tell: Callable[[], None]) -> Network:
-    """The mean, over the last steps, of the network on its way down, by AdamW; images are mirrored at random."""
+    """The mean, over the last steps, of the network on its way down, by AdamW; images are mirrored at
+    random."""
     generator = torch.Generator().manual_seed(seed)
     adam = torch.optim.AdamW(network.parameters(), RATE, weight_decay=DECAY)
     network.to(memory_format=torch.channels_last)  # a fifth faster on a CPU
@@ -341,7 +345,8 @@ def trained(network: Network, v: Tensor, r: Tensor, c: Tensor, iterations: int, 
         batch = [part[rows].to(device).float() for part in (v, r, c)]
         if torch.rand((), generator=generator) < 0.5:
             batch[:2] = [part.flip(-1) for part in batch[:2]]
-        adam.param_groups[0]["lr"] = RATE * min(1.0, (k + 1) / WARM) * 0.5 * (1 + math.cos(math.pi * k / iterations))
+        fade = 0.5 * (1.0 + math.cos(math.pi * k / iterations))
+        adam.param_groups[0]["lr"] = RATE * min(1.0, (k + 1) / WARM) * fade
         adam.zero_grad()
         loss(network, *batch).mean().backward()
         adam.step()
