@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from problems import Counted, Gaussian, reference_mixture, starting_noise
 from processes import EVERY_PLACE, IN_PLACE, KILLED, NEEDS_FORK, copy, ended, kill_within_write, slow
 from samplers import PATHS, SAMPLERS, Amed, CalibrationError, Statistics, fit_amed, k_diffusion_sampler, nfe
-from samplers.learning.amed import BASES, Insertion
+from samplers.learning.amed import BASES, Inner, Insertion
 from samplers import FAMILIES
 from samplers.first_step import MeanAnswer
 from samplers.k_diffusion import k_diffusion_function
@@ -464,6 +464,34 @@ def test_a_planned_list_of_steps_serves_one_x_after_another(base: str) -> None:
     assert not torch.allclose(*alone)
     for one, other in zip(alone, again):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("base", BASES)
+def test_the_plan_of_a_batch_is_that_of_each_of_its_images(base: str, path: str) -> None:
+    schedule = [PATHS[path].at(lam) for lam in (-1.5, -0.3, 0.9, 1.9)]
+    solver = Insertion(Amed.untrained(schedule), BASES[base])
+    u = np.random.default_rng(1).normal(0.0, 0.5, (3, 5, 3))  # of three intervals and five images
+
+    def coefficients(images: slice, i: int) -> list:
+        step = solver.step(schedule, PATHS[path], i, [Inner.of(row[images], 4) for row in u])
+        return [c for evaluation in step.evaluations for c in (*evaluation.at, *evaluation[1:])
+                ] + [c for update in step.updates for c in (update.decay, *sum(update.terms, ()))]
+
+    for i in range(3):
+        for image in range(5):
+            for all_of_it, own in zip(coefficients(slice(None), i), coefficients(slice(image, image + 1), i),
+                                      strict=True):
+                assert np.broadcast_to(all_of_it, (5, 1, 1, 1))[image] == own
+
+
+def test_a_last_step_that_is_long_for_one_image_is_of_order_1_for_all() -> None:
+    schedule = [PATHS["ve"].at(lam) for lam in (-2.0, 0.0, 3.0)]
+    solver = Insertion(Amed.untrained(schedule), BASES["dpmpp_2m"])
+    for r, terms in ((0.3, 1), (0.6, 2), (np.array([0.6, 0.3]), 1)):
+        last = solver.step(schedule, PATHS["ve"], 1, [Inner(), Inner(r)]).updates[-1]
+        assert len(last.terms) == terms
+        np.testing.assert_allclose(sum(c for _, c in last.terms), 1 - np.exp((r - 1) * 3))  # exact for 1
 
 
 @NEEDS_FORK

@@ -236,8 +236,7 @@ class Student:
             if 0 not in (here := places[-1]).values:
                 here = here._replace(values={0: self.open(i, here.x)})
             rows.append(np.asarray(choose(i)))
-            inner = [[Inner(*map(float, row)) for row in bounded(part)] for part in rows]
-            taken = self.solver.step_of_each(self.schedule, self.path, i, inner, here.x.ndim)
+            taken = self.solver.step(self.schedule, self.path, i, [Inner.of(u, here.x.ndim) for u in rows])
             places[-1:] = onward(self.denoise, here, on_device(taken, here.x), MEMORY)
         self.before = rows
         return places
@@ -245,8 +244,7 @@ class Student:
     def open(self, i: int, x: Tensor) -> Tensor:
         """The value kept of the evaluation that opens an interval; the analytic one if the first is left
         out."""
-        first = self.solver.step_of_each(self.schedule, self.path, i, [[Inner()]] * (i + 1),
-                                         x.ndim).evaluations[0]
+        first = self.solver.step(self.schedule, self.path, i, [Inner()] * (i + 1)).evaluations[0]
         denoise = self.denoise
         if i == 0 and self.solver.trained.first_step == "afs":
             denoise = answered(denoise, afs(self.schedule[0]))
