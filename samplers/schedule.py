@@ -30,7 +30,7 @@ Number = float | np.ndarray
 
 
 def elementwise(f: Callable[..., float]) -> Callable[..., Number]:
-    """f, whose last argument may be an array: of every element then what f is of it alone, to the last bit."""
+    """f, whose last argument may be an array: then f of every element, the same as of that alone."""
     each = np.vectorize(f, otypes=[float])
     return wraps(f)(lambda *z: (each if isinstance(z[-1], np.ndarray) else f)(*z))
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import time
+from copy import deepcopy
 from itertools import pairwise
 from pathlib import Path as File
 from typing import Any, Callable, Mapping, NamedTuple, Sequence
@@ -329,7 +330,7 @@ class Seen(NamedTuple):
 def _fit_predictor(student: Student, x: Tensor, table: np.ndarray, features: Callable[[], Tensor | None],
                    training: slice, rounds: int, seed: int) -> tuple[Predictor, list[np.ndarray]]:
     """The predictor with the least error on the images held out (or, without any, on all), and its errors."""
-    network, best, floor = Predictor.new(seed), None, 0.0
+    network, best, floor = Predictor(seed), None, 0.0
     for round_ in range(rounds + 1):
         places, seen = watched(student, x, table, network, features, linearise=round_ < rounds)
         end = student.squared(places[-1])
@@ -369,20 +370,19 @@ def descend(network: Predictor, seen: Seen, training: slice, epochs: int, rate: 
             damping: float = 0.1) -> Predictor:
     """Steps of Adam on the quadratic errors, damped by their distance from where they were made."""
     with torch.inference_mode(False), torch.enable_grad():
-        weights = {name: value.clone().requires_grad_() for name, value in network.weights.items()}
-        moving = Predictor(weights)
-        adam = torch.optim.Adam(weights.values(), rate)
+        moving = deepcopy(network).requires_grad_()
+        adam = torch.optim.Adam(moving.parameters(), rate)
         for _ in range(epochs):
             adam.zero_grad()
             predictor_loss(moving, seen, training, damping).backward()
             adam.step()
-    return Predictor({name: value.detach() for name, value in weights.items()})
+    return moving.requires_grad_(False)
 
 
 def predictor_loss(network: Predictor, seen: Seen, training: slice, damping: float = 0.0) -> Tensor:
     """The mean over the images of (e + 2 g d + d (G + damping diag G) d) / (e + floor), d = u(network) -
     u."""
-    like = network.weights["heads.bias"]
+    like = network.heads.bias
     e, g, G = (torch.from_numpy(part[training].copy()).to(like) for part in seen.quadratic)  # noqa: N806
     u = torch.from_numpy(seen.u.copy()).to(like)
     parts = {
