@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .catalogue import Sampler, find
-from .first_step import MeanAnswer, afs, answered, check_full_noise
+from .denoisers import FIRST_STEPS, MeanAnswer, check_full_noise
 from .learning.amed import Insertion
 from .model import answer, latents, not_finite
 from .noise import BrownianNoise
@@ -80,10 +80,9 @@ def k_diffusion_function(sampler: Sampler, path: str, options: Mapping[str, Any]
         extra = dict(extra_args or {})
         start = latents(x)
         denoise = _Denoiser(model, x, extra, schedule)
-        answering: Callable[[Tensor, float], Tensor] = denoise
         if first_step != "evaluate":
             check_full_noise(schedule[0], sigma_max)
-            answering = _first_answered(denoise, afs(schedule[0]) if first_step == "afs" else mean)
+        answering = FIRST_STEPS[first_step](denoise, schedule[0], mean)
         with tqdm(total=len(schedule) - 1, disable=disable) as bar:
 
             def observe(i: int, sigma: float, x_now: Tensor, denoised: Tensor) -> None:
@@ -115,22 +114,6 @@ def k_diffusion_function(sampler: Sampler, path: str, options: Mapping[str, Any]
         return result.to(x.dtype)
 
     return fn
-
-
-def _first_answered(denoise: Callable[[Tensor, float], Tensor], answer: Callable[[Tensor],
-                                                                                 Tensor]) -> Callable:
-    """The first call answered without the model, or by it for a mean that has nothing to say yet and
-    learns."""
-    if not isinstance(answer, MeanAnswer) or answer.count:
-        return answered(denoise, answer)
-
-    def learning(x: Tensor, sigma: float) -> Tensor:
-        denoised = denoise(x, sigma)
-        if not answer.count:
-            answer.learn(denoised)
-        return denoised
-
-    return learning
 
 
 def _followed(steps: Sequence[Step]) -> list[float]:

@@ -16,7 +16,7 @@ from processes import EVERY_PLACE, IN_PLACE, KILLED, NEEDS_FORK, copy, ended, ki
 from samplers import PATHS, SAMPLERS, Amed, CalibrationError, Statistics, fit_amed, k_diffusion_sampler, nfe
 from samplers.learning.amed import BASES, Inner, Insertion
 from samplers import FAMILIES
-from samplers.first_step import MeanAnswer
+from samplers.denoisers import MeanAnswer
 from samplers.k_diffusion import k_diffusion_function
 from samplers.learning.predictor import Predictor
 from samplers.sample import sample

@@ -193,8 +193,7 @@ class Insertion:
 
         def plan(i: int, x: Tensor, before: Step | None) -> Step:
             known = before.told if i > learned[0] else inner[:i]
-            answered = self.answered() and (i > 0 or self.trained.first_step == "evaluate")
-            predicted = (*known, self.trained.predict(*levels[i:i + 2], inner[i], answered, x))
+            predicted = (*known, self.trained.predict(*levels[i:i + 2], inner[i], self.answered(), x))
             return self.step(levels, path, i, predicted)._replace(told=predicted)
 
         for i in learned:

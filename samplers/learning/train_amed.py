@@ -26,11 +26,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..first_step import afs, answered
+from ..denoisers import FIRST_STEPS, Denoiser
 from ..integrand import DataPrediction
 from ..model import PROBE, latents
 from ..phi import midpoint
-from ..sample import Denoiser, Place, evaluate, on_device, onward, sample
+from ..sample import Place, evaluate, on_device, onward, sample
 from ..schedule import Level, Path, find_path, levels
 from ..solver import Multistep, finite
 from .amed import BASES, Amed, Inner, Insertion
@@ -246,10 +246,8 @@ class Student:
         """The value kept of the evaluation that opens an interval; the analytic one if the first is left
         out."""
         first = self.solver.step(self.schedule, self.path, i, [Inner()] * (i + 1)).evaluations[0]
-        denoise = self.denoise
-        if i == 0 and self.solver.trained.first_step == "afs":
-            denoise = answered(denoise, afs(self.schedule[0]))
-        return evaluate(denoise, x, first)
+        how = "evaluate" if i else self.solver.trained.first_step
+        return evaluate(FIRST_STEPS[how](self.denoise, self.schedule[0], None), x, first)
 
     def error(self, place: Place) -> Tensor:
         """The residual in y, [B, elements]."""
