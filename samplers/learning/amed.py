@@ -187,18 +187,15 @@ class Insertion:
         inner = self.trained.inner(levels)
         nodes, opens = _nodes(levels, path, inner)
         result = [self._step(nodes, first, path, known) for first, known in zip(opens, inner)]
-        learned = [i for i, step in enumerate(result) if len(step.evaluations) > 1]
-        if self.trained.predictor is None:
-            return result
 
         def plan(i: int, x: Tensor, before: Step | None) -> Step:
-            known = before.told if i > learned[0] else inner[:i]
+            known = before.told if before and before.told else inner[:i]
             predicted = (*known, self.trained.predict(*levels[i:i + 2], inner[i], self.answered(), x))
             return self.step(levels, path, i, predicted)._replace(told=predicted)
 
-        for i in learned:
-            result[i] = result[i]._replace(plan=partial(plan, i))
-        return result
+        looks = self.trained.predictor is not None
+        return [step._replace(plan=partial(plan, i)) if looks and len(step.evaluations) > 1 else step
+                for i, step in enumerate(result)]
 
     def step(self, levels: Sequence[Level], path: Path, i: int, inner: Sequence[Inner]) -> Step:
         """Interval i, of which inner[:i + 1] must be known."""

@@ -186,7 +186,7 @@ def _fit_table(student: Student, x: Tensor, guess: Sequence[np.ndarray], togethe
     """The u [1, 3] of every interval: each by itself, then together from every interval of `together` on;
     `Student.errors`."""
     steps, us = len(guess), course.us(guess)
-    first = student.run(student.start(x), lambda i: np.zeros((1, 3)), steps)
+    first = student.run(Place(0, x), lambda i: np.zeros((1, 3)), steps)
     places = [first[0]._replace(values={0: first[0].values[0]})]
     for i in range(steps):
         if course.done <= 1 + i and i in student.trainable:
@@ -220,9 +220,6 @@ class Student:
         self.schedule, self.path = schedule, path
         self.learn, self.differences, self.trainable = learn, differences, set(_trainable(schedule))
         self.before: Sequence[np.ndarray] = ()  # the u of every interval of the last run
-
-    def start(self, x: Tensor) -> Place:
-        return Place(0, x)
 
     def run(self, place: Place, choose: Choose, end: int, known: Mapping[int, Tensor] | None = None,
             before: Sequence[np.ndarray] | None = None) -> list[Place]:
@@ -358,7 +355,7 @@ def watched(student: Student, x: Tensor, table: np.ndarray, network: Predictor,
             us.append(network(seen, len(x), *lams, table[i]).double().cpu().numpy())
         return us[-1]
 
-    places = student.run(student.start(x), choose, len(student.schedule) - 1, before=[])
+    places = student.run(Place(0, x), choose, len(student.schedule) - 1, before=[])
     if not linearise:
         return places, None
     return places, Seen(looks, np.concatenate(us, 1), student.quadratic(places, us))
