@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..samplers.first_step import MeanAnswer
+from ..samplers.denoisers import MeanAnswer
 from . import identity
 
 KEPT = 32

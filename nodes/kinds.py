@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..samplers import Amed, Statistics, estimate_statistics, fit_amed, fitted_sigmas, refit_multistep
 from ..samplers.learning.measure import INTERVALS, nodes
-from ..samplers.first_step import FULL
+from ..samplers.denoisers import FULL
 from ..samplers.learning.fitted import Fitted
 from ..samplers.model import PROBE
 from ..samplers.learning.refit import FEWEST, LARGEST

@@ -13,7 +13,7 @@ from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
 import numpy as np
 
-from .first_step import CHOICES
+from .denoisers import FIRST_STEPS
 from .learning.amed import Amed, Insertion
 from .learning.fitted import Fitted
 from .schedule import find_path, levels
@@ -144,7 +144,7 @@ FIRST_STEP = Option(
     "How the first evaluation of a run at full noise is answered. evaluate: by the model; afs: analytically, "
     "at no cost, which suits models with a very high sigma_max; mean: by the mean of what the model answered "
     "to earlier seeds of the same prompt, once there are "
-    "some", choices=CHOICES, advanced=True, default="evaluate")
+    "some", choices=tuple(FIRST_STEPS), advanced=True, default="evaluate")
 
 FAMILIES: dict[str, Sampler] = {}
 SAMPLERS: dict[str, Sampler] = {}

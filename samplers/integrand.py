@@ -16,7 +16,7 @@ from itertools import pairwise
 from typing import Mapping, NamedTuple, Protocol
 
 from .phi import Basis, Rule, taylor, weights
-from .schedule import Level
+from .schedule import Level, Number, largest
 from .tensors import Coefficient
 
 
@@ -74,9 +74,9 @@ class Integrand(Protocol):
 class Flow(NamedTuple):
     """The coefficients of one step s -> t of an exponential integrand, before its quadrature is chosen."""
 
-    decay: float
-    gain: float
-    z: float
+    decay: Number
+    gain: Number
+    z: Number
     std: float
 
 
@@ -92,8 +92,9 @@ class Exponential:
         decay, gain, z, std = self.flow(s, to)
         w = stage.basis([(at[k].lam - s.lam) / h for k in stage.uses], stage.rule(len(stage.uses), z))
         # a weight that is 0 but for rounding would cost a pass over the latents
-        least = 1e-14 * max(map(abs, w))
-        return Update(to, decay, tuple((k, gain * wk) for k, wk in zip(stage.uses, w) if abs(wk) > least),
+        least = 1e-14 * max(largest(abs(wk)) for wk in w)
+        return Update(to, decay,
+                      tuple((k, gain * wk) for k, wk in zip(stage.uses, w) if largest(abs(wk)) > least),
                       noise=self._noise(s, to, at) if std else ())
 
     def _noise(self, s: Level, to: Level, at: Mapping[int, Level]) -> tuple[tuple[Span, float], ...]:
@@ -131,7 +132,7 @@ class DataPrediction(Exponential):
         h = t.lam - s.lam
         damping = self.eta * h if self.eta else 0.0  # not 0 * inf
         return Flow(decay=t.sigma / s.sigma * math.exp(-damping), gain=t.alpha, z=h + damping,
-                    std=t.sigma * math.sqrt(-math.expm1(-2.0 * damping)) * self.s_noise)
+                    std=t.sigma * math.sqrt(-math.expm1(-2.0 * damping)) * self.s_noise if damping else 0.0)
 
 
 @dataclass(frozen=True)

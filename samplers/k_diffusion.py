@@ -12,11 +12,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .catalogue import Sampler, find
-from .first_step import MeanAnswer, afs, answered, check_full_noise
+from .denoisers import FIRST_STEPS, MeanAnswer, check_full_noise
 from .learning.amed import Insertion
 from .model import answer, latents, not_finite
 from .noise import BrownianNoise
-from .sample import no_noise, sample, sample_adaptive
+from .sample import Noise, Observer, no_noise, sample, sample_adaptive
 from .schedule import Level, find_path, levels
 from .solver import Adaptive, Step, finite
 
@@ -63,7 +63,7 @@ def k_diffusion_function(sampler: Sampler, path: str, options: Mapping[str, Any]
     that one too.
     """
     settings = sampler.settings(options)
-    solver, first_step = sampler.solver(**options), sampler.first_step(settings)
+    solver, first_step = sampler.solver_of(settings), sampler.first_step(settings)
     gaussian = find_path(path)
     if first_step == "mean" and mean is None:
         raise ValueError(
@@ -73,64 +73,54 @@ def k_diffusion_function(sampler: Sampler, path: str, options: Mapping[str, Any]
         raise ValueError(f"sigma_min = {sigma_min}: give the model's lowest noise level above 0, or None")
 
     @torch.no_grad()
-    def fn(model: Callable[...,
-                           Tensor], x: Tensor, sigmas: Tensor, extra_args: Mapping[str, Any] | None = None,
-           callback: Callable[[dict], None] | None = None, disable: bool | None = None) -> Tensor:
-        schedule = levels(sigmas, gaussian)
-        extra = dict(extra_args or {})
-        start = latents(x)
+    def fn(model: Callable[..., Tensor], x: Tensor, sigmas: Tensor,
+           extra_args: Mapping[str, Any] | None = None, callback: Callable[[dict], None] | None = None,
+           disable: bool | None = None) -> Tensor:
+        schedule, start, extra = levels(sigmas, gaussian), latents(x), dict(extra_args or {})
         denoise = _Denoiser(model, x, extra, schedule)
-        answering: Callable[[Tensor, float], Tensor] = denoise
         if first_step != "evaluate":
             check_full_noise(schedule[0], sigma_max)
-            answering = _first_answered(denoise, afs(schedule[0]) if first_step == "afs" else mean)
+        answering = FIRST_STEPS[first_step](denoise, schedule[0], mean)
         with tqdm(total=len(schedule) - 1, disable=disable) as bar:
-
-            def observe(i: int, sigma: float, x_now: Tensor, denoised: Tensor) -> None:
-                bar.update(i - bar.n)
-                if callback is not None:
-                    level = x_now.new_full((), sigma)
-                    callback({"x": x_now, "i": i, "sigma": level, "sigma_hat": level, "denoised": denoised})
-
-            if isinstance(solver, Adaptive):
-                denoise.follow([level.sigma for level in schedule], follow)
-                try:
+            observe = _observer(bar, callback)
+            with denoise:
+                if isinstance(solver, Adaptive):
+                    denoise.follow([level.sigma for level in schedule], follow)
                     result = sample_adaptive(answering, start, schedule, solver, gaussian, lowest=lowest,
                                              observe=observe)
-                except FloatingPointError:
-                    denoise.check()  # the sooner cause, if there is one
-                    raise
-            else:
-                run = replace(solver, answered=lambda: bool(denoise.seen)) if isinstance(
-                    solver, Insertion) else solver
-                steps = run.steps(schedule, gaussian)
-                noise = no_noise
-                if any(step.noisy for step in steps):
-                    device = x.device if settings["noise_device"] == "gpu" else "cpu"
-                    noise = BrownianNoise(start, _seed(extra), device, noise_scale)
-                denoise.follow(_followed(steps), follow)
-                result = sample(answering, start, steps, noise=noise, observe=observe)
-            denoise.check()
+                else:
+                    run = (replace(solver, answered=lambda: bool(denoise.seen))
+                           if isinstance(solver, Insertion) else solver)
+                    steps = run.steps(schedule, gaussian)
+                    noise = _noise(steps, start, settings, extra, noise_scale)
+                    denoise.follow(_followed(steps), follow)
+                    result = sample(answering, start, steps, noise=noise, observe=observe)
             bar.update(bar.total - bar.n)
         return result.to(x.dtype)
 
     return fn
 
 
-def _first_answered(denoise: Callable[[Tensor, float], Tensor], answer: Callable[[Tensor],
-                                                                                 Tensor]) -> Callable:
-    """The first call answered without the model, or by it for a mean that has nothing to say yet and
-    learns."""
-    if not isinstance(answer, MeanAnswer) or answer.count:
-        return answered(denoise, answer)
+def _observer(bar: tqdm, callback: Callable[[dict], None] | None) -> Observer:
+    """What moves the bar, and tells the callback."""
 
-    def learning(x: Tensor, sigma: float) -> Tensor:
-        denoised = denoise(x, sigma)
-        if not answer.count:
-            answer.learn(denoised)
-        return denoised
+    def observe(i: int, sigma: float, x: Tensor, denoised: Tensor) -> None:
+        bar.update(i - bar.n)
+        if callback is not None:
+            level = x.new_full((), sigma)
+            callback({"x": x, "i": i, "sigma": level, "sigma_hat": level, "denoised": denoised})
 
-    return learning
+    return observe
+
+
+def _noise(steps: Sequence[Step], x: Tensor, settings: Mapping[str, Any], extra_args: Mapping[str, Any],
+           scale: float) -> Noise:
+    """What planned steps need: none, or that of the seed."""
+    if not any(step.noisy for step in steps):
+        return no_noise
+    seed = extra_args.get("seed")
+    seed = int(torch.randint(2**63 - 1, ()).item()) if seed is None else int(seed)
+    return BrownianNoise(x, seed, x.device if settings["noise_device"] == "gpu" else "cpu", scale)
 
 
 def _followed(steps: Sequence[Step]) -> list[float]:
@@ -161,18 +151,16 @@ class _Denoiser:
         self.seen.append((float(np.max(sigma)), denoised.sum()))  # NaN and infinity survive a sum
         return denoised
 
-    def check(self) -> None:
-        """FloatingPointError naming the first step that was not finite. Once a run: it waits for the
-        device."""
-        if not self.seen or self.like.is_meta:
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, *fault: Any) -> None:
+        """FloatingPointError naming the first step that was not finite, the sooner cause of another one. Once
+        a run: it waits for the device."""
+        if not self.seen or self.like.is_meta or kind not in (None, FloatingPointError):
             return
         sigmas, sums = zip(*self.seen)
         for sigma, total in zip(sigmas, torch.stack(sums).tolist()):
             if not math.isfinite(total):
                 raise not_finite(
                     sigma, f" in step {bisect_right(self.falling, -sigma)} of {len(self.falling) - 1},")
-
-
-def _seed(extra_args: Mapping[str, Any]) -> int:
-    seed = extra_args.get("seed")
-    return int(torch.randint(2**63 - 1, ()).item()) if seed is None else int(seed)

@@ -12,6 +12,8 @@ from __future__ import annotations
 import math
 from typing import Callable, Mapping, Sequence
 
+from .schedule import elementwise, expm1
+
 Rule = Callable[[int, float], Sequence[float]]
 """rule(n, z) -> the moments M_0 .. M_(n-1) of an n-node quadrature."""
 Basis = Callable[[Sequence[float], Sequence], list]
@@ -19,6 +21,7 @@ Basis = Callable[[Sequence[float], Sequence], list]
 `pseudo_weights`."""
 
 
+@elementwise
 def phi(k: int, z: float) -> float:
     """phi_k(z) = int_0^1 e^((1-u) z) u^(k-1) / (k-1)! du;  phi_1(z) = (e^z - 1) / z.
 
@@ -51,7 +54,7 @@ def published(n: int, z: float) -> list[float]:
     derivative, so it is of order 2 with a small error constant. (LuChengTHU/dpm-solver, multistep third
     update.)
     """
-    return [-math.expm1(-z)] + [z * phi(p + 1, -z) for p in range(1, n)]
+    return [-expm1(-z)] + [z * phi(p + 1, -z) for p in range(1, n)]
 
 
 def midpoint(n: int, z: float) -> list[float]:

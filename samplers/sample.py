@@ -3,19 +3,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Set
-from itertools import count
 from typing import Callable, Mapping, NamedTuple, Sequence
 
 import numpy as np
 from torch import Tensor
 
+from .denoisers import Denoiser, limited
 from .integrand import Evaluation, Span, Update
 from .schedule import Level, Path
 from .solver import Adaptive, Step, ddim, finite
 from .tensors import lincomb, placed, rms
 
-Denoiser = Callable[[Tensor, float], Tensor]
-"""denoise(x, sigma) -> the model's estimate of x0."""
 Noise = Callable[[Level, Level], Tensor]
 """noise(s, t) -> a unit-variance increment, shaped like x; those over disjoint spans are independent."""
 Observer = Callable[[int, float, Tensor, Tensor], None]
@@ -152,8 +150,6 @@ LOWEST = 0.002
 """sigma / alpha from which an adaptive run to 0 goes there at once, if the model's lowest level is not known.
 On normal data of spreads 0.02 to 1 that step erred by 1e-3 from 0.01 on, and by 7e-5 from 0.002 on, which
 took 3 evaluations more at most tolerances."""
-MOST = 2000
-"""Evaluations of an adaptive run at most. The tightest tolerances took up to 1,455 on exact problems."""
 
 
 def sample_adaptive(denoise: Denoiser, x: Tensor, levels: Sequence[Level], solver: Adaptive, path: Path, *,
@@ -168,7 +164,7 @@ def sample_adaptive(denoise: Denoiser, x: Tensor, levels: Sequence[Level], solve
     """
     if len(levels) < 2:
         return x
-    denoise = _bounded(denoise, solver)
+    denoise = limited(denoise, solver)
     start, end = levels[0], levels[-1]
     stop = end if finite(end) else lowest or path.at(-math.log(LOWEST))
     s = start
@@ -181,21 +177,6 @@ def sample_adaptive(denoise: Denoiser, x: Tensor, levels: Sequence[Level], solve
     if stop != end:
         x = sample(denoise, x, [ddim(solver.integrand, s, end)], observe=observe, first=_interval(levels, s))
     return x
-
-
-def _bounded(denoise: Denoiser, solver: Adaptive) -> Denoiser:
-    calls = count(1)
-
-    def bounded(x: Tensor, sigma: float) -> Tensor:
-        if next(calls) > MOST:
-            raise FloatingPointError(
-                f"after {MOST} evaluations the run is at sigma = {sigma:.6g} only: its tolerances (rtol = "
-                f"{solver.rtol:g}, atol = {solver.atol:g}) are too tight for this model, or finer than its "
-                "precision (a model in bfloat16 is exact to about 0.004, in float16 to 0.0005): raise rtol "
-                "and atol, run the model in float32, or choose a solver with a fixed number of steps")
-        return denoise(x, sigma)
-
-    return bounded
 
 
 def _interval(levels: Sequence[Level], at: Level) -> int:

@@ -14,23 +14,40 @@ paths are one and the same: dy / dvarsigma = eps.
     VariancePreserving    sqrt(1 - sigma^2)  [0, 1]          DDPM / score-SDE states, schedules stated in t
 
 The ends are levels too: sigma = 0 has lam = +inf, and sigma = 1 (alpha = 0) of a flow or VP path has lam =
--inf. All numbers are Python floats (float64, on the host).
+-inf. All numbers are Python floats (float64, on the host), or float64 arrays where every image has its own.
 """
 from __future__ import annotations
 
 import math
-from typing import Mapping, NamedTuple, Protocol, Sequence
+from functools import wraps
+from typing import Callable, Mapping, NamedTuple, Protocol, Sequence
 
 import numpy as np
 from torch import Tensor
+
+Number = float | np.ndarray
+"""A float; or an array [B, 1, ...] that broadcasts over latents, a number of its own for every image."""
+
+
+def elementwise(f: Callable[..., float]) -> Callable[..., Number]:
+    """f, whose last argument may be an array: then f of every element, the same as of that alone."""
+    each = np.vectorize(f, otypes=[float])
+    return wraps(f)(lambda *z: (each if isinstance(z[-1], np.ndarray) else f)(*z))
+
+
+def largest(value: Number) -> float:
+    return float(value.max()) if isinstance(value, np.ndarray) else value
+
+
+exp, expm1, sqrt = map(elementwise, (math.exp, math.expm1, math.sqrt))
 
 
 class Level(NamedTuple):
     """One noise level of a path: x = alpha x0 + sigma eps, lam = log(alpha / sigma)."""
 
-    lam: float
-    alpha: float
-    sigma: float
+    lam: Number
+    alpha: Number
+    sigma: Number
 
 
 class Path(Protocol):
@@ -40,7 +57,7 @@ class Path(Protocol):
 
     def level(self, sigma: float) -> Level: ...
 
-    def at(self, lam: float) -> Level: ...
+    def at(self, lam: Number) -> Level: ...
 
 
 class VarianceExploding:
@@ -51,8 +68,8 @@ class VarianceExploding:
     def level(self, sigma: float) -> Level:
         return Level(-_log(sigma), 1.0, sigma)
 
-    def at(self, lam: float) -> Level:
-        return Level(lam, 1.0, math.exp(-lam))
+    def at(self, lam: Number) -> Level:
+        return Level(lam, 1.0, exp(-lam))
 
 
 class RectifiedFlow:
@@ -63,7 +80,7 @@ class RectifiedFlow:
     def level(self, sigma: float) -> Level:
         return Level(_log(1.0 - sigma) - _log(sigma), 1.0 - sigma, sigma)
 
-    def at(self, lam: float) -> Level:
+    def at(self, lam: Number) -> Level:
         return Level(lam, _logistic(lam), _logistic(-lam))
 
 
@@ -76,8 +93,8 @@ class VariancePreserving:
         alpha = math.sqrt((1.0 - sigma) * (1.0 + sigma))
         return Level(_log(alpha) - _log(sigma), alpha, sigma)
 
-    def at(self, lam: float) -> Level:
-        return Level(lam, math.sqrt(_logistic(2.0 * lam)), math.sqrt(_logistic(-2.0 * lam)))
+    def at(self, lam: Number) -> Level:
+        return Level(lam, sqrt(_logistic(2.0 * lam)), sqrt(_logistic(-2.0 * lam)))
 
 
 PATHS: Mapping[str, Path] = {"ve": VarianceExploding(), "flow": RectifiedFlow(), "vp": VariancePreserving()}
@@ -128,6 +145,7 @@ def _log(value: float) -> float:
     return math.log(value) if value > 0.0 else -math.inf
 
 
+@elementwise
 def _logistic(lam: float) -> float:
     """1 / (1 + e^-lam), without overflow and with full relative precision in both tails."""
     if lam >= 0.0:

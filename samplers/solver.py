@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .integrand import DataPrediction, Evaluation, Integrand, Span, Stage, Update
 from .phi import Basis, Rule, midpoint, taylor, trapezoid, weights
-from .schedule import Level, Path, VarianceExploding
+from .schedule import Level, Path, VarianceExploding, largest
 
 
 class Residual(Protocol):
@@ -158,7 +158,7 @@ unshifted flow."""
 
 
 def finite(*ends: Level) -> bool:
-    return all(math.isfinite(end.lam) for end in ends)
+    return all(math.isfinite(largest(end.lam)) for end in ends)
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,8 @@ class Multistep:
             return last - i + 1
         if self.lower_order_final == "off" or n >= SHORT_RUN or levels[n].lam <= CLEAN:
             return self.order
-        return last - i + 1 + (levels[last + 1].lam - levels[last].lam <= LONG)
+        # the longest of a batch sets it for all
+        return last - i + 1 + (largest(levels[last + 1].lam - levels[last].lam) <= LONG)
 
 
 @dataclass(frozen=True)

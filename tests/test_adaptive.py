@@ -9,8 +9,8 @@ import torch
 
 from problems import ADAPTIVE, Counted, Gaussian, reference_mixture, starting_noise
 from samplers import PATHS, k_diffusion_sampler
-from samplers.first_step import MeanAnswer
-from samplers.sample import LOWEST, MOST
+from samplers.denoisers import MOST, MeanAnswer
+from samplers.sample import LOWEST
 
 EVERY_ADAPTIVE = pytest.mark.parametrize("name", ADAPTIVE)
 TIGHT = {"rtol": 1e-4, "atol": 1e-4}

@@ -3,6 +3,7 @@ its predictor."""
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -13,9 +14,9 @@ from safetensors.numpy import load_file, save_file
 from problems import Counted, Gaussian, reference_mixture, starting_noise
 from processes import EVERY_PLACE, IN_PLACE, KILLED, NEEDS_FORK, copy, ended, kill_within_write, slow
 from samplers import PATHS, SAMPLERS, Amed, CalibrationError, Statistics, fit_amed, k_diffusion_sampler, nfe
-from samplers.learning.amed import BASES, Insertion
+from samplers.learning.amed import BASES, Inner, Insertion
 from samplers import FAMILIES
-from samplers.first_step import MeanAnswer
+from samplers.denoisers import MeanAnswer
 from samplers.k_diffusion import k_diffusion_function
 from samplers.learning.predictor import Predictor
 from samplers.sample import sample
@@ -249,7 +250,7 @@ def trained_file(tmp_path, predictor: Predictor | None = None):
     return trained, tmp_path / "a.safetensors"
 
 
-@pytest.mark.parametrize("predictor", [None, Predictor.new(3)])
+@pytest.mark.parametrize("predictor", [None, Predictor(3)])
 def test_a_file_keeps_everything(tmp_path, predictor) -> None:
     trained, path = trained_file(tmp_path, predictor)
     loaded = Amed.load(path)
@@ -259,8 +260,8 @@ def test_a_file_keeps_everything(tmp_path, predictor) -> None:
     assert loaded.about["losses"] == trained.about["losses"] and loaded.about["model"] == "m"
     assert (loaded.predictor is None) == (predictor is None)
     if predictor:
-        assert all(
-            torch.equal(loaded.predictor.weights[name], value) for name, value in predictor.weights.items())
+        assert all(torch.equal(loaded.predictor.state_dict()[name], value)
+                   for name, value in predictor.state_dict().items())
     with pytest.raises(FileExistsError):
         trained.save(path)
 
@@ -331,23 +332,22 @@ def test_the_gradient_by_forward_differences_is_that_of_back_propagation(base: s
     net = SmallUNet()
     x = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 10
     path, schedule = PATHS["ve"], levels([10.0, 2.0, 0.4], PATHS["ve"])
-    weights = dict(Predictor.new(2, torch.float64).weights)
-    weights["heads.weight"] = torch.randn(3, 12, generator=torch.Generator().manual_seed(4),
-                                          dtype=torch.float64) * 0.2
+    network = Predictor(2, torch.float64)
+    network.heads.weight.copy_(torch.randn(3, 12, generator=torch.Generator().manual_seed(4),
+                                           dtype=torch.float64) * 0.2)
     denoise = lambda x, sigma: net(x, per_image(sigma, x))  # noqa: E731
     table = np.zeros((2, 3))
     with torch.no_grad():
         targets = _teacher(denoise, x, schedule, 8, path)
         student = Student(denoise, Insertion(Amed.untrained(), BASES[base]), schedule, path, targets,
                           differences=(1e-4, 1e-4, 1e-4))
-        places, seen = watched(student, x, table, Predictor(weights), lambda: net.seen)
-    ours = {name: value.clone().requires_grad_() for name, value in weights.items()}
-    predictor_loss(Predictor(ours), seen, slice(0, 3)).backward()
+        places, seen = watched(student, x, table, network, lambda: net.seen)
+    ours, theirs = (deepcopy(network).requires_grad_() for _ in range(2))
+    predictor_loss(ours, seen, slice(0, 3)).backward()
 
-    theirs = {name: value.clone().requires_grad_() for name, value in weights.items()}
     state = x
     for (_, features, lams, row), s, t in zip(seen.looks, (10.0, 2.0), (2.0, 0.4)):
-        u = Predictor(theirs)(features, 3, *lams, row)
+        u = theirs(features, 3, *lams, row)
         r, c, a = torch.sigmoid(u[:, 0]), 1 + 0.5 * torch.tanh(u[:, 1]), 1 + 0.5 * torch.tanh(u[:, 2])
         m = t**r * s ** (1 - r)
         column, c = m.reshape(-1, 1, 1, 1), c.reshape(-1, 1, 1, 1)
@@ -357,9 +357,9 @@ def test_the_gradient_by_forward_differences_is_that_of_back_propagation(base: s
     torch.testing.assert_close(state.detach(), places[-1].x, rtol=0, atol=1e-9)
     e = (state - targets[2]).square().flatten(1).mean(1)
     (e / (e + FLOOR * e.mean()).detach()).mean().backward()
-    for name in weights:
-        scale = theirs[name].grad.norm()
-        assert scale > 0 and (ours[name].grad - theirs[name].grad).norm() < 0.01 * scale, name
+    for (name, own), their in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        scale = their.grad.norm()
+        assert scale > 0 and (own.grad - their.grad).norm() < 0.01 * scale, name
 
 
 def test_a_predictor_is_no_worse_than_its_table_and_runs_every_image_by_itself(tmp_path) -> None:
@@ -380,7 +380,7 @@ def test_a_predictor_is_no_worse_than_its_table_and_runs_every_image_by_itself(t
         torch.testing.assert_close(alone, whole[k:k + 1], rtol=0, atol=1e-6)
     table = k_diffusion_sampler("amed", trained=replace(loaded, predictor=None))(
         net, x[:3], torch.tensor(sigmas, dtype=torch.float64), disable=True)
-    if loaded.predictor.weights["heads.weight"].any():
+    if loaded.predictor.heads.weight.any():
         assert not torch.allclose(table, whole, atol=1e-6)
 
 
@@ -395,7 +395,7 @@ def test_a_predictor_of_zero_is_its_table() -> None:
                          first_step)
             results = [
                 k_diffusion_sampler(NAMES[base], trained=what)(net, x, sigmas, disable=True)
-                for what in (plain, replace(plain, predictor=Predictor.new(), features=lambda: net.seen))
+                for what in (plain, replace(plain, predictor=Predictor(), features=lambda: net.seen))
             ]
             torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-5)
 
@@ -406,12 +406,10 @@ def moving(first_step: str = "evaluate", base: str = "amed", steps: int = 3):
     net = SmallUNet()
     x = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 10
     sigmas = torch.tensor([10.0 * 0.2**i for i in range(steps)] + [0.0], dtype=torch.float64)
-    weights = {
-        **Predictor.new(2).weights, "heads.weight": torch.randn(3, 12,
-                                                                generator=torch.Generator().manual_seed(4))
-    }
+    predictor = Predictor(2)
+    predictor.heads.weight.copy_(torch.randn(3, 12, generator=torch.Generator().manual_seed(4)))
     untrained = Amed.untrained(levels(sigmas.tolist(), PATHS["ve"]), base, first_step)
-    return net, x, sigmas, replace(untrained, predictor=Predictor(weights))
+    return net, x, sigmas, replace(untrained, predictor=predictor)
 
 
 def test_a_predictor_that_nothing_shows_the_middle_block_is_refused() -> None:
@@ -464,6 +462,34 @@ def test_a_planned_list_of_steps_serves_one_x_after_another(base: str) -> None:
     assert not torch.allclose(*alone)
     for one, other in zip(alone, again):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("base", BASES)
+def test_the_plan_of_a_batch_is_that_of_each_of_its_images(base: str, path: str) -> None:
+    schedule = [PATHS[path].at(lam) for lam in (-1.5, -0.3, 0.9, 1.9)]
+    solver = Insertion(Amed.untrained(schedule), BASES[base])
+    u = np.random.default_rng(1).normal(0.0, 0.5, (3, 5, 3))  # of three intervals and five images
+
+    def coefficients(images: slice, i: int) -> list:
+        step = solver.step(schedule, PATHS[path], i, [Inner.of(row[images], 4) for row in u])
+        return [c for evaluation in step.evaluations for c in (*evaluation.at, *evaluation[1:])
+                ] + [c for update in step.updates for c in (update.decay, *sum(update.terms, ()))]
+
+    for i in range(3):
+        for image in range(5):
+            for all_of_it, own in zip(coefficients(slice(None), i), coefficients(slice(image, image + 1), i),
+                                      strict=True):
+                assert np.broadcast_to(all_of_it, (5, 1, 1, 1))[image] == own
+
+
+def test_a_last_step_that_is_long_for_one_image_is_of_order_1_for_all() -> None:
+    schedule = [PATHS["ve"].at(lam) for lam in (-2.0, 0.0, 3.0)]
+    solver = Insertion(Amed.untrained(schedule), BASES["dpmpp_2m"])
+    for r, terms in ((0.3, 1), (0.6, 2), (np.array([0.6, 0.3]), 1)):
+        last = solver.step(schedule, PATHS["ve"], 1, [Inner(), Inner(r)]).updates[-1]
+        assert len(last.terms) == terms
+        np.testing.assert_allclose(sum(c for _, c in last.terms), 1 - np.exp((r - 1) * 3))  # exact for 1
 
 
 @NEEDS_FORK

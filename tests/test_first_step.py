@@ -6,7 +6,7 @@ import torch
 
 from problems import FIXED, Counted, Gaussian, needed
 from samplers import PATHS, SAMPLERS, k_diffusion_sampler, nfe
-from samplers.first_step import MeanAnswer, afs
+from samplers.denoisers import MeanAnswer, afs
 
 FULL = {"ve": [14.6, 4.0, 1.0, 0.2, 0.0], "flow": [1.0, 0.7, 0.4, 0.1, 0.0], "vp": [1.0, 0.8, 0.4, 0.1, 0.0]}
 
@@ -44,8 +44,8 @@ def test_afs_takes_x_for_noise_scaled_to_unit_variance() -> None:
             level = PATHS[path].at(lam)
             eps = x / (level.alpha**2 * 0.25 + level.sigma**2) ** 0.5
             torch.testing.assert_close(
-                afs(level, 0.5)(x), (x - level.sigma * eps) / level.alpha, rtol=0, atol=1e-9)
-    assert not afs(PATHS["flow"].level(1.0))(x).any()
+                afs(level, 0.5)(x, level.sigma), (x - level.sigma * eps) / level.alpha, rtol=0, atol=1e-9)
+    assert not afs(PATHS["flow"].level(1.0))(x, 1.0).any()
 
 
 @pytest.mark.parametrize("path", ["ve", "flow"])

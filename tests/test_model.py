@@ -9,7 +9,7 @@ import torch
 
 from problems import FIXED, Gaussian, needed
 from samplers import SAMPLERS, estimate_statistics, fit_amed, k_diffusion_sampler, nfe, refit_multistep
-from samplers.first_step import MeanAnswer
+from samplers.denoisers import MeanAnswer
 from samplers.schedule import VarianceExploding
 from samplers.learning.storage import Partial
 from test_calibrate import mixture, noise

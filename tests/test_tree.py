@@ -55,7 +55,7 @@ def test_the_solvers_know_nothing_of_comfyui_and_need_only_what_it_installs() ->
 
 def test_modules_import_downwards_only() -> None:
     order = [
-        "schedule", "tensors", "model", "phi", "integrand", "solver", "noise", "sample", "first_step",
+        "schedule", "tensors", "model", "phi", "integrand", "solver", "noise", "denoisers", "sample",
         *(f"learning.{name}" for name in ("storage", "record", "statistics", "fitted", "predictor", "amed",
                                           "course", "gauss_newton", "measure", "train_amed", "refit")),
         "catalogue", "families", "k_diffusion", "__init__"

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...samplers import FAMILIES
 from ...samplers.catalogue import Sampler
-from ...samplers.first_step import FULL
+from ...samplers.denoisers import FULL
 from ...samplers.learning.fitted import Unmeasured
 from ...samplers.schedule import Level, find_path, levels
 from ...samplers.solver import Adaptive, Step

@@ -16,8 +16,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise, zip_longest
-from typing import Any, Callable, Mapping, NamedTuple, Sequence
+from itertools import pairwise
+from typing import Callable, Mapping, NamedTuple, Sequence
 
 import numpy as np
 import torch
@@ -25,8 +25,8 @@ from torch import Tensor
 
 from ..integrand import DataPrediction, NoisePrediction, Stage
 from ..phi import adams, midpoint
-from ..schedule import Level, Path
-from ..solver import Multistep, Singlestep, Step, Tableau, ddim, finite, joined
+from ..schedule import Level, Number, Path
+from ..solver import Multistep, Step, ddim, finite, joined, step
 from .predictor import Predictor, bounded, unbounded
 from .record import Record, array, group, said
 from .storage import CalibrationError
@@ -39,16 +39,15 @@ class Inner(NamedTuple):
     """What is learned of one step: the place, the factor on the direction, and the factor on the told
     varsigma."""
 
-    r: float = 0.5
-    c: float = 1.0
-    a: float = 1.0
+    r: Number = 0.5
+    c: Number = 1.0
+    a: Number = 1.0
 
-
-class Nodes(NamedTuple):
-    """A schedule with inner nodes, and the number of the node that opens each of its intervals."""
-
-    all: list[Level]
-    opens: list[int]
+    @classmethod
+    def of(cls, u: np.ndarray, ndim: int) -> Inner:
+        """Of u [1, 3], for all images; or [B, 3], arrays over latents of so many axes."""
+        return cls(*(float(column[0]) if len(u) == 1 else column.reshape(-1, *[1] * (ndim - 1))
+                     for column in bounded(u).T))
 
 
 class Pair(NamedTuple):
@@ -139,7 +138,7 @@ class Amed(Record, format=FORMAT):
                     f"this AMED was trained for {_shown(self.lam)}, and the schedule is {_shown(lam)}: train "
                     "it for this schedule (its scheduler, steps and denoise), use the trained one, or allow "
                     "interpolation")
-            return [Inner(*map(float, row)) for row in self.table]
+            return [Inner(*row) for row in self.table.tolist()]
         middles, rows = _middles(self.lam), unbounded(self.table)
         known = np.isfinite(middles)
         if not known.any():
@@ -147,10 +146,10 @@ class Amed(Record, format=FORMAT):
         # intervals of infinite length are not asked
         at = np.nan_to_num(_middles(lam), nan=0.0, posinf=0.0, neginf=0.0)
         values = [np.interp(at, middles[known], row[known]) for row in rows.T]
-        return [Inner(*map(float, row)) for row in bounded(np.stack(values, axis=1))]
+        return [Inner(*row) for row in bounded(np.stack(values, axis=1)).tolist()]
 
-    def predict(self, s: Level, t: Level, inner: Inner, answered: bool, count: int) -> list[Inner]:
-        """(r, c, a) of one interval for every image, from the table's and what the model's middle block
+    def predict(self, s: Level, t: Level, inner: Inner, answered: bool, x: Tensor) -> Inner:
+        """(r, c, a) of one interval for every image of x, from the table's and what the model's middle block
         holds; nothing of that where the model has not answered yet."""
         if self.features is None:
             raise ValueError(
@@ -159,8 +158,8 @@ class Amed(Record, format=FORMAT):
                 "replace(trained, predictor=None)")
         seen = self.features() if answered else None
         with torch.no_grad():
-            moved = self.predictor(seen, count, s.lam, t.lam, unbounded(np.array(inner)))
-        return [Inner(*map(float, row)) for row in bounded(moved.double().cpu().numpy())]
+            moved = self.predictor(seen, len(x), s.lam, t.lam, unbounded(np.array(inner)))
+        return Inner.of(moved.double().cpu().numpy(), x.ndim)
 
 
 def _middles(lam: np.ndarray) -> np.ndarray:
@@ -186,71 +185,50 @@ class Insertion:
 
     def steps(self, levels: Sequence[Level], path: Path) -> list[Step]:
         inner = self.trained.inner(levels)
-        nodes = self._nodes(levels, path, inner)
-        result = [self._step(levels, path, i, inner[i], nodes) for i in range(len(levels) - 1)]
-        learned = [i for i, step in enumerate(result) if len(step.evaluations) > 1]
-        if self.trained.predictor is None:
-            return result
+        nodes, opens = _nodes(levels, path, inner)
+        result = [self._step(nodes, first, path, known) for first, known in zip(opens, inner)]
 
         def plan(i: int, x: Tensor, before: Step | None) -> Step:
-            known = before.told if i > learned[0] else tuple([row] for row in inner[:i])
-            answered = self.answered() and (i > 0 or self.trained.first_step == "evaluate")
-            predicted = (*known, self.trained.predict(*levels[i:i + 2], inner[i], answered, len(x)))
-            return self.step_of_each(levels, path, i, predicted, x.ndim)._replace(told=predicted)
+            known = before.told if before and before.told else inner[:i]
+            predicted = (*known, self.trained.predict(*levels[i:i + 2], inner[i], self.answered(), x))
+            return self.step(levels, path, i, predicted)._replace(told=predicted)
 
-        for i in learned:
-            result[i] = result[i]._replace(plan=partial(plan, i))
-        return result
+        looks = self.trained.predictor is not None
+        return [step._replace(plan=partial(plan, i)) if looks and len(step.evaluations) > 1 else step
+                for i, step in enumerate(result)]
 
     def step(self, levels: Sequence[Level], path: Path, i: int, inner: Sequence[Inner]) -> Step:
         """Interval i, of which inner[:i + 1] must be known."""
-        return self._step(levels, path, i, inner[i], self._nodes(levels, path, inner))
+        nodes, opens = _nodes(levels, path, inner)
+        return self._step(nodes, opens[i], path, inner[i])
 
-    def _step(self, levels: Sequence[Level], path: Path, i: int, inner: Inner, nodes: Nodes) -> Step:
-        s, t = levels[i:i + 2]
-        if not finite(s, t):
-            return ddim(DataPrediction(), s, t)
-        if isinstance(self.base, Pair):
-            step = Singlestep(NoisePrediction(), Tableau((inner.r,), self.base)).step(s, t, path)
-        else:
-            step = joined(*(self.base.step(nodes.all, nodes.opens[i] + k) for k in (0, 1)))
-        return _bent(step, inner, path)
+    def _step(self, nodes: Sequence[Level], first: int, path: Path, inner: Inner) -> Step:
+        if not finite(*nodes[first:first + 2]):
+            return ddim(DataPrediction(), *nodes[first:first + 2])
+        straight = (step(NoisePrediction(), nodes[first:first + 3], self.base)
+                    if isinstance(self.base, Pair) else
+                    joined(*(self.base.step(nodes, first + k) for k in (0, 1))))
+        return _bent(straight, inner, path)
 
-    def _nodes(self, levels: Sequence[Level], path: Path, inner: Sequence[Inner]) -> Nodes:
-        """The levels with the inner node of every interval; r = 1/2 where it is not known, since no step
-        depends on later ones."""
-        nodes, opens = [], []
-        for (s, t), known in zip_longest(pairwise(levels), inner[:len(levels) - 1], fillvalue=Inner()):
-            opens.append(len(nodes))
-            nodes += [s, path.at(s.lam + known.r * (t.lam - s.lam))] if finite(s, t) else [s]
-        return Nodes([*nodes, levels[-1]], opens)
 
-    def step_of_each(self, levels: Sequence[Level], path: Path, i: int, inner: Sequence[Sequence[Inner]],
-                     ndim: int) -> Step:
-        """Interval i with inner[j][image] for j <= i."""
-        count = max(map(len, inner))
-        return _stacked(
-            [self.step(levels, path, i, [row[image % len(row)] for row in inner]) for image in range(count)],
-            ndim)
+def _nodes(levels: Sequence[Level], path: Path, inner: Sequence[Inner]) -> tuple[list[Level], list[int]]:
+    """The levels with the inner node of every interval, and the number of the one that opens each.
+
+    r = 1/2 where it is not known, since no step depends on later ones.
+    """
+    nodes, opens = [], []
+    for (s, t), (r, *_) in zip(pairwise(levels), [*inner, *[Inner()] * len(levels)]):
+        opens.append(len(nodes))
+        nodes += [s, path.at(s.lam + r * (t.lam - s.lam))] if finite(s, t) else [s]
+    return [*nodes, levels[-1]], opens
 
 
 def _bent(step: Step, inner: Inner, path: Path) -> Step:
     """The model is told a varsigma_m where x is at varsigma_m, and c scales the last direction."""
     first, second = step.evaluations
-    if inner.a != 1.0:
-        told = path.at(second.at.lam - math.log(inner.a))
+    if np.any(inner.a != 1.0):
+        told = path.at(second.at.lam - np.log(inner.a))
         second = second._replace(at=told, scale=told.alpha / second.at.alpha)
     *others, last = step.updates
     last = last._replace(terms=tuple((k, inner.c * value) for k, value in last.terms))
     return step._replace(evaluations=(first, second), updates=(*others, last))
-
-
-def _stacked(values: Sequence[Any], ndim: int) -> Any:
-    """What each image has of its own, as arrays over the batch; what they share stays as it is."""
-    first = values[0]
-    if all(value == first for value in values):
-        return first
-    if isinstance(first, float):
-        return np.array(values).reshape(-1, *[1] * (ndim - 1))
-    parts = [_stacked(part, ndim) for part in zip(*values)]
-    return type(first)(*parts) if hasattr(first, "_fields") else tuple(parts)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path as File
-from typing import Any, Callable, Literal, Mapping, Sequence
+from typing import Any, Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from ..integrand import DataPrediction
 from ..model import PROBE, check_own, latents, signs
 from ..phi import midpoint
-from ..sample import combine
+from ..sample import combine, sample
 from ..schedule import Level, Path, find_path, levels
 from ..solver import Multistep, ddim, finite
 from ..tensors import lincomb, rms
@@ -33,12 +33,16 @@ INTERVALS = 24
 10 steps uniform in time) the median error was 0.0033, 0.0022, 0.0019 with 16, 24, 40, and 0.016 for
 DPM-Solver++(2M)."""
 PARTIAL = "lambda-solvers partial statistics 2"
-Pool = Literal["all", "channel", "none"]
+POOLS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "all": Tensor.mean, "channel": lambda v: v.mean((0, *range(2, v.ndim)), keepdim=True)[0],
+    "none": lambda v: v.mean(0)
+}
+"""What one number of the statistics is the mean of."""
 
 
 @torch.no_grad()
 def estimate_statistics(model: Callable[..., Tensor], x: Tensor, sigmas: Sequence[float] | Tensor, *,
-                        intervals: int = INTERVALS, samples: int | None = None, pool: Pool = "all",
+                        intervals: int = INTERVALS, samples: int | None = None, pool: str = "all",
                         path: str = "ve", extra_args: Mapping[str, Any] | None = None,
                         progress: Callable[[int, int], None] | None = None,
                         precision: torch.dtype | None = None, seed: int = 0,
@@ -60,67 +64,63 @@ def estimate_statistics(model: Callable[..., Tensor], x: Tensor, sigmas: Sequenc
     evaluation and may raise to cancel. `partial` names a file that keeps what was measured, at most every
     `partial_seconds`; a call with the same x, settings and model goes on from it, and it is gone at the end.
     """
+    _check(pool, fitted, intervals)
     gaussian = find_path(path)
-    if pool not in ("all", "channel", "none"):
-        raise ValueError(f"pool = {pool!r} is out of range: choose one of all, channel, none")
-    if fitted and pool != "all":
-        raise ValueError(
-            f"pool = {pool!r} with fitted = True: the fitted solver has one weight for all elements; choose "
-            "all"
-        )
-    if intervals < 4:
-        raise ValueError(f"intervals = {intervals} is out of range: choose a whole number from 4")
     schedule = nodes(torch.as_tensor(sigmas).tolist(), intervals, gaussian)
-    start = schedule[0]
     grid = [level for level in schedule if finite(level)]
     x, dtype = _trajectories(latents(x), samples, seed), x.dtype
-    dims = {"all": tuple(range(x.ndim)), "channel": (0, *range(2, x.ndim)), "none": (0,)}[pool]
-    total = PROBE + 2 * len(grid) + (start is not grid[0]) + fitted * (len(grid) - 2)
+    total = PROBE + len(schedule) + len(grid) + fitted * (len(grid) - 2)
     settings = {
         "grid": [level.lam for level in grid], "pool": pool, "seed": seed, "path": path, "fitted": fitted,
         "about": dict(about or {})
     }
-
-    def pooled(v: Tensor) -> Tensor:
-        return v.mean() if pool == "all" else v.mean(dims, keepdim=True)[0]
-
-    course = Course(model, x, [start, *grid], gaussian, kind=PARTIAL, settings=settings, total=total,
+    course = Course(model, x, schedule, gaussian, kind=PARTIAL, settings=settings, total=total,
                     dtype=dtype, precision=precision, extra_args=extra_args, partial=partial,
                     seconds=partial_seconds, progress=progress
                     and (lambda done, total, loss: progress(done, total)))
-    steps = Multistep(DataPrediction(), 2, midpoint, "off").steps(grid, gaussian)
-    sample = Sampled(x, seed)
     with course:
-        kept = dict(course.kept) if course.done else {"x": x}
-        # sigma = 1 of a flow: a step of infinite length to the first node
-        if not course.done and start is not grid[0]:
-            kept["x"] = combine(x,
-                                ddim(DataPrediction(), start, grid[0]).updates[0],
-                                {0: course.denoise(x, start.sigma)})
-        for i in range(course.done, len(grid)):
-            denoised = _measured(kept, course, grid, i, pooled, seed)
-            if fitted:
-                kept[f"pair.{i}"] = sample.of(kept["x"] / grid[i].alpha, denoised)
-                _late(kept, grid, i, denoised, course.denoise)
-            window = (i - 2, i - 1, i)
-            for at in ((0, 1) if i == 2 else (i - 1, ) if i > 2 else ()) + ((i, ) if i == len(grid) - 1 else
-                                                                            ()):
-                _regress(kept, grid, at, window, pooled)
-            if i < len(grid) - 1:
-                values = {0: denoised, **({-1: kept["denoised"]} if i else {})}
-                kept |= {"x": combine(kept["x"], steps[i].updates[0], values), "denoised": denoised}
-                kept.pop(f"f.{i - 2}", None)
-                course.keep(i + 1, kept)
-    curves = {name: np.stack([kept[f"{name}.{i}"].cpu().double().numpy() for i in range(len(grid))])
+        found = _along(course, schedule, grid, gaussian, x, POOLS[pool], seed, fitted)
+    curves = {name: np.stack([found[f"{name}.{i}"].cpu().double().numpy() for i in range(len(grid))])
               for name in ("l", "s", "b", "gamma", *["damping"] * fitted)}
     if fitted:
-        curves["root"] = _roots([kept[f"pair.{i}"] for i in range(len(grid))])
+        curves["root"] = _roots([found[f"pair.{i}"] for i in range(len(grid))])
     return Statistics(
-        np.array([level.lam for level in grid]), **curves, about={
+        np.array(settings["grid"]), **curves, about={
             **(about or {}), "path": path, "pool": pool, "samples": len(x), "shape": list(x.shape[1:]),
             "seed": seed, "evaluations": total, "precision": str(course.precision),
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         })
+
+
+def _check(pool: str, fitted: bool, intervals: int) -> None:
+    if pool not in POOLS:
+        raise ValueError(f"pool = {pool!r} is out of range: choose one of {', '.join(POOLS)}")
+    if fitted and pool != "all":
+        raise ValueError(f"pool = {pool!r} with fitted = True: the fitted solver has one weight for all "
+                         "elements; choose all")
+    if intervals < 4:
+        raise ValueError(f"intervals = {intervals} is out of range: choose a whole number from 4")
+
+
+def _along(course: Course, schedule: Sequence[Level], grid: Sequence[Level], path: Path, x: Tensor,
+           pooled: Callable[[Tensor], Tensor], seed: int, fitted: bool) -> dict[str, Tensor]:
+    """What is found along trajectories from x, by name and node ("l.3"), from where the course stands on."""
+    steps, sampled = Multistep(DataPrediction(), 2, midpoint, "off").steps(grid, path), Sampled(x, seed)
+    # sigma = 1 of a flow: a step of infinite length to the first node
+    opening = [ddim(DataPrediction(), level, grid[0]) for level in schedule[:-len(grid)]]
+    kept = dict(course.kept) if course.done else {"x": sample(course.denoise, x, opening)}
+    for i in range(course.done, len(grid)):
+        denoised = _measured(kept, course, grid, i, pooled, seed)
+        if fitted:
+            kept[f"pair.{i}"] = sampled.of(kept["x"] / grid[i].alpha, denoised)
+            _late(kept, grid, i, denoised, course.denoise)
+        _regress(kept, grid, i, pooled)
+        if i < len(grid) - 1:
+            values = {0: denoised, -1: kept.get("denoised")}
+            kept |= {"x": combine(kept["x"], steps[i].updates[0], values), "denoised": denoised}
+            kept.pop(f"f.{i - 2}", None)
+            course.keep(i + 1, kept)
+    return kept
 
 
 def _measured(kept: dict[str, Tensor], course: Course, grid: Sequence[Level], i: int,
@@ -170,16 +170,18 @@ def _trajectories(x: Tensor, samples: int | None, seed: int) -> Tensor:
     return torch.cat([x[:samples], more.to(x) * rms(x).mean()])
 
 
-def _regress(kept: dict[str, Tensor], grid: Sequence[Level], at: int, points: tuple[int, int, int],
+def _regress(kept: dict[str, Tensor], grid: Sequence[Level], i: int,
              pooled: Callable[[Tensor], Tensor]) -> None:
-    """Enter s and b at one node: the regression of f' on f, with f' from the parabola through three nodes."""
-    lam = [grid[i].lam for i in points]
-    f = kept[f"f.{at}"]
-    slope = sum(kept[f"f.{i}"] * c for i, c in zip(points, _slope_weights(lam, grid[at].lam)))
-    mean, mean_slope = pooled(f), pooled(slope)
-    variance, covariance = pooled((f - mean).square()), pooled((f - mean) * (slope - mean_slope))
-    s = torch.where(variance > 1e-10 * mean**2, covariance / variance, 0.0)
-    kept[f"s.{at}"], kept[f"b.{at}"] = s, mean_slope - s * mean
+    """Enter s and b where only node i was missing: the regression of f' on f, with f' from the parabola
+    through three nodes, of which the middle one is the nearest."""
+    points = (i - 2, i - 1, i)
+    for at in (k for k in points if min(max(k, 1), len(grid) - 2) == i - 1):
+        weights = _slope_weights([grid[k].lam for k in points], grid[at].lam)
+        f, slope = kept[f"f.{at}"], sum(kept[f"f.{k}"] * c for k, c in zip(points, weights))
+        mean, mean_slope = pooled(f), pooled(slope)
+        variance, covariance = pooled((f - mean).square()), pooled((f - mean) * (slope - mean_slope))
+        s = torch.where(variance > 1e-10 * mean**2, covariance / variance, 0.0)
+        kept[f"s.{at}"], kept[f"b.{at}"] = s, mean_slope - s * mean
 
 
 def _slope_weights(nodes_: Sequence[float], at: float) -> list[float]:

@@ -14,24 +14,19 @@ values.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from functools import partial
 from typing import Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d, layer_norm, linear, silu
+from torch.nn.functional import adaptive_avg_pool2d, layer_norm, silu
+from torch.nn.utils import skip_init
 
 from .storage import CalibrationError
 
 C_BOUND, A_BOUND = 0.5, 0.5
 GRID, HIDDEN, NARROW, WAVES = 8, 128, 4, 8
-SHAPES: Mapping[str, tuple[int, ...]] = {
-    "trunk.0.weight": (HIDDEN, GRID * GRID), "trunk.0.bias": (HIDDEN,),
-    "trunk.1.weight": (NARROW, HIDDEN), "trunk.1.bias": (NARROW,),
-    "s.weight": (NARROW, WAVES), "s.bias": (NARROW,), "t.weight": (NARROW, WAVES), "t.bias": (NARROW,),
-    "heads.weight": (3, 3 * NARROW), "heads.bias": (3,),
-}
 
 
 def bounded(u: np.ndarray) -> np.ndarray:
@@ -55,50 +50,48 @@ def pooled(features: Tensor) -> Tensor:
     return layer_norm(grid, grid.shape[1:])
 
 
-@dataclass(frozen=True)
-class Predictor:
-    """The small network; weights [...] by the names of SHAPES, on the CPU."""
+class Predictor(torch.nn.Module):
+    """The small network, on the CPU."""
 
-    weights: Mapping[str, Tensor]
-
-    def __post_init__(self) -> None:
-        for name, shape in SHAPES.items():
-            if name not in self.weights or tuple(self.weights[name].shape) != shape:
-                found = list(self.weights[name].shape) if name in self.weights else "nothing"
-                raise CalibrationError(f"the predictor's {name} is {found}: it must have shape {list(shape)}")
-            if not self.weights[name].isfinite().all():
-                raise CalibrationError(f"the predictor's {name} has values that are not finite")
-
-    @classmethod
-    def new(cls, seed: int = 0, dtype: torch.dtype = torch.float32) -> Predictor:
+    def __init__(self, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
         """Random, but for its last layer: it predicts the table."""
+        super().__init__()
+        layer = partial(skip_init, torch.nn.Linear, dtype=dtype)
+        self.trunk = torch.nn.ModuleList([layer(GRID * GRID, HIDDEN), layer(HIDDEN, NARROW)])
+        self.s, self.t, self.heads = layer(WAVES, NARROW), layer(WAVES, NARROW), layer(3 * NARROW, 3)
         generator = torch.Generator().manual_seed(seed)
-        weights = {
-            name: torch.zeros(shape, dtype=dtype) if len(shape) == 1 or name == "heads.weight" else
-            torch.randn(shape, generator=generator, dtype=dtype) / math.sqrt(shape[1])
-            for name, shape in SHAPES.items()
-        }
-        return cls(weights)
+        for name, own in self.requires_grad_(False).named_parameters():
+            if own.ndim == 1 or name == "heads.weight":
+                own.zero_()
+            else:
+                own.normal_(generator=generator).div_(math.sqrt(own.shape[1]))
 
-    def __call__(self, features: Tensor | None, count: int, lam_s: float, lam_t: float,
-                 table: np.ndarray) -> Tensor:
+    def forward(self, features: Tensor | None, count: int, lam_s: float, lam_t: float,
+                table: np.ndarray) -> Tensor:
         """(u_r, u_c, u_a) of every image, [B, 3]; without features (no evaluation was made) those of 0."""
-        w = self.weights
-        like = w["heads.bias"]
+        like = self.heads.bias
         seen = like.new_zeros(count, GRID * GRID) if features is None else pooled(features).to(like)
-        trunk = linear(silu(linear(seen, w["trunk.0.weight"], w["trunk.0.bias"])), w["trunk.1.weight"],
-                       w["trunk.1.bias"])
-        times = [linear(_waves(lam, like), w[f"{end}.weight"], w[f"{end}.bias"]).expand(count, -1)
-                 for end, lam in (("s", lam_s), ("t", lam_t))]
-        heads = linear(torch.cat([trunk, *times], 1), w["heads.weight"], w["heads.bias"])
-        return heads + torch.as_tensor(table).to(like)
+        times = [end(_waves(lam, like)).expand(count, -1) for end, lam in ((self.s, lam_s), (self.t, lam_t))]
+        trunk = self.trunk[1](silu(self.trunk[0](seen)))
+        return self.heads(torch.cat([trunk, *times], 1)) + torch.as_tensor(table).to(like)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        return {name: value.detach().numpy() for name, value in self.weights.items()}
+        return {name: value.numpy() for name, value in self.state_dict().items()}
 
     @classmethod
     def of_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Predictor:
-        return cls({name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in arrays.items()})
+        network = cls()
+        for name, own in network.state_dict().items():
+            shape, found = list(own.shape), list(arrays[name].shape) if name in arrays else "nothing"
+            if found != shape:
+                raise CalibrationError(f"the predictor's {name} is {found}: it must have shape {shape}")
+            if not np.isfinite(arrays[name]).all():
+                raise CalibrationError(f"the predictor's {name} has values that are not finite")
+        # whatever numbers a file holds, a module's are floating
+        weights = {name: torch.from_numpy(np.ascontiguousarray(value, np.result_type(value, np.float32)))
+                   for name, value in arrays.items()}
+        network.load_state_dict(weights, strict=False, assign=True)
+        return network.requires_grad_(False)
 
 
 def _waves(lam: float, like: Tensor) -> Tensor:

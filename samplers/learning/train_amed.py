@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import time
+from copy import deepcopy
 from itertools import pairwise
 from pathlib import Path as File
 from typing import Any, Callable, Mapping, NamedTuple, Sequence
@@ -25,11 +26,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..first_step import afs, answered
+from ..denoisers import FIRST_STEPS, Denoiser
 from ..integrand import DataPrediction
 from ..model import PROBE, latents
 from ..phi import midpoint
-from ..sample import Denoiser, Place, evaluate, on_device, onward, sample
+from ..sample import Place, evaluate, on_device, onward, sample
 from ..schedule import Level, Path, find_path, levels
 from ..solver import Multistep, finite
 from .amed import BASES, Amed, Inner, Insertion
@@ -185,7 +186,7 @@ def _fit_table(student: Student, x: Tensor, guess: Sequence[np.ndarray], togethe
     """The u [1, 3] of every interval: each by itself, then together from every interval of `together` on;
     `Student.errors`."""
     steps, us = len(guess), course.us(guess)
-    first = student.run(student.start(x), lambda i: np.zeros((1, 3)), steps)
+    first = student.run(Place(0, x), lambda i: np.zeros((1, 3)), steps)
     places = [first[0]._replace(values={0: first[0].values[0]})]
     for i in range(steps):
         if course.done <= 1 + i and i in student.trainable:
@@ -220,9 +221,6 @@ class Student:
         self.learn, self.differences, self.trainable = learn, differences, set(_trainable(schedule))
         self.before: Sequence[np.ndarray] = ()  # the u of every interval of the last run
 
-    def start(self, x: Tensor) -> Place:
-        return Place(0, x)
-
     def run(self, place: Place, choose: Choose, end: int, known: Mapping[int, Tensor] | None = None,
             before: Sequence[np.ndarray] | None = None) -> list[Place]:
         """The places from one on to the start of interval `end`; known evaluations of the first interval are
@@ -236,8 +234,7 @@ class Student:
             if 0 not in (here := places[-1]).values:
                 here = here._replace(values={0: self.open(i, here.x)})
             rows.append(np.asarray(choose(i)))
-            inner = [[Inner(*map(float, row)) for row in bounded(part)] for part in rows]
-            taken = self.solver.step_of_each(self.schedule, self.path, i, inner, here.x.ndim)
+            taken = self.solver.step(self.schedule, self.path, i, [Inner.of(u, here.x.ndim) for u in rows])
             places[-1:] = onward(self.denoise, here, on_device(taken, here.x), MEMORY)
         self.before = rows
         return places
@@ -245,12 +242,9 @@ class Student:
     def open(self, i: int, x: Tensor) -> Tensor:
         """The value kept of the evaluation that opens an interval; the analytic one if the first is left
         out."""
-        first = self.solver.step_of_each(self.schedule, self.path, i, [[Inner()]] * (i + 1),
-                                         x.ndim).evaluations[0]
-        denoise = self.denoise
-        if i == 0 and self.solver.trained.first_step == "afs":
-            denoise = answered(denoise, afs(self.schedule[0]))
-        return evaluate(denoise, x, first)
+        first = self.solver.step(self.schedule, self.path, i, [Inner()] * (i + 1)).evaluations[0]
+        how = "evaluate" if i else self.solver.trained.first_step
+        return evaluate(FIRST_STEPS[how](self.denoise, self.schedule[0], None), x, first)
 
     def error(self, place: Place) -> Tensor:
         """The residual in y, [B, elements]."""
@@ -331,7 +325,7 @@ class Seen(NamedTuple):
 def _fit_predictor(student: Student, x: Tensor, table: np.ndarray, features: Callable[[], Tensor | None],
                    training: slice, rounds: int, seed: int) -> tuple[Predictor, list[np.ndarray]]:
     """The predictor with the least error on the images held out (or, without any, on all), and its errors."""
-    network, best, floor = Predictor.new(seed), None, 0.0
+    network, best, floor = Predictor(seed), None, 0.0
     for round_ in range(rounds + 1):
         places, seen = watched(student, x, table, network, features, linearise=round_ < rounds)
         end = student.squared(places[-1])
@@ -361,7 +355,7 @@ def watched(student: Student, x: Tensor, table: np.ndarray, network: Predictor,
             us.append(network(seen, len(x), *lams, table[i]).double().cpu().numpy())
         return us[-1]
 
-    places = student.run(student.start(x), choose, len(student.schedule) - 1, before=[])
+    places = student.run(Place(0, x), choose, len(student.schedule) - 1, before=[])
     if not linearise:
         return places, None
     return places, Seen(looks, np.concatenate(us, 1), student.quadratic(places, us))
@@ -371,20 +365,19 @@ def descend(network: Predictor, seen: Seen, training: slice, epochs: int, rate: 
             damping: float = 0.1) -> Predictor:
     """Steps of Adam on the quadratic errors, damped by their distance from where they were made."""
     with torch.inference_mode(False), torch.enable_grad():
-        weights = {name: value.clone().requires_grad_() for name, value in network.weights.items()}
-        moving = Predictor(weights)
-        adam = torch.optim.Adam(weights.values(), rate)
+        moving = deepcopy(network).requires_grad_()
+        adam = torch.optim.Adam(moving.parameters(), rate)
         for _ in range(epochs):
             adam.zero_grad()
             predictor_loss(moving, seen, training, damping).backward()
             adam.step()
-    return Predictor({name: value.detach() for name, value in weights.items()})
+    return moving.requires_grad_(False)
 
 
 def predictor_loss(network: Predictor, seen: Seen, training: slice, damping: float = 0.0) -> Tensor:
     """The mean over the images of (e + 2 g d + d (G + damping diag G) d) / (e + floor), d = u(network) -
     u."""
-    like = network.weights["heads.bias"]
+    like = network.heads.bias
     e, g, G = (torch.from_numpy(part[training].copy()).to(like) for part in seen.quadratic)  # noqa: N806
     u = torch.from_numpy(seen.u.copy()).to(like)
     parts = {
