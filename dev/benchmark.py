@@ -1,6 +1,7 @@
 """Measurements, side by side in one run: `python dev/benchmark.py overhead` (ratios, never absolute times).
 
-overhead   time, peak memory and operations per step without the model's own, ours against ComfyUI's
+overhead   time, peak memory and operations per step without the model's own, ours against ComfyUI's; and what
+           the hypersolver adds to a step of Stable Diffusion XL
 the others error to the converged solution at equal model evaluations (see accuracy/__init__.py)
 """
 from __future__ import annotations
@@ -71,8 +72,50 @@ def overhead() -> None:
             operations = " / ".join(f"{t.operations / STEPS:.1f}" for t in traces)
             latents = " / ".join(f"{t.peak / x.numel() / x.element_size():.1f}" for t in traces)
             print(f"| {shape_name} | {label} | {ratio:.2f} | {operations} | {latents} |", flush=True)
+    hypersolver()
     if device == "cuda":
         waits(runs)
+
+
+SDXL = {
+    "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "num_res_blocks": [2, 2, 2],
+    "channel_mult": [1, 2, 4], "transformer_depth": [0, 0, 2, 2, 10, 10], "transformer_depth_middle": 10,
+    "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10], "context_dim": 2048,
+    "adm_in_channels": 2816, "use_linear_in_transformer": True, "use_spatial_transformer": True,
+    "num_head_channels": 64, "num_heads": -1, "num_classes": "sequential", "legacy": False}
+"""ComfyUI's U-Net in the sizes of Stable Diffusion XL."""
+
+
+def hypersolver() -> None:
+    """What a step of the hypersolver adds: operations, counted on tensors without content, and memory."""
+    import torch
+    from comfy.ldm.modules import attention
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+    from comfy.ops import disable_weight_init
+    from measure import Trace
+    from samplers.learning.hypersolver import VIEWS, Conditions, Network, views
+    from samplers.schedule import Level
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def flops(call) -> int:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            call()
+        return counter.get_total_flops()
+
+    shape = SHAPES["image 1x4x128x128"]
+    attention.optimized_attention = attention.attention_pytorch  # its others ask how much memory is free
+    with torch.device("meta"):
+        unet = UNetModel(**SDXL, dtype=torch.float32, device="meta", operations=disable_weight_init)
+        network, told = Network(shape[1]), torch.empty(1, len(Conditions._fields))
+        one = flops(lambda: unet(torch.empty(shape), torch.empty(1), context=torch.empty(1, 77, 2048),
+                                 y=torch.empty(1, 2816)))
+        added = flops(lambda: network(torch.empty(1, VIEWS, *shape[1:]), network.modulation(told)))
+    x, network = torch.zeros(shape), Network(shape[1])
+    with torch.no_grad(), Trace() as seen:
+        network(views(x, Level(0.0, 1.0, 1.0), [x, x, x]), network.modulation(torch.zeros(told.shape)))
+    print(f"\nhypersolver at {'x'.join(map(str, shape))}: {added / 1e9:.2f} GFLOP a step, "
+          f"{100 * added / one:.3f} % of SDXL's U-Net for one condition ({one / 1e12:.2f} TFLOP); at most "
+          f"{seen.peak / 2**20:.0f} MiB beside the latents")
 
 
 def seconds(run, device: str) -> float:
