@@ -2,7 +2,8 @@
 
 Makes the environment (environment.py), starts ComfyUI with this pack and the tiny emoji checkpoint, queues
 the example workflows once with each of our samplers and with two of ComfyUI's own beside them, and writes
-    .dev/demo/few_steps.png       what so few evaluations make, and how far each is from the converged image
+    .dev/demo/few_steps.png       what so few evaluations make at guidance 7, with the hypersolver in
+                                  dev/tiny_emoji too, and how far each is from the converged image
     .dev/demo/contact_sheet.png   every sampler: a row a sampler, a column a prompt
     .dev/demo/table.md            sampler, steps, model evaluations, seconds
 COMFYUI_PATH names an existing ComfyUI to use instead; its own folders are left alone.
@@ -10,8 +11,8 @@ COMFYUI_PATH names an existing ComfyUI to use instead; its own folders are left 
 from __future__ import annotations
 
 import argparse
-import copy
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -22,12 +23,13 @@ WORKFLOWS = environment.ROOT / "example_workflows"
 CHECKPOINT = "tiny_emoji.safetensors"
 PROMPTS = ("red heart", "panda", "strawberry", "doughnut")
 LEARNED = ("ghost", "pizza", "green heart", "sun", "crying face", "penguin", "hamburger", "cactus", "tomato",
-           "clown face", "evergreen tree")  # where an example asks for several
+           "clown face", "evergreen tree")  # where an example or a measurement asks for several
 SEED, GUIDANCE, SIZE = 7, 3.0, 256
 CORE = ("euler", "dpmpp_2m")
-FEW, CONVERGED, SEEDS = 5, 100, 4  # of the few, the first seed is shown, and the errors are of all
-FEW_STEPS = (("euler", "beta"), ("dpmpp_2m", "karras"), ("dpmpp_2m", "sgm_uniform"), ("lms", "beta"),
-             ("lambda_v3", "sgm_uniform"), ("lambda_fitted", "karras"))
+STRONG, CONVERGED, SEEDS = 7.0, 100, 4  # of the few, the first seed is shown, and the errors are of all
+FEW_STEPS = (("euler", "beta", 5), ("dpmpp_2m", "karras", 5), ("dpmpp_2m", "sgm_uniform", 5),
+             ("lms", "beta", 5), ("lambda_fitted", "karras", 5))
+HYPERSOLVER = environment.ROOT / "dev" / "tiny_emoji" / "hypersolver.safetensors"
 
 
 def main() -> None:
@@ -44,13 +46,18 @@ def main() -> None:
     base = environment.base_directory()
     home = environment.HOME / "demo"
     home.mkdir(exist_ok=True)
+    found = base / "models" / "solver_calibrations" / HYPERSOLVER.name
+    found.unlink(missing_ok=True)
     with Server(place, base, log=home / "server.log") as server:
         print(f"ComfyUI runs at {server.url}", flush=True)
         rows = [produce(server, job, steps_of(job, options.steps)) for job in jobs(server)]
         contact_sheet(rows).save(home / "contact_sheet.png")
         (home / "table.md").write_text(table(rows))
         print(f"\n{table(rows)}", flush=True)
-        converged, *few = [produce(server, job, steps, SEEDS) for job, steps in few_steps(server)]
+        converged, *few = [produce(server, job, steps, SEEDS, STRONG) for job, steps in few_steps(server)]
+        shutil.copy(HYPERSOLVER, found)  # from here on lambda_fitted finds it
+        hyper = "lambda_fitted,\nwith its hypersolver", None, ksampler(server, "lambda_fitted")
+        few += [produce(server, hyper, steps, SEEDS, STRONG) for steps in (4, 5)]
         few = [row | {"error": distance(row, converged)} for row in few]
         contact_sheet([converged, *few]).save(home / "few_steps.png")
         print(f"\npictures: {home / 'few_steps.png'}, contact_sheet.png", flush=True)
@@ -105,39 +112,24 @@ def steps_of(job: tuple[str, str | None, dict], steps: int) -> int:
     return min(10, (steps + 1) // 2) if amed else steps
 
 
-def few_steps(server) -> list[tuple[tuple[str, None, dict], int]]:
-    """Jobs and their steps: the converged images, KSampler at FEW, and the example that learns FEW."""
+def ksampler(server, sampler: str, scheduler: str = "karras") -> dict:
+    """The example of a KSampler, with this sampler."""
     from workflow import load, nodes_of
 
-    info = server.get("/object_info")
+    prompt = load(WORKFLOWS / "ksampler.json", server.get("/object_info"))
+    for node in nodes_of(prompt, "KSampler"):
+        node.update(sampler_name=sampler, scheduler=scheduler)
+    return prompt
 
-    def ksampler(label: str, sampler: str, scheduler: str) -> tuple[str, None, dict]:
-        prompt = load(WORKFLOWS / "ksampler.json", info)
-        for node in nodes_of(prompt, "KSampler"):
-            node.update(sampler_name=sampler, scheduler=scheduler)
-        return label, None, prompt
 
-    learned = load(WORKFLOWS / "few_steps.json", info)
-    *_, measured = nodes_of(learned, "CLIPTextEncode")
-    measured["text"] = "fox"
-    learned = {key: node for key, node in learned.items() if node["class_type"] != "LambdaSaveCalibration"}
-    for node in (*nodes_of(learned, "LambdaMeasureModel"), *nodes_of(learned, "LambdaTuneFitted")):
-        node["save"] = False  # other rows would find it
-    own = copy.deepcopy(learned)
-    [sampled] = nodes_of(own, "KSampler")
-    for node in (*nodes_of(own, "LambdaMeasureModel"), *nodes_of(own, "LambdaTuneFitted")):
-        node["positive"] = sampled["positive"]
-    for node in nodes_of(own, "LambdaMeasureModel"):
-        node["prompt"] = "this"
-    for node in nodes_of(own, "LambdaTuneFitted"):
-        node["prompts"] = ""
-    labels = {"lambda_fitted": "lambda_fitted,\nmeasured by auto",
-              "lambda_v3": "lambda_v3, sgm_uniform,\nmeasured by auto"}
-    return [(ksampler("converged", "dpmpp_2m", "karras"), CONVERGED),
-            *((ksampler(labels.get(sampler, f"{sampler}, {scheduler}"), sampler, scheduler), FEW)
-              for sampler, scheduler in FEW_STEPS),
-            ((f"lambda_fitted, tuned on\n{len(LEARNED) + 1} other prompts", None, learned), FEW),
-            (("lambda_fitted,\ntuned on the prompt", None, own), FEW)]
+def few_steps(server) -> list[tuple[tuple[str, None, dict], int]]:
+    """Jobs and their steps: the converged images, and what few steps make of them."""
+    jobs = [(("converged", None, ksampler(server, "dpmpp_2m")), CONVERGED)]
+    for sampler, scheduler, steps in FEW_STEPS:
+        ours = sampler.startswith("lambda_")
+        label = f"{sampler},\nmeasured by auto" if ours else f"{sampler}, {scheduler}"
+        jobs.append(((label, None, ksampler(server, sampler, scheduler)), steps))
+    return jobs
 
 
 def distance(row: dict, converged: dict) -> float:
@@ -149,7 +141,8 @@ def distance(row: dict, converged: dict) -> float:
     return float(np.sqrt(np.square(pixels[0] - pixels[1]).mean()))
 
 
-def produce(server, job: tuple[str, str | None, dict], steps: int, seeds: int = 1) -> dict:
+def produce(server, job: tuple[str, str | None, dict], steps: int, seeds: int = 1,
+            guidance: float = GUIDANCE) -> dict:
     """The images of one row: a list for each prompt, with an image a seed."""
     from PIL import Image
     from samplers import nfe
@@ -157,7 +150,7 @@ def produce(server, job: tuple[str, str | None, dict], steps: int, seeds: int = 
     label, name, prompt = job
     images, seconds = [], 0.0
     for words in PROMPTS:
-        fill_in(prompt, words, steps, seeds)
+        fill_in(prompt, words, steps, seeds, guidance)
         run = server.run(prompt)
         if run.status != "success":
             raise SystemExit(f"{label}: {run.status}: {run.error.get('exception_message')}")
@@ -172,7 +165,7 @@ def produce(server, job: tuple[str, str | None, dict], steps: int, seeds: int = 
             "images": images}
 
 
-def fill_in(prompt: dict, words: str, steps: int, batch: int = 1) -> None:
+def fill_in(prompt: dict, words: str, steps: int, batch: int = 1, guidance: float = GUIDANCE) -> None:
     """The demo's checkpoint, prompts, size, guidance and seed instead of the example's."""
     from workflow import nodes_of
 
@@ -183,11 +176,11 @@ def fill_in(prompt: dict, words: str, steps: int, batch: int = 1) -> None:
     for node in nodes_of(prompt, "EmptyLatentImage"):
         node.update(width=SIZE, height=SIZE, batch_size=batch)
     for node in nodes_of(prompt, "KSampler"):
-        node.update(seed=SEED, steps=steps, cfg=GUIDANCE)
+        node.update(seed=SEED, steps=steps, cfg=guidance)
     for kind in ("CFGGuider", "SamplerCustom", "LambdaMeasureModel", "LambdaTuneFitted", "LambdaTrainAmed",
                  "LambdaCompareSamplers"):
         for node in nodes_of(prompt, kind):
-            node["cfg"] = GUIDANCE
+            node["cfg"] = guidance
     for node in nodes_of(prompt, "LambdaTuneFitted"):
         node.update(steps=steps, prompts=node["prompts"] and "\n".join(LEARNED))
     for node in nodes_of(prompt, "RandomNoise"):

@@ -26,7 +26,7 @@ from ..integrand import DataPrediction
 from ..model import PROBE, latents
 from ..sample import Place, combine, on_device, onward, sample
 from ..schedule import Level, Path, find_path
-from ..solver import ddim
+from ..solver import Step, ddim
 from .course import Course
 from .fitted import check, fit_multistep
 from .gauss_newton import FLOOR, typical
@@ -120,11 +120,11 @@ def fit_hypersolver(model: Callable[..., Tensor], x: Tensor, calibration: Statis
     school = School(course, x, opening, gaussian, highest, lowest, guidances, {*_held(prompts)},
                     [sum(sets[:SHOWN], []), *sets[SHOWN:]], runs, iterations, seed)
     with course:
-        kept, parts = dict(course.kept), school.parts()
+        kept, parts = school.taken_up(course.kept), school.parts()
         for i in range(course.done, len(parts)):
             parts[i](kept)
             course.keep(i + 1, kept)
-    errors = {n: kept[f"errors.{k}"].cpu().numpy() for k, n in enumerate(steps)}
+    errors = {n: kept[f"errors.{k}"].numpy() for k, n in enumerate(steps)}
     counts = tuple(n for n, (without, having) in errors.items()
                    if typical(having, FLOOR * without.mean()) < typical(without, FLOOR * without.mean()))
     told = {"images": len(x), "prompts": len({*prompts}), "guidance": [min(guidances), max(guidances)],
@@ -188,6 +188,11 @@ class School:
             *(bound(self.attend, k, j) for j in range(len(taught))), bound(self.train, k))]
         return [self.begin, *teaching, *learning, *(bound(self.compare, k) for k in range(len(self.runs)))]
 
+    def taken_up(self, kept: Mapping[str, Tensor]) -> Found:
+        """What was kept: where the model is asked again on its device, the rest in host memory."""
+        return {name: value.to(self.x.device if name in ("begin", "x", "before", "denoised") else "cpu")
+                for name, value in kept.items()}
+
     def begin(self, found: Found) -> None:
         steps = [ddim(DataPrediction(), level, self.highest) for level in self.opening]
         found["begin"] = found["x"] = sample(self.course.denoise, self.x, steps)
@@ -225,7 +230,7 @@ class School:
             bend = (h - 1.0 + math.exp(-h)) / whole if at.sigma else 0.0
             there = (at.sigma / s.sigma * x[images] + at.alpha * (1.0 - math.exp(-h)) * answer
                      + at.alpha * bend * change)
-            found[name] = there if name.startswith("start") else self.crop(there, images)
+            found[name] = there.cpu() if name.startswith("start") else self.crop(there, images)
 
     def _asked(self) -> Iterator[tuple[str, list[int], Level]]:
         """Name, images and level of all that is needed of the teacher: x* of every lesson; where it is shown,
@@ -241,9 +246,9 @@ class School:
         yield "end", self.runs[0].images, self.path.level(0.0)
 
     def crop(self, v: Tensor, images: Sequence[int]) -> Tensor:
-        """Some places of each of these images, always the same."""
+        """Some places of each of these images, always the same, in host memory."""
         if v.ndim < 4 or max(v.shape[-2:]) <= CROP:
-            return v
+            return v.cpu()
         rows = []
         for row, image in zip(v, images):
             generator = torch.Generator().manual_seed(self.seed * 100_003 + image)
@@ -252,7 +257,7 @@ class School:
                 row = row.narrow(axis, int(torch.randint(spare + 1, (), generator=generator)),
                                  min(CROP, row.shape[axis]))
             rows.append(row)
-        return torch.stack(rows)
+        return torch.stack(rows).cpu()
 
     def attend(self, k: int, j: int, found: Found) -> None:
         """One lesson: what its steps see, and what they miss."""
@@ -264,7 +269,7 @@ class School:
             v, r = views(x, step.s, answers), flat((targets[i + 1] - landed) / step.t.alpha)
             c = torch.tensor([[*Conditions.of(levels, i, self.guidances[image]), image in self.held]
                               for image in images])
-            seen.append((v.half().cpu(), r.half().cpu(), c.repeat_interleave(len(v) // len(c), 0)))
+            seen.append((v.half(), r.half(), c.repeat_interleave(len(v) // len(c), 0)))
         found |= {f"{name}.{k}.{j}": torch.cat(parts) for name, parts in zip("vrc", zip(*seen))}
 
     def shown(self, k: int, j: int, found: Found) -> list[tuple[Tensor, list[Tensor]]]:
@@ -277,17 +282,16 @@ class School:
         """The same, where the solver's own run is."""
         levels, images = self.rounds[k][j]
         denoise = bound(self.course.denoise, images=images)
-        place, went = Place(0, found.pop(f"start.{k}.{j}", found["begin"][images])), []
+        start = found.pop(f"start.{k}.{j}", found["begin"][images]).to(self.x.device)
+        place, went = Place(0, start), []
         for step in self.steps(levels, images, found):
             here, place = onward(denoise, place, on_device(step, place.x), 2)
             answers = [here.values[0], *here.past][:len(went) + 1]
             went.append((self.crop(here.x, images), [self.crop(answer, images) for answer in answers]))
         return went
 
-    def steps(self, levels: Sequence[Level], images: Sequence[int], found: Found) -> list:
-        """With what the network has learned so far."""
-        if "bounds" not in found:
-            return SOLVER.steps(levels, self.path)
+    def steps(self, levels: Sequence[Level], images: Sequence[int], found: Found) -> list[Step]:
+        """The hypersolver's, with what the network has learned so far."""
         guided = replace(self.learned(found), guidance=[self.guidances[image] for image in images])
         return guided.steps(levels, self.path)
 
@@ -311,9 +315,9 @@ class School:
         found["bounds"] = torch.stack([c.amin(0), c.amax(0)]).double()
 
     def learned(self, found: Found, counts: Sequence[int] = ()) -> Hypersolver:
-        weights = {name[4:]: value.cpu() if name.endswith("sizes") else value.cpu().half()
+        weights = {name[4:]: value if name.endswith("sizes") else value.half()
                    for name, value in found.items() if name.startswith("net.")}
-        return Hypersolver(weights, found["bounds"].cpu().numpy(), tuple(counts))
+        return Hypersolver(weights, found["bounds"].numpy(), tuple(counts))
 
     def compare(self, k: int, found: Found) -> None:
         """The mean squared errors of the images that select, without the network and with it."""
@@ -321,7 +325,7 @@ class School:
         ends = [sample(bound(self.course.denoise, images=images), found["begin"][images], steps)
                 for steps in (SOLVER.steps(levels, self.path), self.steps(levels, images, found))]
         errors = [(self.crop(end, images) - found["end"]).flatten(1).square().mean(1) for end in ends]
-        found[f"errors.{k}"] = torch.stack(errors).double().cpu()
+        found[f"errors.{k}"] = torch.stack(errors).double()
 
 
 def sizes(v: Tensor, r: Tensor, c: Tensor) -> Tensor:
