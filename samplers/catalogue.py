@@ -103,8 +103,15 @@ class Sampler:
         return self.solver_of(self.settings(options))
 
     def solver_of(self, settings: Mapping[str, Any]) -> Solver:
-        """The solver of all settings but first_step, which is the denoiser's."""
-        return self.build(**{name: settings[name] for name in settings if name != "first_step"})
+        """The solver of all settings but first_step, which is the denoiser's.
+
+        A hypersolver learned from what the model answers first: it is left out where something else does.
+        """
+        chosen = {name: value for name, value in settings.items() if name != "first_step"}
+        found = chosen.get("statistics")
+        if found is not None and found.hypersolver and settings["first_step"] != "evaluate":
+            chosen["statistics"] = replace(found, hypersolver=None)
+        return self.build(**chosen)
 
     def first_step(self, settings: Mapping[str, Any]) -> str:
         """How the first evaluation is answered: as set, or as an AMED that was trained with afs needs it."""

@@ -145,6 +145,13 @@ def test_other_steps_and_given_levels_are_as_without() -> None:
     assert torch.equal(*given)
 
 
+def test_it_is_left_out_where_the_model_does_not_answer_first() -> None:
+    x = noise(2, seed=5)
+    samplers = [k_diffusion_sampler("fitted_chosen", statistics=found, first_step="afs")
+                for found in (having(hypersolver()), statistics())]
+    assert torch.equal(*(sampler(mixture(), x, SIGMAS, disable=True) for sampler in samplers))
+
+
 def test_latents_of_other_channels_are_refused() -> None:
     with pytest.raises(ValueError, match="latents of 3 channels, and x has shape .2, 4, 4, 4.: train one"):
         run(having(hypersolver()), torch.randn(2, 4, 4, 4), model=Gaussian())
