@@ -53,6 +53,8 @@ ABOUT: Mapping[str, Any] = {
     "base": (str, None), "fitted": bool, "patches": [str], "learn": [str], "distilled": [(float, None)],
     "refits": {"*": {"training": SOME, "selection": SOME, "kept": bool, "prompts": float,
                      "evaluations": float, "images": float}},
+    "hypersolver": {"images": float, "prompts": float, "guidance": SOME, "evaluations": float,
+                    "selection": {"*": SOME}},
     "losses": dict.fromkeys(("untrained", "table", "trained"),
                             dict.fromkeys(("training", "selection", "held out"), SOME)),
 }
