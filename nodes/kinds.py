@@ -46,8 +46,7 @@ class StatisticsKind:
 
     def name(self, about: Mapping[str, Any]) -> str:
         if taught := about.get("hypersolver"):
-            low, high = taught["guidance"]
-            return f"hypersolver{low:g}-{high:g}"
+            return "hypersolver" + "-".join(f"{scale:g}" for scale in taught.get("guidance", []))
         return "fitted" if about.get("fitted") else ""
 
     def about(self, run: Run) -> dict[str, Any]:

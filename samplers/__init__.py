@@ -44,5 +44,6 @@ from .model import UnsteadyModel
 from .schedule import PATHS
 
 __all__ = ["Amed", "FAMILIES", "Hypersolver", "PATHS", "Plan", "SAMPLERS", "Statistics", "CalibrationError",
-           "UnsteadyModel", "estimate_statistics", "fit_amed", "fit_hypersolver", "fit_multistep", "fitted_sigmas",
-           "hypersolver_cost", "k_diffusion_sampler", "load_calibration", "nfe", "refit_multistep"]
+           "UnsteadyModel", "estimate_statistics", "fit_amed", "fit_hypersolver", "fit_multistep",
+           "fitted_sigmas", "hypersolver_cost", "k_diffusion_sampler", "load_calibration", "nfe",
+           "refit_multistep"]

@@ -8,6 +8,7 @@ from PIL import Image
 
 from samplers import Statistics
 from test_server import Graph, looks_like_an_image
+from test_server_compare import comparison, run as compare
 from test_server_v3 import files
 
 USED = "with their hypersolver, trained for 4 steps at guidance 3 to 6"
@@ -60,6 +61,9 @@ def test_it_is_trained_saved_and_used_for_its_guidances_and_numbers_of_steps(ser
     samples, said = made(5, 4.2)  # a number of steps it was not trained for
     assert said[0].startswith("statistics: ") and USED not in said
     torch.testing.assert_close(samples, made(5, 4.2, plain)[0], rtol=0, atol=1e-5)
+    compared = comparison(Graph("tulip").counted(), samplers="lambda_fitted", evaluations="4", cfg=5.0)
+    ran, [row], *_ = compare(compared, server)
+    assert ran.status == "success" and USED in ran.texts and row[:4] == ["lambda_fitted", "karras", "4", "4"]
     graph = Graph("tulip").ksampler("dpmpp_2m", steps=8)
     _, run = graph.ksampler("lambda_fitted", steps=4, cfg=5.0, denoise=0.6).run(server)
     assert run.status == "success" and run.texts[-1] == USED
