@@ -25,6 +25,9 @@ MAKERS = {"SAMPLER": "LambdaSamplerMultistep", "LAMBDA_CALIBRATION": "LambdaMeas
 USERS = {"SAMPLER": ("SamplerCustom", "sampler"), "SIGMAS": ("SamplerCustom", "sigmas"),
          "MODEL": ("KSampler", "model"), "LATENT": ("VAEDecode", "samples"),
          "IMAGE": ("PreviewImage", "images")}
+SMALL = {"LambdaTrainHypersolver": {  # what the tiny checkpoint knows, in minutes
+    "prompts": "\n".join((*demo.PROMPTS, "pizza", "tulip", "ghost", "red apple")), "images": 2,
+    "training": 150}}
 WIDE = {"LambdaCompareSamplers": 560}  # with a plot whose thin lines must keep their colours
 SHOWS = """(id) => {  // whether a node shows something of its own
     const node = app.graph.getNodeById(id)
@@ -111,6 +114,7 @@ def laid(kind: str, info: dict) -> tuple[dict, int, int | None]:
               "scheduler": "karras", "seed": [*info].index(kind),  # one's own: nothing comes from a cache
               "steps": 3 if amed else STEPS, "sampler_name": "lambda_amed" if amed else "lambda_v3",
               "name": f"{'amed' if amed else 'statistics'}-panda{'.safetensors' if 'Load' in kind else ''}"}
+    chosen |= SMALL.get(kind, {})
     known = {**got._asdict(), "MODEL": got.model, "LATENT": got.latent, "VAE": got.vae}
 
     def add(kind: str, **links: workflows.Output) -> workflows.Node:

@@ -6,13 +6,14 @@ from comfy_api.latest import ComfyExtension, io
 
 from . import store
 from .compare import CompareSamplers
-from .knowledge import NODES
+from .keeping import NODES as KEEPING
+from .knowledge import NODES as LEARNING
 from .sampling import FirstStep, register, sampler_nodes
 
 
 class LambdaSolvers(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [*sampler_nodes(), *NODES, FirstStep, CompareSamplers]
+        return [*sampler_nodes(), *LEARNING, *KEEPING, FirstStep, CompareSamplers]
 
 
 store.register()

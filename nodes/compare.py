@@ -15,7 +15,7 @@ from .bench import (MOST_EVALUATIONS, Bench, Cell, Reference, References, grids,
                     parse_budgets, parse_schedulers, plan, solve, start_of)
 from .events import say
 from .host import CATEGORY, advanced
-from .measuring import as_long_as
+from .measuring import as_long_as, duration
 
 SAMPLERS = "euler\ndpmpp_2m\nuni_pc_bh2\nlambda_2m\nlambda_fitted"
 references = References()
@@ -151,7 +151,7 @@ def cost_of(evaluations: int, seconds: float | None = None) -> str:
     said = as_long_as(evaluations, None)
     if seconds is None:
         return f"{said}, and more where a sampler measures or trains first"
-    return f"{said}, about {f'{seconds / 60:.0f} minutes' if seconds >= 90 else f'{seconds:.0f} seconds'}"
+    return f"{said}, about {duration(seconds)}"
 
 
 def driving(cell: Cell | None, verdict: str) -> tuple:

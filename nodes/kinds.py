@@ -24,7 +24,7 @@ from ..samplers.solver import finite
 from ..samplers.learning.train_amed import training_cost
 from . import canonical, picture
 from .events import say
-from .library import Kind, faults
+from .library import TAUGHT, Kind, faults, near
 from .measuring import Progress, Run, resumable
 from .middle_block import MiddleBlock
 
@@ -45,6 +45,8 @@ class StatisticsKind:
     noun, makes, draw = "statistics", "Measure Model", staticmethod(picture.curves)
 
     def name(self, about: Mapping[str, Any]) -> str:
+        if taught := about.get("hypersolver"):
+            return "hypersolver" + "-".join(f"{scale:g}" for scale in taught.get("guidance", []))
         return "fitted" if about.get("fitted") else ""
 
     def about(self, run: Run) -> dict[str, Any]:
@@ -57,7 +59,10 @@ class StatisticsKind:
             return 1
         if found.root is None:
             return 0
-        return 1 if Fitted(found, options["order"], options["nodes"]).refitted(schedule) is None else 2
+        solver = Fitted(found, options["order"], options["nodes"])
+        if solver.learned(len(schedule) - 1 - (not finite(schedule[0]))):
+            return TAUGHT
+        return 1 if solver.refitted(schedule) is None else 2
 
     def cost(self, options: Mapping[str, Any], path: str, schedule: list[Level]) -> int:
         return PROBE + 2 * (INTERVALS + 1) + (INTERVALS - 1 if _fits(options) else 0)
@@ -94,7 +99,7 @@ class StatisticsKind:
         """
         opening = self._check_refit(run, found, steps, about, samples)
         if about["prompts"] == 1:
-            found = self.suited(found, about["conditions"])
+            found = self.suited(found, about)
             found = replace(found, about={**found.about, "conditions": about["conditions"]})
         elif about["prompts"] < PROMPTS:
             say(f"warning: {about['prompts']} prompts are few: what they teach can harm others. Give "
@@ -133,13 +138,27 @@ class StatisticsKind:
                              "and three in all, or 0")
         return opening
 
-    def suited(self, found: Statistics, conditions: str) -> Statistics:
-        return found if found.about.get("conditions") == conditions else found.for_another_prompt()
+    def suited(self, found: Statistics, about: Mapping[str, Any]) -> Statistics:
+        """Without b for another prompt, and without a hypersolver for other latents or a guidance beyond
+        those that taught it."""
+        if found.about.get("conditions") != about["conditions"]:
+            found = found.for_another_prompt()
+        taught = found.hypersolver
+        if taught is None:
+            return found
+        low, high = taught.guidances
+        scale = about["guidance"]
+        serves = taught.channels == about["channels"] and near(scale, min(max(scale, low), high))
+        return replace(found, hypersolver=replace(taught, guidance=scale) if serves else None)
 
     @contextmanager
     def ready(self, found: Statistics, run: Run) -> Iterator[Statistics]:
         if "b" in found.about and not canonical.named(found.about):
             say("statistics of another prompt: l and s are used, b is left out")
+        if self.serves(found, run.options, run.path, run.levels) == TAUGHT:
+            low, high = found.hypersolver.guidances
+            say(f"with their hypersolver, trained for {len(run.levels) - 1} steps at guidance {low:.3g} to "
+                f"{high:.3g}")
         yield found
 
 
@@ -206,7 +225,7 @@ class AmedKind:
         say(summary(result, progress), logging.WARNING if carry_over(result) > WARN_ABOVE else logging.INFO)
         return result
 
-    def suited(self, found: Amed, conditions: str) -> Amed:
+    def suited(self, found: Amed, about: Mapping[str, Any]) -> Amed:
         return found
 
     @contextmanager

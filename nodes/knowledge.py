@@ -1,23 +1,24 @@
-"""Nodes that measure, save, load and attach what solvers need to know of a model."""
+"""Nodes that measure and learn what solvers need to know of a model."""
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
-import torch
 from comfy_api.latest import io, ui
 
-from ..samplers import fitted_sigmas, load_calibration
 from ..samplers.learning.amed import BASES
 from ..samplers.learning.measure import INTERVALS
 from ..samplers.learning.refit import FEWEST, LARGEST
 from ..samplers.learning.train_amed import TEACHER
-from . import canonical, identity, store
+from ..samplers.learning.train_hypersolver import ITERATIONS
+from . import canonical, identity, library, store, teaching
 from .events import say
-from .host import CATEGORY, advanced, path_of
+from .host import CATEGORY, advanced
 from .kinds import AMED_KIND, SOCKET, STATISTICS_KIND, kind_of, needed
 from .library import Kind, file_name, kept, measuring_at
 from .measuring import Run, measured
+from .prompts import PROMPTS
 
 FITTED = f"From {STATISTICS_KIND.makes} with fitted on, or a file of it"
 
@@ -49,20 +50,21 @@ def _save() -> io.Input:
         "Write the result to models/solver_calibrations, where samplers find it by themselves"))
 
 
-def _outputs() -> list[io.Output]:
+def outputs() -> list[io.Output]:
     return [SOCKET.Output(display_name="CALIBRATION", tooltip="For solver nodes, Save Calibration or Apply "
                                                               "Calibration"),
             io.Image.Output(display_name="picture", tooltip=(
                 "Of a measurement the curves l, s, b and gamma over lambda and, for Fitted, the error to "
-                "expect; of a training r, c and a of every step, and the error after it"))]
+                "expect, without and with a hypersolver too; of AMED r, c and a of every step, and the error "
+                "after it"))]
 
 
 def _made(cls: type[io.ComfyNode], result: Any, save: bool) -> io.NodeOutput:
     """What was measured, saved if asked, and its picture, which the node shows too."""
     kind = kind_of(result)
     if save and (path := kept(kind, result)):
-        found = canonical.named(result.about) or any(told["prompts"] > 1
-                                                     for told in result.about.get("refits", {}).values())
+        taught = [*result.about.get("refits", {}).values(), result.about.get("hypersolver", {})]
+        found = canonical.named(result.about) or any(told.get("prompts", 1) > 1 for told in taught)
         say(f"saved as {store.shown(path)}; samplers find it by themselves" + ("" if found else (
             " where `measure` is every prompt, and this is the prompt")))
     image = kind.draw(result)
@@ -115,7 +117,7 @@ class MeasureModel(io.ComfyNode):
                     "all: one number at each lambda; channel: one for every latent channel, without "
                     "fitted"))),
             ],
-            outputs=_outputs(),
+            outputs=outputs(),
             is_output_node=True,
         )
 
@@ -163,7 +165,7 @@ class TrainAmed(io.ComfyNode):
                 advanced(io.Int.Input("teacher", default=TEACHER, min=2, max=64, tooltip=(
                     "Steps of the teacher in every interval: what AMED learns to land on"))),
             ],
-            outputs=_outputs(),
+            outputs=outputs(),
             is_output_node=True,
         )
 
@@ -207,7 +209,7 @@ class TuneFitted(io.ComfyNode):
                     "Images; the last quarter selects among what the others teach. 0: 4 to 8 by the latent's "
                     "size, and at least one or two for each prompt"))),
             ],
-            outputs=_outputs(),
+            outputs=outputs(),
             is_output_node=True,
         )
 
@@ -227,131 +229,106 @@ class TuneFitted(io.ComfyNode):
         return _made(cls, result, save and bool(result.plans))
 
 
+def _lines(prompts: str) -> list[str]:
+    return [line.strip() for line in prompts.splitlines() if line.strip()]
+
+
 def _read(prompts: str, clip: Any, like: Any) -> list[Any]:
-    """Conditions for every line, with what else `like` has."""
-    lines = [line.strip() for line in prompts.splitlines() if line.strip()]
+    """Conditions for every line, with what else `like` has, if there is one."""
+    lines = _lines(prompts)
     if lines and clip is None:
         raise ValueError(f"prompts has {len(lines)} lines and nothing reads them: connect the checkpoint's "
                          "CLIP to clip, or leave prompts empty")
-    return [[[tensor, {**like[0][1], **more}]
+    others = like[0][1] if like else {}
+    return [[[tensor, {**others, **more}]
              for tensor, more in clip.encode_from_tokens_scheduled(clip.tokenize(line))]
             for line in lines]
 
 
-class LoadCalibration(io.ComfyNode):
+class TrainHypersolver(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="LambdaLoadCalibration",
-            display_name="Load Calibration",
+            node_id="LambdaTrainHypersolver",
+            display_name="Train Hypersolver",
             category=CATEGORY,
-            description="Reads a file of models/solver_calibrations: what Measure Model, Tune Fitted or "
-                        "Train AMED made.",
-            inputs=[io.Combo.Input("name", options=store.names(),
-                                   tooltip="A file of models/solver_calibrations")],
-            outputs=_outputs(),
-        )
-
-    @classmethod
-    def execute(cls, name: str) -> io.NodeOutput:
-        loaded = load_calibration(store.existing(name))
-        return io.NodeOutput(loaded, kind_of(loaded).draw(loaded))
-
-    @classmethod
-    def validate_inputs(cls, name: str) -> bool:
-        return True  # a file that is gone is named when the node runs, with the remedy; ComfyUI names none
-
-    @classmethod
-    def fingerprint_inputs(cls, name: str) -> float:
-        return store.existing(name).stat().st_mtime
-
-
-class SaveCalibration(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="LambdaSaveCalibration",
-            display_name="Save Calibration",
-            category=CATEGORY,
-            description="Writes a calibration to models/solver_calibrations under a name of yours, a small "
-                        "file to share.",
+            description="Trains a small network that adds what every step of lambda_fitted misses, for all "
+                        "prompts, a range of guidances and of numbers of steps, and saves it: lambda_fitted "
+                        "then finds it. No data, and no gradients of the model. Takes as long as about 4 "
+                        "images of 20 steps for each image it learns from: 1,500 with the built-in prompts.",
             inputs=[
-                SOCKET.Input("calibration", tooltip="From Measure Model, Tune Fitted or Train AMED"),
-                io.String.Input("name", default="", tooltip=(
-                    "File name; empty: the model's name and guidance, and a number if there is one")),
-                io.Boolean.Input("overwrite", default=False, tooltip="Replace a file of the same name"),
+                io.Model.Input("model", tooltip="The model with its LoRAs, as it will be sampled"),
+                io.Clip.Input("clip", tooltip="The checkpoint's own: it reads the prompts"),
+                io.Conditioning.Input("negative", tooltip="The negative prompt that will be used"),
+                io.Conditioning.Input("positive", optional=True, tooltip=(
+                    "What the prompts have beside their texts they get from it: FluxGuidance, SDXL's sizes, "
+                    "ControlNet. Its own text is not used")),
+                io.Latent.Input("latent_image", tooltip=(
+                    "Its size is trained at, and serves others too; as many images at once as it has: 1 "
+                    "takes the least memory, and no longer")),
+                SOCKET.Input("calibration", optional=True, tooltip=(
+                    f"From {STATISTICS_KIND.makes} with fitted on, at a guidance of the range. Without: a "
+                    "saved one of this model is taken, or measured first")),
+                _guidance("cfg_low", 5.0, "Lowest"),
+                _guidance("cfg_high", 9.0, "Highest"),
+                io.String.Input("prompts", default="\n".join(PROMPTS), multiline=True, tooltip=(
+                    "One a line, of all that the model will be used for: the more and the more varied, the "
+                    "better it serves others")),
+                io.Int.Input("images", default=4, min=1, max=64, tooltip=(
+                    "Of every prompt: the time it takes goes with them")),
+                _save(),
+                _seed("it learns from"),
+                _steps("fewest", 4, "The fewest"),
+                _steps("most", 10, "The most"),
+                advanced(io.Int.Input("training", default=ITERATIONS, min=1, max=100_000, tooltip=(
+                    "Steps of the network's training, three times so many: they take time on the device, but "
+                    "no evaluations of the model"))),
             ],
+            outputs=outputs(),
             is_output_node=True,
         )
 
     @classmethod
-    def execute(cls, calibration: Any, name: str, overwrite: bool) -> io.NodeOutput:
-        own = file_name(kind_of(calibration), calibration.about)
-        path = store.place(name) if name.strip() else store.free(own)
-        try:
-            calibration.save(path, overwrite=overwrite)
-        except FileExistsError:
-            raise FileExistsError(f"{path.name} exists in {store.FOLDER}: choose another name, or overwrite "
-                                  "it") from None
-        said = f"saved as {store.shown(path)}"
-        say(said)
-        return io.NodeOutput(ui={"text": [said]})
+    def execute(cls, model, clip, negative, latent_image, cfg_low, cfg_high, prompts, images, positive=None,
+                calibration=None, save=True, seed=0, fewest=4, most=10, training=ITERATIONS) -> io.NodeOutput:
+        if cfg_low > cfg_high or fewest > most:
+            raise ValueError(f"cfg_low = {cfg_low:g} and cfg_high = {cfg_high:g}, fewest = {fewest} and most "
+                             f"= {most}: the first of each two must not be above the second")
+        count = len(_lines(prompts))
+        if count < 2:
+            raise ValueError(f"prompts has {count} lines: write two at least, one a line, and better a "
+                             "hundred, since some are held out to test what the others teach")
+        positives, middle = _read(prompts, clip, positive), math.sqrt(cfg_low * cfg_high)
+        if calibration is None:
+            calibration = measured(model, positives[:1], negative, middle, latent_image, seed, None, _fitted)
+        found = needed(STATISTICS_KIND, calibration, "Train Hypersolver")
+
+        def teach(run: Run) -> Any:
+            about = identity.description(run.guider)
+            steps = range(fewest, most + 1)
+            partial = _partial(STATISTICS_KIND, about, "hypersolver", images, fewest, most, seed, training)
+            return teaching.teach(run, found, steps, images, about, partial, seed=seed, training=training)
+
+        shares = [guidance / middle for guidance in teaching.spread(cfg_low, cfg_high, count)]
+        result = measured(model, positives, negative, middle, latent_image, seed, None, teach, shares)
+        return _made(cls, result, save and result is not found)
 
 
-class ApplyCalibration(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="LambdaApplyCalibration",
-            display_name="Apply Calibration",
-            category=CATEGORY,
-            description="Attaches a calibration to a model, for our samplers in the plain KSampler. A model "
-                        "can carry one of a measurement and one of a training: apply one behind the other.",
-            inputs=[io.Model.Input("model", tooltip="The model that was measured, or one like it"),
-                    SOCKET.Input("calibration", tooltip="From Measure Model, Tune Fitted, Train AMED or Load "
-                                                        "Calibration")],
-            outputs=[io.Model.Output(display_name="MODEL", tooltip="The same model, with the calibration "
-                                                                   "attached")],
-        )
-
-    @classmethod
-    def execute(cls, model: Any, calibration: Any) -> io.NodeOutput:
-        patched = model.clone()
-        patched.set_attachments(kind_of(calibration).attachment, calibration)
-        return io.NodeOutput(patched)
+def _guidance(name: str, default: float, which: str) -> io.Input:
+    return io.Float.Input(name, default=default, min=1.0, max=100.0, step=0.1, round=False, tooltip=(
+        f"{which} guidance it is trained for, and will be used at. Both the same: for that one; 1 for models "
+        "without guidance, whose unconditional answer is not asked for"))
 
 
-class FittedScheduler(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="LambdaFittedScheduler",
-            display_name="Fitted Scheduler",
-            category=CATEGORY,
-            description="The noise levels where so few steps leave the least error on your model, as SIGMAS "
-                        "for any sampler. It does for any checkpoint that was measured what the tables of "
-                        "Align Your Steps, GITS and OptimalSteps do for a few. Chosen for DPM-Solver-v3's "
-                        "own steps.",
-            inputs=[
-                io.Model.Input("model", tooltip="The model that will be sampled: its noise levels are used"),
-                SOCKET.Input("calibration", tooltip=FITTED),
-                io.Int.Input("steps", default=6, min=1, max=1000, tooltip="Intervals of the schedule, the "
-                                                                          "last one to 0"),
-                io.Float.Input("denoise", default=1.0, min=0.01, max=1.0, step=0.01, tooltip=(
-                    "Below 1 the schedule begins where this share of the model's timesteps is left, for "
-                    "image to image")),
-            ],
-            outputs=[io.Sigmas.Output(display_name="SIGMAS",
-                                      tooltip="For SamplerCustom, SamplerCustomAdvanced or Train AMED")],
-        )
-
-    @classmethod
-    def execute(cls, model, calibration, steps, denoise) -> io.NodeOutput:
-        found = needed(STATISTICS_KIND, calibration, "Fitted Scheduler")
-        sampling = model.get_model_object("model_sampling")
-        start = float(sampling.percent_to_sigma(1.0 - denoise) if denoise < 1.0 else sampling.sigma_max)
-        return io.NodeOutput(torch.tensor(fitted_sigmas(found, steps, start, path_of(sampling))))
+def _steps(name: str, default: int, which: str) -> io.Input:
+    return advanced(io.Int.Input(name, default=default, min=FEWEST, max=20, tooltip=(
+        f"{which} of KSampler's steps that it is trained for")))
 
 
-NODES: list[type[io.ComfyNode]] = [MeasureModel, TrainAmed, TuneFitted, LoadCalibration, SaveCalibration,
-                                   ApplyCalibration, FittedScheduler]
+def _fitted(run: Run) -> Any:
+    """What lambda_fitted would be given in a run of this model."""
+    run = replace(run, options={"order": 2, "nodes": "chosen"})
+    return library.calibration_for(STATISTICS_KIND, run, None, "auto").found
+
+
+NODES: list[type[io.ComfyNode]] = [MeasureModel, TrainAmed, TuneFitted, TrainHypersolver]

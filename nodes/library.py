@@ -7,7 +7,6 @@ import logging
 import math
 import os
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Iterator, Mapping, Protocol, Sequence
 
@@ -15,11 +14,12 @@ from torch import Tensor
 
 from ..samplers.schedule import Level
 from . import canonical, identity, settings, store
-from .events import say
+from .events import Used, say
 from .measuring import Run, as_long_as
 from .settings import RULES
 
 VARIABLE = "LAMBDA_SOLVERS_CALIBRATION"
+TAUGHT = 3  # how well something serves that was taught for a range of guidances
 
 
 class Kind(Protocol):
@@ -36,8 +36,9 @@ class Kind(Protocol):
     def about(self, run: Run) -> dict[str, Any]:
         """What its description says of a run, beside model, guidance and prompt."""
     def serves(self, found: Any, options: Mapping[str, Any], path: str, schedule: list[Level]) -> int:
-        """How well one of the right model and guidance serves a run with these options of the solver: 0 not
-        at all, 1 as any other, 2 it was learned for just such a run."""
+        """How well one of the right model, as `suited`, serves a run with these options of the solver: 0 not
+        at all, 1 as any other, 2 it was learned for just such a run, TAUGHT at the run's guidance too,
+        wherever it was measured."""
     def cost(self, options: Mapping[str, Any], path: str, schedule: list[Level]) -> int:
         """Evaluations to measure one, each of `images`; ValueError where it would be refused."""
     def images(self, options: Mapping[str, Any], shape: Sequence[int]) -> int:
@@ -45,8 +46,8 @@ class Kind(Protocol):
     def sampled(self, options: Mapping[str, Any], schedule: list[Level]) -> int:
         """Evaluations of one image that is sampled with it."""
     def measure(self, run: Run, about: dict[str, Any], partial: Any) -> Any: """A new one."""
-    def suited(self, found: Any, conditions: str) -> Any:
-        """As much of one as holds for the prompt with this digest."""
+    def suited(self, found: Any, about: Mapping[str, Any]) -> Any:
+        """As much of one as holds for a run of this description, and for its guidance where that is told."""
     def ready(self, found: Any, run: Run) -> AbstractContextManager[Any]:
         """It, as the solver needs it while it runs."""
     def draw(self, found: Any) -> Tensor: """Its picture, [1, H, W, 3]."""
@@ -63,43 +64,50 @@ def rule() -> str:
     return value
 
 
-def calibration_for(kind: Kind, run: Run, given: Any, how: str) -> tuple[str, Any]:
-    """What to sample `run` with, after its name: its file's, or where else it came from (events.Used).
+def calibration_for(kind: Kind, run: Run, given: Any, how: str) -> Used:
+    """What to sample `run` with, and where it came from.
 
     In this order: what was given to the node; what is attached to the MODEL; a saved file that `choice`
     takes; and, if `how` is auto or every prompt, a new one, measured on this very model function and saved:
     for auto at nobody's prompt (canonical.py).
     """
+    own = described(kind, run)
+
+    def used(name: str, found: Any) -> Used:
+        return Used(name, found, kind.suited(found, own))
+
     for where, found in (("given", given), ("attached", run.patcher.get_attachment(kind.attachment))):
         if found is not None:
-            warn(kind, found, run)
-            return where, found
+            warn(kind, found, run, own)
+            return used(where, found)
     if how == "never":
         raise ValueError(f"this sampler needs {kind.noun}, and measuring is switched off: add the node Load "
                          f"Calibration or {kind.makes} and connect it to the sampler node, or put Apply "
                          "Calibration behind the model")
-    own = described(kind, run)
+    if math.isnan(own["guidance"]):
+        raise ValueError(f"the guidance of this {type(run.guider).__name__} is {run.guider.cfg!r}, and "
+                         f"{kind.noun} hold for one number: set one, give the sampler what {kind.makes} made "
+                         "at a number, or choose a sampler that needs none, such as lambda_2m")
     saved = choice(kind, own, how, run.options, run.path, run.levels)
     if saved:
         name, found = saved
         say(f"{kind.noun}: {name}")
-        return name.removesuffix(store.ENDING), found
+        return used(name.removesuffix(store.ENDING), found)
     sought = wanted(own, how)
     of = f"{sought['model']} at guidance {sought['guidance']:g}"
     if how == "saved only":
         raise ValueError(f"no saved {kind.noun} for {of} in {store.directory()} serves this run: run "
                          f"{kind.makes} once, or set measure to auto (on the sampler's node; for KSampler in "
                          "ComfyUI's settings, Lambda Solvers)")
-    run = replace(run, image=kind.sampled(run.options, run.levels))
     calls = kind.cost(run.options, run.path, run.levels) * run.calls(kind.images(run.options, run.x.shape))
     say(f"no saved {kind.noun} for {of} serves this run: measuring once, {as_long_as(calls, run.image)}")
     with run.apart(), measuring_at(kind, run, how) as about:
         result = kind.measure(run, about, store.partial(file_name(kind, about)))
     path = kept(kind, result)
     if path is None:
-        return "measured", result
+        return used("measured", result)
     say(f"{kind.noun} saved: {path.stem}")
-    return path.stem, result
+    return used(path.stem, result)
 
 
 @contextmanager
@@ -134,19 +142,21 @@ def choice(kind: Kind, about: Mapping[str, Any], how: str, options: Mapping[str,
 
     It is of the same checkpoint and patches, at near strengths and guidance; for auto measured at nobody's
     prompt, for "every prompt" at the run's own; or, whatever the rule, learned for all prompts and just such
-    a run. Of several those that serve best, then those of the same prompt, then of the nearest guidance, then
-    those that were measured for no more than is needed, then the newest.
+    a run, or taught for it at its guidance. Of several those that serve best, then those of the same prompt,
+    then of the nearest guidance, then those that were measured for no more than is needed, then the newest.
     """
     sought, found = wanted(about, how), []
+    run = {**sought, "guidance": about["guidance"]}
     rules = {"auto": lambda told: canonical.same(told, sought),
              "every prompt": lambda told: told.get("conditions") == sought["conditions"]}
     measured_for = rules.get(how, lambda told: True)
     for name in store.listed():
         content = store.read(kind.type, name)
-        if content is None or not of_one_model(content.about, sought):
+        if content is None or not of_one_model(content.about, {**sought, **at(content)}):
             continue
-        well = kind.serves(kind.suited(content, sought["conditions"]), options, path, schedule)
-        if well == 2 or well and measured_for(content.about):
+        well = kind.serves(kind.suited(content, run), options, path, schedule)
+        here = alike("guidance", content.about, sought)
+        if well == TAUGHT or here and (well == 2 or well and measured_for(content.about)):
             rank = (-well, content.about.get("conditions") != sought["conditions"],
                     abs(content.about["guidance"] - sought["guidance"]), bool(content.about.get("fitted")))
             found.append((rank, content.about.get("created", ""), name, content))
@@ -160,13 +170,13 @@ def wanted(about: Mapping[str, Any], how: str) -> Mapping[str, Any]:
 
 
 def described(kind: Kind, run: Run) -> dict[str, Any]:
-    """The description of a run, with what the kind adds; ValueError for a guidance that is no number."""
-    about = description(run.guider)
-    if math.isnan(about["guidance"]):
-        raise ValueError(f"the guidance of this {type(run.guider).__name__} is {run.guider.cfg!r}, and "
-                         f"{kind.noun} hold for one number: set one, give the sampler what {kind.makes} made "
-                         "at a number, or choose a sampler that needs none, such as lambda_2m")
-    return {**about, **kind.about(run)}
+    """The description of a run, with the channels of its latents and what the kind adds."""
+    return {**description(run.guider), "channels": run.x.shape[1], **kind.about(run)}
+
+
+def at(found: Any) -> dict[str, Any]:
+    """The guidance that something was measured at, as a description has it."""
+    return {"guidance": found.about.get("guidance")}
 
 
 def file_name(kind: Kind, about: Mapping[str, Any]) -> str:
@@ -240,7 +250,15 @@ def _numbers(about: Mapping[str, Any], key: str) -> list[float]:
     return [value for value in found if isinstance(value, (int, float))] if isinstance(found, list) else []
 
 
-def warn(kind: Kind, found: Any, run: Run) -> None:
-    """Say why a calibration that was given may not fit the run, if it may not."""
-    for fault in faults(found.about, identity.description(run.guider)):
+def misfits(kind: Kind, found: Any, about: Mapping[str, Any], options: Mapping[str, Any], path: str,
+            schedule: list[Level]) -> list[str]:
+    """Why a calibration may not serve a run of this description: `faults`, but for a guidance that it was
+    taught for."""
+    well = kind.serves(kind.suited(found, about), options, path, schedule)
+    return faults(found.about, {**about, **at(found)} if well == TAUGHT else about)
+
+
+def warn(kind: Kind, found: Any, run: Run, about: Mapping[str, Any]) -> None:
+    """Say why a calibration that was given may not fit the run of this description, if it may not."""
+    for fault in misfits(kind, found, about, run.options, run.path, run.levels):
         say(f"warning: the {kind.noun} may not fit: {fault}. Measure anew with {kind.makes}", logging.WARNING)

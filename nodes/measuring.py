@@ -33,6 +33,8 @@ class Pace:
 
     sigma: float = math.inf  # asked last
     batch: int = 0           # images at once, after memory did not suffice for the run's own
+    calls: int = 0           # of the model
+    called: Callable[[], None] = lambda: None  # after each of them
 
 
 @dataclass(frozen=True)
@@ -66,14 +68,19 @@ class Run:
     def levels(self) -> list[Level]:
         return levels(self.sigmas.tolist(), find_path(self.path))
 
+    @property
+    def batch(self) -> int:
+        """How many images the model is asked for at once."""
+        return self.pace.batch or len(self.x)
+
     def calls(self, images: int) -> int:
         """How often the model is called for one evaluation of so many images."""
-        return sum(math.ceil(len(range(prompt, images, self.prompts)) / len(self.x))
+        return sum(math.ceil(len(range(prompt, images, self.prompts)) / self.batch)
                    for prompt in range(self.prompts))
 
-    def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
+    def denoise(self, x: Tensor, sigma: Tensor, images: Sequence[int] | None = None) -> Tensor:
         """The model function that is being sampled, without its inpainting mask and caches, for any number of
-        images; sigma [B].
+        images; sigma [B]. images [B]: their numbers, if they are not all from the first on, in order.
 
         ComfyUI has reserved memory for the run's own batch, so the model is asked for just so many images
         at once, those of one prompt; if there are fewer, they are repeated. Every call is told the levels
@@ -88,26 +95,27 @@ class Run:
             self.pace.sigma = now
         if self.block:
             self.block.begin()
-        images, answers = [], []
-        for prompt in range(self.prompts):
-            left = list(range(len(x)))[prompt::self.prompts]
+        of = [k % self.prompts for k in (range(len(x)) if images is None else images)]
+        rows, answers = [], []
+        for prompt in sorted({*of}):
+            left = [row for row, own in enumerate(of) if own == prompt]
             while left:
                 few, answer = self._answer(x, sigma, left, prompt)
-                images += few
+                rows += few
                 answers.append(answer)
                 left = left[len(few):]
                 if self.block:
                     self.block.keep(len(few))
         found = torch.cat(answers)
-        return found if self.prompts == 1 else found[torch.tensor(images).argsort()]
+        return found if self.prompts == 1 else found[torch.tensor(rows).argsort()]
 
-    def _answer(self, x: Tensor, sigma: Tensor, images: list[int], prompt: int) -> tuple[list[int], Tensor]:
-        """The first of these images, as many as one call takes, and what the model says to them."""
-        batch = self.pace.batch or len(self.x)
-        few = images[:batch]
-        rows = (few * batch)[:batch]
+    def _answer(self, x: Tensor, sigma: Tensor, rows: list[int], prompt: int) -> tuple[list[int], Tensor]:
+        """The first of these rows, as many as one call takes, and what the model says to them."""
+        batch = self.batch
+        few = rows[:batch]
+        asked = (few * batch)[:batch]
         try:
-            return few, self._ask(x[rows], sigma[rows], prompt)[:len(few)]
+            return few, self._ask(x[asked], sigma[asked], prompt)[:len(few)]
         except Exception as fault:
             if not out_of_memory(fault):
                 raise
@@ -121,13 +129,17 @@ class Run:
         say(f"warning: out of memory while measuring {batch} images at once: going on with {batch // 2}. "
             "Measure with a smaller batch to avoid this", logging.WARNING)
         comfy.model_management.soft_empty_cache()
-        return self._answer(x, sigma, images, prompt)
+        return self._answer(x, sigma, rows, prompt)
 
     def _ask(self, x: Tensor, sigma: Tensor, prompt: int) -> Tensor:
+        comfy.model_management.throw_exception_if_processing_interrupted()
         grid = self.grid or self.sigmas.tolist()
         told = following(self.extra_args, [*grid, *sigma.tolist()])
         options = {**identity.without_caches(told.get("model_options", {})), PROMPT: prompt}
-        return self.guider(x, sigma, model_options=options, seed=self.extra_args.get("seed"))
+        answer = self.guider(x, sigma, model_options=options, seed=self.extra_args.get("seed"))
+        self.pace.calls += 1
+        self.pace.called()
+        return answer
 
     @contextmanager
     def apart(self) -> Iterator[None]:
@@ -170,29 +182,58 @@ def as_long_as(calls: float, image: int | None) -> str:
     return f"as long as {count} image{'s' * (count > 1)}" + ("" if image else f" of {USUAL} steps")
 
 
-class Progress:
-    """ComfyUI's progress bar and a line on the node, for `progress(done, total, ...)`; the place where Cancel
-    takes hold.
+TIMED = 3  # calls of the model, the first of which may be slow: then its pace is known
 
-    As text: what it took, after the last call.
+
+def duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
+
+
+class Progress:
+    """ComfyUI's progress bar and a line on the node, for `progress(done, total, ...)`; a place where Cancel
+    takes hold, as every call of the model is.
+
+    calls: of the model, the most there can be, where all evaluations are not of all images. What they cost is
+    said before the first, and in time as soon as the pace is known. As text: what it took, after the last.
     """
 
-    def __init__(self, what: str, run: Run, images: int) -> None:
-        self.what, self.image, self.each = what, run.image, run.calls(images)
-        self.bar, self.start, self.done, self.made = None, time.monotonic(), 0, 0
+    def __init__(self, what: str, run: Run, images: int, calls: int = 0) -> None:
+        self.what, self.run, self.images, self.calls = what, run, images, calls
+        self.bar, self.start, self.done, self.total = None, time.monotonic(), 0, 1
+        self.before = run.pace.calls
+        if calls:
+            say(f"{what}: {as_long_as(calls, run.image)}")
+            run.pace.called = self._called
 
     def __call__(self, done: int, total: int, loss: float = math.nan) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
         self.bar = self.bar or comfy.utils.ProgressBar(total)
         self.bar.update_absolute(done, total)
-        self.done, self.made = done, self.made + 1
-        left = (time.monotonic() - self.start) / self.made * (total - done)
+        self.done, self.total = done, total
+        left = self._seconds(total - done)
         error = "" if math.isnan(loss) else f", error {loss:.3g}"
-        say(f"{self.what}: evaluation {done} of {total}, {as_long_as(total * self.each, self.image)}{error}, "
-            f"{left:.0f} s left")
+        say(f"{self.what}: evaluation {done} of {total}, {self._cost(total)}{error}, "
+            + (f"{left:.0f} s left" if left < 600 else f"{left / 60:.0f} min left"))
+
+    def _called(self) -> None:
+        if self.run.pace.calls - self.before == TIMED:
+            say(f"{self.what}: {self._cost(self.total)}, about {duration(self._seconds(self.total))}")
+
+    def _of(self, evaluations: int) -> float:
+        """In calls of the model."""
+        each = self.calls / self.total if self.calls else self.run.calls(self.images)
+        return evaluations * each
+
+    def _cost(self, evaluations: int) -> str:
+        return as_long_as(self._of(evaluations), self.run.image)
+
+    def _seconds(self, evaluations: int) -> float:
+        """What these take at the pace so far."""
+        made = self.run.pace.calls - self.before
+        return (time.monotonic() - self.start) / max(made, 1) * self._of(evaluations)
 
     def __str__(self) -> str:
-        return f"{time.monotonic() - self.start:.0f} s, {as_long_as(self.done * self.each, self.image)}"
+        return f"{time.monotonic() - self.start:.0f} s, {self._cost(self.done)}"
 
 
 @contextmanager
@@ -224,25 +265,33 @@ class Measuring(comfy.samplers.Sampler):
     def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None,
                disable_pbar=False):
         wrapped = type("Guided", (), {"inner_model": model_wrap})()
-        run = Run(wrapped, noise, self.sigmas, extra_args, {}, prompts=model_wrap.prompts)
+        run = Run(wrapped, noise, self.sigmas, extra_args, {}, prompts=len(model_wrap.shares))
         with run.apart():
             self.measure(run)
         return noise
 
 
 class SeveralPrompts(comfy.samplers.CFGGuider):
-    """A guider with several prompts, of which a call names the one that it is for."""
+    """A guider with several prompts, of which a call names the one that it is for.
 
-    def set_prompts(self, positives: Sequence[Any], negative: Any) -> None:
-        self.prompts = len(positives)
+    Each is guided at its share of the guider's scale.
+    """
+
+    def set_prompts(self, positives: Sequence[Any], negative: Any, shares: Sequence[float] = ()) -> None:
+        self.shares = shares or [1.0] * len(positives)
         named = {_positive(k): cond for k, cond in enumerate(positives)}
         self.inner_set_conds({"negative": negative, **named})
 
+    @property
+    def guidances(self) -> list[float]:
+        """Of every prompt."""
+        return [self.cfg * share for share in self.shares]
+
     def predict_noise(self, x, timestep, model_options={}, seed=None):
-        positive = self.conds[_positive(model_options[PROMPT])]
+        k = model_options[PROMPT]
         return comfy.samplers.sampling_function(
-            self.inner_model, x, timestep, self.conds["negative"], positive, self.cfg,
-            model_options=model_options, seed=seed)
+            self.inner_model, x, timestep, self.conds["negative"], self.conds[_positive(k)],
+            self.cfg * self.shares[k], model_options=model_options, seed=seed)
 
 
 def _positive(k: int) -> str:
@@ -251,13 +300,14 @@ def _positive(k: int) -> str:
 
 def measured(model: Any, positives: Sequence[Any], negative: Any, cfg: float, latent: dict, seed: int,
              sigmas: Tensor | None,
-             measure: Callable[[Run], Any]) -> Any:
+             measure: Callable[[Run], Any], shares: Sequence[float] = ()) -> Any:
     """What `measure` makes of a model under these conditions, in a run of ComfyUI's own.
 
-    The latent's batch says how many images are evaluated at once.
+    The latent's batch says how many images are evaluated at once; shares: the guidance of every prompt, as a
+    multiple of cfg, if it is not cfg.
     """
     guider = SeveralPrompts(model)
-    guider.set_prompts(positives, negative)
+    guider.set_prompts(positives, negative, shares)
     guider.set_cfg(cfg)
     if latent["samples"].is_nested:
         raise ValueError(NESTED)

@@ -53,19 +53,24 @@ def curves(statistics: Statistics, width: int = 480, height: int = 300) -> Tenso
         told = statistics.about.get("refits", {})
         refitted = {n: told[str(n)]["selection"][1] for n in statistics.plans
                     if str(n) in told and told[str(n)]["selection"][1] > 0}
-        _expected(draw, font, expected, refitted, (left, height + 30, right, height + 186))
+        selection = statistics.about.get("hypersolver", {}).get("selection", {})
+        taught = {int(n): pair for n, pair in selection.items()
+                  if n.isdecimal() and int(n) > 1 and len(pair) == 2 and min(pair) > 0}
+        _expected(draw, font, expected, refitted, taught, (left, height + 30, right, height + 186))
     return tensor(image)
 
 
 def _expected(draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, errors: dict[int, float],
-              refitted: dict[int, float], box: tuple) -> None:
-    """The fitted solver's error against evaluations, both logarithmic, and a square where it was refitted."""
+              refitted: dict[int, float], taught: dict[int, Sequence[float]], box: tuple) -> None:
+    """The fitted solver's error against evaluations, both logarithmic; a square where it was refitted, and on
+    prompts held out the error without a hypersolver, in grey, and with it."""
     left, top, right, bottom = box
-    known = [*errors.values(), *refitted.values()]
+    known = [*errors.values(), *refitted.values(), *(error for pair in taught.values() for error in pair)]
     low, high = 0.8 * min(known), 1.25 * max(known)
+    first, last = min([*errors, *taught]), max([*errors, *taught])
 
     def at(n: float, error: float) -> tuple[float, float]:
-        return (left + math.log(n / EXPECTED[0]) / math.log(EXPECTED[-1] / EXPECTED[0]) * (right - left),
+        return (left + math.log(n / first) / math.log(last / first) * (right - left),
                 bottom - math.log(error / low) / math.log(high / low) * (bottom - top))
 
     for value in log_ticks(low, high, 5):
@@ -80,10 +85,16 @@ def _expected(draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, errors: d
     for n, error in refitted.items():
         x, y = at(n, error)
         draw.rectangle((x - 4, y - 4, x + 4, y + 4), COLOURS["b"])
+    for which, colour in enumerate((GREY, COLOURS["s"])):
+        points = [at(n, pair[which]) for n, pair in sorted(taught.items())]
+        draw.line(points, colour, 2)
+        for x, y in points:
+            draw.ellipse((x - 3, y - 3, x + 3, y + 3), colour)
     draw.text((left, top - 22), "error to expect of lambda_fitted (rms)", COLOURS["l"], font)
-    if refitted:
-        words = "refitted: on the images it was selected by"
-        draw.text((left, bottom - 4), words, COLOURS["b"], font, anchor="lb")
+    words = {"refitted: on the images it was selected by": ("b", refitted),
+             "with a hypersolver, on prompts held out (grey: without)": ("s", taught)}
+    for k, text in enumerate(text for text, (_, of) in words.items() if of):
+        draw.text((left, bottom - 4 - 16 * k), text, COLOURS[words[text][0]], font, anchor="lb")
     draw.text((right, top - 22), "evaluations", (90, 90, 90), font, anchor="ra")
 
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from itertools import starmap
 from typing import Any, Callable
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ..samplers import FAMILIES, SAMPLERS
 from ..samplers.catalogue import Option, Sampler
-from . import events, identity, library
+from . import events, library
 from .host import CATEGORY, advanced, sampler_function
 from .kinds import KINDS, SOCKET, needed
 from .library import Kind
@@ -95,10 +96,10 @@ def calibrated(sampler: Sampler, how: str | None = None) -> Callable[..., Tensor
         given = options.pop(kind.option, None)
         defaults = {name: option.default for name, option in sampler.options.items()}
         run = Run(model, x, sigmas, extra_args or {}, {**sampler.fixed, **defaults, **options})
-        name, found = library.calibration_for(kind, run, given, how or library.rule())
-        suited = kind.suited(found, identity.conditions(run.guider))
-        events.use(kind.option, events.Used(name, found, suited))
-        with kind.ready(suited, run) as ready:
+        run = replace(run, image=kind.sampled(run.options, run.levels))
+        used = library.calibration_for(kind, run, given, how or library.rule())
+        events.use(kind.option, used)
+        with kind.ready(used.suited, run) as ready:
             return function(model, x, sigmas, extra_args, callback, disable, **{kind.option: ready},
                             **options)
 

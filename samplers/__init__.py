@@ -33,15 +33,18 @@ from .families import FAMILIES, SAMPLERS
 from .k_diffusion import k_diffusion_sampler
 from .learning.amed import Amed
 from .learning.fitted import Plan, fit_multistep, fitted_sigmas
+from .learning.hypersolver import Hypersolver
 from .learning.measure import estimate_statistics
 from .learning.record import load_calibration
 from .learning.refit import refit_multistep
 from .learning.statistics import Statistics
 from .learning.storage import CalibrationError
 from .learning.train_amed import fit_amed
+from .learning.train_hypersolver import fit_hypersolver, hypersolver_cost
 from .model import UnsteadyModel
 from .schedule import PATHS
 
-__all__ = ["Amed", "FAMILIES", "PATHS", "Plan", "SAMPLERS", "Statistics", "CalibrationError", "UnsteadyModel",
-           "estimate_statistics", "fit_amed", "fit_multistep", "fitted_sigmas", "k_diffusion_sampler",
-           "load_calibration", "nfe", "refit_multistep"]
+__all__ = ["Amed", "FAMILIES", "Hypersolver", "PATHS", "Plan", "SAMPLERS", "Statistics", "CalibrationError",
+           "UnsteadyModel", "estimate_statistics", "fit_amed", "fit_hypersolver", "fit_multistep",
+           "fitted_sigmas", "hypersolver_cost", "k_diffusion_sampler", "load_calibration", "nfe",
+           "refit_multistep"]

@@ -323,13 +323,14 @@ def test_a_calibration_is_known_by_where_it_came_from(monkeypatch, came: str, na
     one = {name: lambda *run: 1 for name in ("cost", "images", "sampled")}
     kind = types.SimpleNamespace(option="statistics", type=type(found), attachment="a", noun="statistics",
                                  makes="", **one, name=lambda about: "", about=lambda run: {},
+                                 suited=lambda found, about: (found, about["channels"]),
                                  measure=lambda *run: found)
     model = Model(lambda x, sigma: x, sampling_of("EPS"))
     model.inner_model.model_patcher.get_attachment = lambda name: found if came == "attached" else None
     monkeypatch.setattr(module("measuring").Run, "apart", lambda self: contextlib.nullcontext())
-    asked = module("measuring").Run(model, torch.zeros(1), torch.tensor([1.0, 0.0]), {}, {})
+    asked = module("measuring").Run(model, torch.zeros(1, 3), torch.tensor([1.0, 0.0]), {}, {})
     assert calibration.calibration_for(kind, asked, found if came == "given" else None,
-                                       "auto") == (name, found)
+                                       "auto") == (name, found, (found, 3))
 
 
 # --- requests that nobody sends by mistake ------------------------------------------------------------------

@@ -20,9 +20,9 @@ NAMES = [
 SHOWN = ["multistep", "singlestep", "adaptive", "sde", "v3", "fitted", "amed"]
 SAMPLER_NODES = ["LambdaSampler" + name.capitalize() for name in SHOWN]
 NODES = {
-    *SAMPLER_NODES, "LambdaMeasureModel", "LambdaTrainAmed", "LambdaTuneFitted", "LambdaLoadCalibration",
-    "LambdaSaveCalibration", "LambdaApplyCalibration", "LambdaFittedScheduler", "LambdaFirstStep",
-    "LambdaCompareSamplers"
+    *SAMPLER_NODES, "LambdaMeasureModel", "LambdaTrainAmed", "LambdaTuneFitted", "LambdaTrainHypersolver",
+    "LambdaLoadCalibration", "LambdaSaveCalibration", "LambdaApplyCalibration", "LambdaFittedScheduler",
+    "LambdaFirstStep", "LambdaCompareSamplers"
 }
 
 
@@ -82,9 +82,9 @@ def test_ksampler_s_function_is_ours(name: str) -> None:
     assert result.isfinite().all() and result.dtype == x.dtype
 
 
-def test_there_are_sixteen_nodes_in_one_category() -> None:
+def test_there_are_seventeen_nodes_in_one_category() -> None:
     found = nodes()
-    assert set(found) == NODES and len(found) == 16
+    assert set(found) == NODES and len(found) == 17
     assert {node.GET_SCHEMA().category for node in found.values()} == {"Lambda Solvers"}
 
 

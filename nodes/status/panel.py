@@ -35,6 +35,7 @@ WORDS = {
     "nothing_to_learn": "warning: {steps} steps leave AMED nothing to learn, choose more",
     "mean_first_step": "in the first run of a prompt the model answers the first step too",
     "unusable": "warning: {fault}",
+    "hypersolver": "a hypersolver adds what every step misses",
     "used": "the last run used {name}, digest {digest}",
     "fits": "the calibration fits this model and guidance",
     "saved": "a saved calibration serves this run: {name}",
@@ -57,7 +58,10 @@ WORDS = {
 
 MOST_LEVELS = 12  # that are listed
 ORDER = ("count", "warn", "good", "note")
-MAKERS = {"LambdaMeasureModel": "statistics", "LambdaTuneFitted": "statistics", "LambdaTrainAmed": "trained"}
+MAKERS = {
+    **dict.fromkeys(("LambdaMeasureModel", "LambdaTuneFitted", "LambdaTrainHypersolver"), "statistics"),
+    "LambdaTrainAmed": "trained"
+}
 """Nodes that make a calibration -> the solver's option that it is for."""
 
 Put = Callable[..., None]
@@ -110,6 +114,8 @@ def _drawn(line: Put, shown: Plan, run: runs.Run | None, guessed: bool = False) 
     elif shown.settings["first_step"] == "mean":
         line("note", "mean_first_step")
     _schedule(line, shown, guessed)
+    if shown.taught:
+        line("good", "hypersolver")
     for key, warning in plan.WARNINGS.items():
         if (values := warning(shown)) is not None:
             line("warn", key, **values)
@@ -134,18 +140,20 @@ def _before(line: Put, say: Say, graph: Graph, job: Job, kind: Kind | None, how:
         shown = _guessed(graph, job, line)
     else:
         about = _about(graph, job, model)
-        job = job._replace(options={**job.options, **_loaded(kind, giver)})
+        loaded = _loaded(kind, giver)
+        given = {name: kind.suited(found, about) for name, found in loaded.items()} if about else loaded
+        job = job._replace(options={**job.options, **given})
         shown = _planned(graph, job, model.sampling)
-        finds = kind and about and giver is None and how in ("auto", "saved only")
-        if finds:
-            saved = library.choice(kind, about, how, shown.settings, shown.path, shown.levels)
+        if kind and about and giver is None and how != "never":
+            prompt = {"conditions": ""} if how == "every prompt" else {}  # a new one
+            saved = library.choice(kind, {**about, **prompt}, how, shown.settings, shown.path, shown.levels)
         if saved:
-            found = {kind.option: kind.suited(saved[1], about["conditions"])}
+            found = {kind.option: kind.suited(saved[1], about)}
             shown = _planned(graph, job._replace(options={**job.options, **found}), model.sampling)
         _count(line, shown)
     curve = _drawn(line, shown, None, guessed=model is None)
     if giver is not None:
-        _given(line, kind, giver, about)
+        _given(line, kind, giver, about, shown)
     elif saved:
         line("good", "saved", name=saved[0])
     elif kind and shown.levels:
@@ -261,10 +269,13 @@ def _schedule(line: Put, shown: Plan, guessed: bool) -> None:
 def _about(graph: Graph, job: Job, model: runs.Model) -> Mapping[str, Any] | None:
     """The description of a known model at the guidance that is set."""
     scale = plan.guidance(graph, job.runs)
-    return {**model.about, "guidance": scale} if model.about and scale is not None else None
+    if not model.about or scale is None:
+        return None
+    return {**model.about, "guidance": scale, "channels": model.shape[1]}
 
 
-def _given(line: Put, kind: Kind, giver: Mapping[str, Any], about: Mapping[str, Any] | None) -> None:
+def _given(line: Put, kind: Kind, giver: Mapping[str, Any], about: Mapping[str, Any] | None,
+           shown: Plan) -> None:
     """How a calibration stands that comes over a link."""
     made = MAKERS.get(giver["class_type"])
     if made and made != kind.option:
@@ -274,12 +285,12 @@ def _given(line: Put, kind: Kind, giver: Mapping[str, Any], about: Mapping[str, 
     if file is None:
         return line("note", "given")
     try:
-        made_for = kind.type.load(store.existing(file)).about
+        found = kind.type.load(store.existing(file))
     except ValueError as fault:
         return line("warn", "unusable", fault=fault)
     if about is None:
         return line("note", "given_file", name=file)
-    faults = library.faults(made_for, about)
+    faults = library.misfits(kind, found, about, shown.settings, shown.path, shown.levels)
     if faults:
         return line("warn", "misfit", name=file, fault="; ".join(faults))
     line("good", "fits")

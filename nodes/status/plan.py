@@ -70,6 +70,11 @@ class Plan:
         return sum(len(step.evaluations) for step in self.steps) - (bool(self.steps) and self.skips_first)
 
     @property
+    def taught(self) -> bool:
+        """Whether a hypersolver goes with the steps."""
+        return any(step.missed for step in self.steps or ())
+
+    @property
     def skips_first(self) -> bool:
         """Whether the first evaluation is not the model's."""
         return self.sampler.first_step(self.settings) != "evaluate"
