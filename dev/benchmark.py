@@ -1,8 +1,9 @@
 """Measurements, side by side in one run: `python dev/benchmark.py overhead` (ratios, never absolute times).
 
-overhead   time, peak memory and operations per step without the model's own, ours against ComfyUI's; and what
-           the hypersolver adds to a step of Stable Diffusion XL
-the others error to the converged solution at equal model evaluations (see accuracy/__init__.py)
+overhead     time, peak memory and operations per step without the model's own, ours against ComfyUI's; and
+             what the hypersolver adds to a step of Stable Diffusion XL
+hypersolver  trains the emoji model's anew: about half an hour
+the others   error to the converged solution at equal model evaluations (see accuracy/__init__.py)
 """
 from __future__ import annotations
 
@@ -29,8 +30,8 @@ ROUNDS = 15  # timed, in turn
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["overhead", "quick", "steps", "ours", "few", "hyper", "accuracy",
-                                         "best"])
+    parser.add_argument("what", choices=["overhead", "hypersolver", "quick", "steps", "ours", "few", "hyper",
+                                         "accuracy", "best"])
     parser.add_argument("--out", type=Path, default=environment.HOME / "accuracy",
                         help="a folder (default .dev/accuracy)")
     parser.add_argument("--against", type=Path,
@@ -40,6 +41,9 @@ def main() -> None:
     sys.path += [str(environment.ROOT), str(environment.ROOT / "tests")]
     if options.what == "overhead":
         overhead()
+    elif options.what == "hypersolver":
+        from accuracy import hypersolver
+        hypersolver.train(options.out)
     else:
         from accuracy import accuracy
         accuracy(options.what, options.out, options.against)

@@ -5,6 +5,7 @@
     python dev/benchmark.py ours        those that changed most beside three of ComfyUI's: about 25 minutes
     python dev/benchmark.py few         two schedulers, every budget from 3 to 10, and AMED: about 70 minutes
     python dev/benchmark.py accuracy    every sampler of the catalogue on every scheduler: more than an hour
+    python dev/benchmark.py hyper       the hypersolver on unseen prompts, and 35 choices of ComfyUI's: hours
     python dev/benchmark.py best        many images: ComfyUI's and ours that calibrate, about five hours
 
 A cell is problem, prompt, guidance, scheduler, budget and sampler. Its error is taken to the converged
@@ -74,7 +75,7 @@ SIZES = {
     "accuracy": Size(SCHEDULERS, budgets=(4, 5, 6, 8, 10, 15, 20), other_budgets=(4, 5, 6, 8, 10)),
     "hyper": Size(("karras", "sgm_uniform", "exponential", "beta", "normal"), UNSEEN, (5, 6, 8, 10),
                   (5, 6, 8, 10), (7.0, 3.0, 1.0), noises=4, exact_noises=0, stride=5, second=False,
-                  kinds=("core", "calibrated"),
+                  kinds=("core", "calibrated", "hypersolver"),
                   names=("comfy/euler", "comfy/dpmpp_2m", "comfy/lms", "comfy/ipndm", "comfy/ipndm_v",
                          "comfy/deis", "comfy/uni_pc_bh2", "lambda/fitted_chosen")),
     "best": Size(tuple(name for name in SCHEDULERS if name != MOVING_START), other_budgets=(4, 5, 6, 8, 10),

@@ -1,22 +1,20 @@
 """The hypersolver that is measured: trained once on the emoji, over a range of guidances, on prompts that
-are not evaluated, and kept in a file."""
+are not evaluated, and committed."""
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
 import random
+import sys
 from pathlib import Path
-from typing import Sequence
+from typing import Any, Sequence
 
-import environment
+import comfy_host
 import torch
 from torch import Tensor
 
 import samplers
 from samplers.learning.train_hypersolver import fit_hypersolver
 
-from .problems import CHECKPOINT, Emoji, model_sampling, starting_noise
+from .problems import TINY_EMOJI, Emoji, model_sampling, starting_noise
 
 UNSEEN = ("red heart", "panda", "strawberry", "doughnut", "alien", "yellow star", "blue square", "fox",
           "smiling face with sunglasses", "birthday cake", "crescent moon", "sunflower")
@@ -30,7 +28,8 @@ face, thinking face, winking face, avocado, banana, bread, carrot, cheese wedge,
 grapes, hamburger, ice cream, lemon, lollipop, peach, pineapple, pizza, shortcake, tangerine, tomato,
 watermelon, sun, star, fire, droplet, evergreen tree, cactus, tulip"""
 STYLES = ("noto", "fluent", "flat", "blob")
-SIZE = {"prompts": 96, "images": 4, "guidances": (1.0, 9.0), "seed": 0}
+SIZE = {"prompts": 96, "images": 4, "guidances": (1.0, 9.0)}
+FILE = TINY_EMOJI / "hypersolver.safetensors"
 
 
 def teaching(count: int) -> list[str]:
@@ -83,33 +82,34 @@ def spread(count: int, low: float, high: float) -> list[float]:
     return [low * (high / low) ** (k * 0.6180339887 % 1.0) for k in range(count)]
 
 
-@functools.cache
 def trained() -> samplers.Statistics:
-    """The training, or its file."""
-    sources = [Path(__file__), *sorted((environment.ROOT / "samplers").rglob("*.py"))]
-    key = hashlib.sha256(json.dumps([*map(Path.read_text, sources), SIZE], default=str).encode()
-                         + CHECKPOINT.read_bytes()).hexdigest()[:12]
-    path = environment.HOME / "accuracy" / f"hypersolver-{key}.safetensors"
-    if path.exists():
-        return samplers.load_calibration(path)
-    found = train(path.with_suffix(".partial"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    found.save(path)
-    return found
+    """The committed file, which the demo uses too."""
+    return samplers.load_calibration(FILE)
 
 
-def train(partial: Path | None = None, size: dict = SIZE) -> samplers.Statistics:
-    low, high = size["guidances"]
-    prompts = [prompt for prompt in teaching(size["prompts"]) for _ in range(size["images"])]
-    each = [guidance for guidance in spread(size["prompts"], low, high) for _ in range(size["images"])]
-    problem = Emoji(UNSEEN, (3.0,), 1)
-    sigmas = model_sampling().sigmas.flip(0)
-    middle = Guided(problem, prompts[:2], torch.full((2,), (low * high) ** 0.5))
-    statistics = samplers.estimate_statistics(
-        lambda x, sigma: middle(x, sigma, range(len(x))), sigmas[0] * starting_noise(problem, 2, seed=7),
-        sigmas, fitted=True)
-    model = Guided(problem, prompts, torch.tensor(each))
-    return fit_hypersolver(
-        model, sigmas[0] * starting_noise(problem, len(prompts), seed=8), statistics, guidance=each,
-        prompts=[k // size["images"] for k in range(len(prompts))], seed=size["seed"], partial=partial,
-        progress=Told())
+def train(out: Path) -> None:
+    """Make that file anew: `python dev/benchmark.py hypersolver`. A run that was cut short goes on."""
+    low, high = SIZE["guidances"]
+    prompts = [prompt for prompt in teaching(SIZE["prompts"]) for _ in range(SIZE["images"])]
+    each = [guidance for guidance in spread(SIZE["prompts"], low, high) for _ in range(SIZE["images"])]
+    problem, sigmas = Emoji(UNSEEN, (3.0,), 1), model_sampling().sigmas.flip(0)
+    middle = (low * high) ** 0.5
+    model = Guided(problem, prompts[:2], torch.full((2,), middle))
+    measuring, learning = (sigmas[0] * starting_noise(problem, *how) for how in ((2, 7), (len(prompts), 8)))
+    statistics = samplers.estimate_statistics(lambda x, sigma: model(x, sigma, range(len(x))), measuring,
+                                              sigmas, fitted=True, about=about(problem, middle))
+    found = fit_hypersolver(
+        Guided(problem, prompts, torch.tensor(each)), learning, statistics, guidance=each, progress=Told(),
+        prompts=[k // SIZE["images"] for k in range(len(prompts))], partial=out / "hypersolver.part")
+    found.save(FILE, overwrite=True)
+    print(f"written: {FILE}\n{found.about['hypersolver']}")
+
+
+def about(problem: Emoji, guidance: float) -> dict[str, Any]:
+    """What the pack knows this model by."""
+    import comfy.samplers
+    identity = sys.modules[f"{comfy_host.pack().__name__}.nodes.identity"]
+    guider = comfy.samplers.CFGGuider(problem.model)
+    guider.set_conds(problem.cond(["ghost"]), problem.cond([""], negative=True))
+    guider.set_cfg(guidance)
+    return identity.description(guider)
