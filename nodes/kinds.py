@@ -60,7 +60,7 @@ class StatisticsKind:
         if found.root is None:
             return 0
         solver = Fitted(found, options["order"], options["nodes"])
-        if solver.learned(len(schedule) - 1 - (not finite(schedule[0]))):
+        if solver.learned(schedule) and not _skipped(options):
             return TAUGHT
         return 1 if solver.refitted(schedule) is None else 2
 

@@ -145,6 +145,11 @@ def test_other_steps_and_given_levels_are_as_without() -> None:
     assert torch.equal(*given)
 
 
+def test_a_run_that_leaves_noise_is_as_without() -> None:
+    x = noise(2, seed=5)
+    assert torch.equal(run(having(hypersolver()), x, SIGMAS[:4]), run(statistics(), x, SIGMAS[:4]))
+
+
 def test_it_is_left_out_where_the_model_does_not_answer_first() -> None:
     x = noise(2, seed=5)
     samplers = [k_diffusion_sampler("fitted_chosen", statistics=found, first_step="afs")
@@ -252,13 +257,15 @@ def test_a_flow_is_trained_from_pure_noise() -> None:
 
 
 def test_every_image_is_in_one_lesson_of_a_round_and_some_begin_inside() -> None:
-    taught = list(lessons(statistics(), PATHS["ve"], 40, (4, 5, 6), seed=2))
+    taught = list(lessons(statistics(), PATHS["ve"], [[k] for k in range(40)], (4, 5, 6), seed=2))
     assert sorted(image for lesson in taught for image in lesson.images) == list(range(40))
     first = statistics().lam[0]
     inside = [lesson for lesson in taught if lesson.levels[0].lam > first + 1e-6]
     assert {len(lesson.levels) - 1 for lesson in taught} == {4, 5, 6}
     assert 8 <= sum(len(lesson.images) for lesson in inside) <= 10
     assert all(isinstance(lesson, Lesson) and lesson.levels[-1].sigma == 0.0 for lesson in taught)
+    pairs = lessons(statistics(), PATHS["ve"], [[k, k + 20] for k in range(20)], (4, 5), seed=2)
+    assert all({(image + 20) % 40 for image in lesson.images} == {*lesson.images} for lesson in pairs)
 
 
 def test_it_trains_inside_inference_mode() -> None:

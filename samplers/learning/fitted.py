@@ -207,7 +207,7 @@ class Fitted:
         check(self.calibration)
         self.calibration.check_range(*filter(finite, levels))
         given = self.nodes == "given" or isinstance(self.calibration, Unmeasured)
-        refitted = self.refitted(levels)
+        refitted, learned = self.refitted(levels), self.learned(levels)
         end = levels[-1].lam if finite(levels[-1]) else None
         opening = []
         if not finite(levels[0]):
@@ -216,9 +216,8 @@ class Fitted:
             levels, n = [first, *levels[2 if given else 1:]], n - 1
             if n == 0:
                 return opening
-        learned = self.learned(n)
         if learned:
-            chosen = fit_multistep(self.calibration.for_another_prompt(), n, start=levels[0].lam, end=end)
+            chosen = fit_multistep(self.calibration.for_another_prompt(), n, start=levels[0].lam)
             return [*opening, *learned.steps([*map(path.at, chosen.lam), levels[-1]], path)]
         if refitted is not None:
             plan = Plan.read(refitted, self.calibration)
@@ -228,19 +227,22 @@ class Fitted:
             plan = fit_multistep(self.calibration, n, order=self.order, start=levels[0].lam, end=end)
         return [*opening, *plan.steps(path)]
 
-    def learned(self, n: int) -> Hypersolver | None:
-        """The calibration's hypersolver, if it serves so many evaluations from a finite level."""
-        found = self.calibration.hypersolver
-        return found if found and n in found.counts and self.nodes == "chosen" else None
+    def learned(self, levels: Sequence[Level]) -> Hypersolver | None:
+        """The calibration's hypersolver, if it serves so many evaluations, from wherever they begin to x0."""
+        found, n = self.calibration.hypersolver, len(levels) - 1 - (not finite(levels[0]))
+        return found if found and n in found.counts and self._fits(levels) else None
+
+    def _fits(self, levels: Sequence[Level]) -> bool:
+        """Whether a run is of the kind that is learned for: with chosen levels, to x0."""
+        return self.order == 2 and self.nodes == "chosen" and not finite(levels[-1])
 
     def refitted(self, levels: Sequence[Level]) -> np.ndarray | None:
         """The calibration's plan that was learned for such a run: of as many evaluations, from full noise
         to x0."""
         full = not finite(levels[0])
         rows = self.calibration.plans.get(len(levels) - 1 - full)
-        fits = self.order == 2 and self.nodes == "chosen" and not finite(levels[-1])
-        return rows if rows is not None and fits and (full
-                                                      or abs(levels[0].lam - rows[0, 0]) <= SLACK) else None
+        fits = rows is not None and self._fits(levels)
+        return rows if fits and (full or abs(levels[0].lam - rows[0, 0]) <= SLACK) else None
 
 
 def fitted_sigmas(calibration: Statistics, evaluations: int, start: float, path: str = "ve") -> list[float]:

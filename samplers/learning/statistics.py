@@ -76,6 +76,10 @@ class Statistics(Record, format=FORMAT):
                     f"{name} has shape {list(shape)} and l has {list(self.l.shape)}: they must agree")
         for n, rows in self.plans.items():
             self._check_plan(n, rows)
+        for n, errors in self.about.get("hypersolver", {}).get("selection", {}).items():
+            if len(errors) != 2:
+                raise CalibrationError(
+                    f"about.hypersolver.selection.{n} must have the errors without it and with it: train anew")
         for n, told in self.about.get("refits", {}).items():
             if len(told.get("selection", ())) != 2:
                 raise CalibrationError(

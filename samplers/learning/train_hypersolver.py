@@ -56,18 +56,18 @@ class Lesson(NamedTuple):
     images: list[int]
 
 
-def lessons(calibration: Statistics, path: Path, count: int, steps: Sequence[int],
+def lessons(calibration: Statistics, path: Path, groups: Sequence[Sequence[int]], steps: Sequence[int],
             seed: int) -> Iterator[Lesson]:
-    """Each image is in one of them; at every number of steps some begin inside."""
+    """Each group of images is in one of them; at every number of steps some begin inside."""
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(count, generator=generator).tolist()
+    order = [groups[k] for k in torch.randperm(len(groups), generator=generator).tolist()]
     for k, n in enumerate(steps):
         mine = order[k::len(steps)]
         few, deep = int(INSIDE * len(mine)), DEEPEST * float(torch.rand((), generator=generator))
         for images, share in ((mine[few:], 0.0), (mine[:few], deep)):
             lam = calibration.lam[0] + share * (calibration.lam[-1] - calibration.lam[0])
             if images:
-                yield Lesson(schedule(calibration, path, n, lam), sorted(images))
+                yield Lesson(schedule(calibration, path, n, lam), sorted(sum(images, [])))
 
 
 def schedule(calibration: Statistics, path: Path, n: int, start: float) -> tuple[Level, ...]:
@@ -103,7 +103,7 @@ def fit_hypersolver(model: Callable[..., Tensor], x: Tensor, calibration: Statis
     prompts = list(range(len(x))) if prompts is None else list(prompts)
     guidances = np.broadcast_to(np.asarray(guidance, dtype=np.float64), len(x)).tolist()
     _check(len(x), prompts, steps, rounds)
-    gaussian, plain = find_path(path), calibration.for_another_prompt()
+    gaussian, plain = find_path(path), replace(calibration.for_another_prompt(), hypersolver=None)
     highest, lowest = (gaussian.at(float(lam)) for lam in calibration.lam[[0, -1]])
     opening = [] if start is None else [gaussian.level(start)]
     settings = {
@@ -115,7 +115,10 @@ def fit_hypersolver(model: Callable[..., Tensor], x: Tensor, calibration: Statis
                     total=hypersolver_cost(prompts, steps, rounds, bool(opening)), dtype=dtype,
                     precision=precision, extra_args={**(extra_args or {}), "images": list(range(len(x)))},
                     partial=partial, seconds=30.0, progress=progress)
-    sets = [list(lessons(plain, gaussian, len(x), steps, seed + k)) for k in range(SHOWN + rounds)]
+    alone = [[k] for k in range(len(x))]
+    together = [[k for k in range(len(x)) if prompts[k] == name] for name in dict.fromkeys(prompts)]
+    sets = [list(lessons(plain, gaussian, alone if k < SHOWN else together, steps, seed + k))
+            for k in range(SHOWN + rounds)]  # the model is asked for images of one prompt at once
     runs = [Lesson(schedule(plain, gaussian, n, highest.lam), _held(prompts)[:COMPARED]) for n in steps]
     school = School(course, x, opening, gaussian, highest, lowest, guidances, {*_held(prompts)},
                     [sum(sets[:SHOWN], []), *sets[SHOWN:]], runs, iterations, seed)
@@ -308,11 +311,15 @@ class School:
             else:
                 network.sizes.copy_(sizes(v, r, c))
             network = trained(network.to(self.x.device), v[~held], r[~held], c[~held], self.iterations,
-                              self.seed + k, self.course.tell)
+                              self.seed + k, self._tell)
         with torch.no_grad():
             self.course.loss = left(network, v[held], r[held], c[held])
         found |= {f"net.{name}": value.cpu() for name, value in network.state_dict().items()}
         found["bounds"] = torch.stack([c.amin(0), c.amax(0)]).double()
+
+    def _tell(self, loss: float) -> None:
+        self.course.loss = loss
+        self.course.tell()
 
     def learned(self, found: Found, counts: Sequence[int] = ()) -> Hypersolver:
         weights = {name[4:]: value if name.endswith("sizes") else value.half()
@@ -336,7 +343,7 @@ def sizes(v: Tensor, r: Tensor, c: Tensor) -> Tensor:
 
 
 def trained(network: Network, v: Tensor, r: Tensor, c: Tensor, iterations: int, seed: int,
-            tell: Callable[[], None]) -> Network:
+            tell: Callable[[float], None]) -> Network:
     """The mean, over the last steps, of the network on its way down, by AdamW; images are mirrored at
     random."""
     generator = torch.Generator().manual_seed(seed)
@@ -352,12 +359,13 @@ def trained(network: Network, v: Tensor, r: Tensor, c: Tensor, iterations: int, 
         fade = 0.5 * (1.0 + math.cos(math.pi * k / iterations))
         adam.param_groups[0]["lr"] = RATE * min(1.0, (k + 1) / WARM) * fade
         adam.zero_grad()
-        loss(network, *batch).mean().backward()
+        missed = loss(network, *batch).mean()
+        missed.backward()
         adam.step()
         for name, value in network.state_dict().items():
             mean[name].lerp_(value, 1.0 - AVERAGED)
         if k % 20 == 0:
-            tell()
+            tell(math.sqrt(float(missed.detach())))
     network.load_state_dict(mean)
     return network
 
