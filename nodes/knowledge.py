@@ -254,8 +254,8 @@ class TrainHypersolver(io.ComfyNode):
             category=CATEGORY,
             description="Trains a small network that adds what every step of lambda_fitted misses, for all "
                         "prompts, a range of guidances and of numbers of steps, and saves it: lambda_fitted "
-                        "then finds it. No data, and no gradients of the model. Takes as long as about 3 "
-                        "images of 20 steps for each image it learns from: 1,300 with the built-in prompts.",
+                        "then finds it. No data, and no gradients of the model. Takes as long as 3 to 4 "
+                        "images of 20 steps for each image it learns from: 1,400 with the built-in prompts.",
             inputs=[
                 io.Model.Input("model", tooltip="The model with its LoRAs, as it will be sampled"),
                 io.Clip.Input("clip", tooltip="The checkpoint's own: it reads the prompts"),
@@ -281,8 +281,8 @@ class TrainHypersolver(io.ComfyNode):
                 _steps("fewest", 4, "The fewest"),
                 _steps("most", 10, "The most"),
                 advanced(io.Int.Input("training", default=ITERATIONS, min=1, max=100_000, tooltip=(
-                    "Steps of the network's training, twice so many: they take time on the device, but no "
-                    "evaluations of the model"))),
+                    "Steps of the network's training, three times so many: they take time on the device, but "
+                    "no evaluations of the model"))),
             ],
             outputs=outputs(),
             is_output_node=True,

@@ -63,7 +63,7 @@ def lesson_model(model=None):
 
 
 def fitted(found: Statistics | None = None, count: int = 24, **how) -> Statistics:
-    settings = {"prompts": [k // 4 for k in range(count)], "steps": (3, 4), "iterations": 120, **how}
+    settings = {"prompts": [k // 4 for k in range(count)], "steps": (3, 4), "iterations": 400, **how}
     model = settings.pop("model", lesson_model())
     return fit_hypersolver(model, noise(count, seed=21), found or statistics(), **settings)
 
@@ -176,7 +176,8 @@ def test_training_lowers_the_error_of_images_it_has_not_seen() -> None:
 
 def test_it_costs_what_was_said_beforehand() -> None:
     seen: list[tuple[int, int]] = []
-    told = fitted(progress=lambda done, total, loss: seen.append((done, total))).about["hypersolver"]
+    found = fitted(iterations=2, progress=lambda done, total, loss: seen.append((done, total)))
+    told = found.about["hypersolver"]
     assert told["evaluations"] == max(done for done, _ in seen) <= seen[0][1]
     assert seen[0][1] == hypersolver_cost([k // 4 for k in range(24)], (3, 4)) <= told["evaluations"] + 1
 
@@ -262,7 +263,7 @@ def test_every_image_is_in_one_lesson_of_a_round_and_some_begin_inside() -> None
     first = statistics().lam[0]
     inside = [lesson for lesson in taught if lesson.levels[0].lam > first + 1e-6]
     assert {len(lesson.levels) - 1 for lesson in taught} == {4, 5, 6}
-    assert 8 <= sum(len(lesson.images) for lesson in inside) <= 10
+    assert 4 <= sum(len(lesson.images) for lesson in inside) <= 6
     assert all(isinstance(lesson, Lesson) and lesson.levels[-1].sigma == 0.0 for lesson in taught)
     pairs = lessons(statistics(), PATHS["ve"], [[k, k + 20] for k in range(20)], (4, 5), seed=2)
     assert all({(image + 20) % 40 for image in lesson.images} == {*lesson.images} for lesson in pairs)

@@ -79,7 +79,8 @@ class Statistics(Record, format=FORMAT):
         for n, errors in self.about.get("hypersolver", {}).get("selection", {}).items():
             if len(errors) != 2:
                 raise CalibrationError(
-                    f"about.hypersolver.selection.{n} must have the errors without it and with it: train anew")
+                    f"about.hypersolver.selection.{n} must have the errors without it and with it: train "
+                    "anew")
         for n, told in self.about.get("refits", {}).items():
             if len(told.get("selection", ())) != 2:
                 raise CalibrationError(

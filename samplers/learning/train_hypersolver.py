@@ -12,6 +12,7 @@ Whole prompts are held out: in the end, runs of their images with the network an
 numbers of steps it serves. """
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass, replace
 from functools import partial as bound
@@ -38,14 +39,15 @@ PARTIAL = "lambda-solvers partial hypersolver 1"
 STEPS = 4, 5, 6, 7, 8, 9, 10
 TEACHER = 48       # its evaluations
 SHOWN = 3          # lessons on the true trajectory that each image is in
-ROUNDS = 1         # of lessons of the solver's own runs
-INSIDE = 0.25      # of a lesson's images begin at a level between, as image to image does
+ROUNDS = 2         # of lessons of the solver's own runs
+INSIDE = 0.15      # of a lesson's images begin at a level between, as image to image does
 DEEPEST = 0.7      # of the way to the last level, in lam, where they begin at most
 HELD_OUT = 8       # every eighth prompt
 COMPARED = 16      # images of them that are run in the end, at most
 CROP = 48          # places of an image that are kept, each way
-ITERATIONS = 2000  # after what was shown, and after each round
-BATCH, RATE, DECAY, WARM, AVERAGED = 32, 3e-3, 1e-3, 50, 0.99
+ITERATIONS = 6000  # after what was shown, and after each round
+LOOKS = 10         # in these, at how it does on prompts held out: the best of them is kept
+BATCH, RATE, DECAY, WARM, AVERAGED = 8, 3e-3, 1e-3, 100, 0.995
 LEAST = 1.0        # in the loss
 
 
@@ -310,10 +312,9 @@ class School:
                                          if name.startswith("net.")})
             else:
                 network.sizes.copy_(sizes(v, r, c))
-            network = trained(network.to(self.x.device), v[~held], r[~held], c[~held], self.iterations,
-                              self.seed + k, self._tell)
-        with torch.no_grad():
-            self.course.loss = left(network, v[held], r[held], c[held])
+            network, self.course.loss = trained(
+                network.to(self.x.device), *([part[rows] for part in (v, r, c)] for rows in (~held, held)),
+                self.iterations, self.seed + k, self._tell)
         found |= {f"net.{name}": value.cpu() for name, value in network.state_dict().items()}
         found["bounds"] = torch.stack([c.amin(0), c.amax(0)]).double()
 
@@ -342,32 +343,35 @@ def sizes(v: Tensor, r: Tensor, c: Tensor) -> Tensor:
     return torch.linalg.solve(of.T @ of + 1e-2 * torch.eye(of.shape[1]), of.T @ logs).T
 
 
-def trained(network: Network, v: Tensor, r: Tensor, c: Tensor, iterations: int, seed: int,
-            tell: Callable[[float], None]) -> Network:
-    """The mean, over the last steps, of the network on its way down, by AdamW; images are mirrored at
-    random."""
+def trained(network: Network, taught: Sequence[Tensor], held: Sequence[Tensor], iterations: int, seed: int,
+            tell: Callable[[float], None]) -> tuple[Network, float]:
+    """Of the networks on its way down, each the mean over the last steps, the one that errs least on what was
+    held out, and how much. By AdamW; images are mirrored at random. taught, held: v, r and c."""
     generator = torch.Generator().manual_seed(seed)
     adam = torch.optim.AdamW(network.parameters(), RATE, weight_decay=DECAY)
     network.to(memory_format=torch.channels_last)  # a fifth faster on a CPU
-    mean = {name: value.detach().clone() for name, value in network.state_dict().items()}
-    device = network.sizes.device
-    for k in range(iterations):
-        rows = torch.randint(len(v), (BATCH,), generator=generator)
-        batch = [part[rows].to(device).float() for part in (v, r, c)]
+    mean = copy.deepcopy(network)
+    best = copy.deepcopy(network), left(network, *held)
+    device, looks = network.sizes.device, {round(iterations * (k + 1) / LOOKS) for k in range(LOOKS)}
+    for k in range(1, iterations + 1):
+        rows = torch.randint(len(taught[0]), (BATCH,), generator=generator)
+        batch = [part[rows].to(device).float() for part in taught]
         if torch.rand((), generator=generator) < 0.5:
             batch[:2] = [part.flip(-1) for part in batch[:2]]
-        fade = 0.5 * (1.0 + math.cos(math.pi * k / iterations))
-        adam.param_groups[0]["lr"] = RATE * min(1.0, (k + 1) / WARM) * fade
+        fade = 0.5 * (1.0 + math.cos(math.pi * (k - 1) / iterations))
+        adam.param_groups[0]["lr"] = RATE * min(1.0, k / WARM) * fade
         adam.zero_grad()
         missed = loss(network, *batch).mean()
         missed.backward()
         adam.step()
-        for name, value in network.state_dict().items():
-            mean[name].lerp_(value, 1.0 - AVERAGED)
-        if k % 20 == 0:
+        with torch.no_grad():
+            for average, value in zip(mean.parameters(), network.parameters()):
+                average.lerp_(value, 1.0 - AVERAGED)
+        if k % 20 == 1:
             tell(math.sqrt(float(missed.detach())))
-    network.load_state_dict(mean)
-    return network
+        if k in looks and (now := left(mean, *held)) < best[1]:
+            best = copy.deepcopy(mean), now
+    return best
 
 
 def loss(network: Network, v: Tensor, r: Tensor, c: Tensor) -> Tensor:
@@ -378,13 +382,13 @@ def loss(network: Network, v: Tensor, r: Tensor, c: Tensor) -> Tensor:
     return error / (LEAST + size)
 
 
+@torch.no_grad()
 def left(network: Network, v: Tensor, r: Tensor, c: Tensor) -> float:
-    """The rms loss on what was held out, 1 of a network that answers 0."""
+    """The rms loss, 1 of a network that answers 0."""
     device, total, none = network.sizes.device, 0.0, 0.0
-    for rows in torch.arange(len(v)).split(BATCH):
+    for rows in torch.arange(len(v)).split(64):
         batch = [part[rows].to(device).float() for part in (v, r, c)]
         total += float(loss(network, *batch).sum())
-        target = batch[1] / network.modulation(batch[2]).rho[:, None, None, None]
-        size = target.square().mean((1, 2, 3))
+        size = (batch[1] / network.modulation(batch[2]).rho[:, None, None, None]).square().mean((1, 2, 3))
         none += float((size / (LEAST + size)).sum())
     return math.sqrt(total / none) if none else math.nan
