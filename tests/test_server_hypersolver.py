@@ -16,8 +16,8 @@ USED = "with their hypersolver, trained for 4 steps at guidance 3 to 6"
 
 def train(graph: Graph, **changes) -> str:
     inputs = dict(model=graph.model, clip=[graph.checkpoint, 1], negative=graph.negative,
-                  latent_image=graph.latent, cfg_low=3.0, cfg_high=6.0, prompts="panda\npizza\nred heart\nghost\nsun\nlemon",
-                  images=2, fewest=4, most=4, training=800, save=True, seed=0)
+                  latent_image=graph.latent, cfg_low=3.0, cfg_high=6.0, images=2, fewest=4,
+                  prompts="panda\npizza\nred heart\nghost\nsun\nlemon", most=4, training=800, save=True, seed=0)
     return graph.add("LambdaTrainHypersolver", **{**inputs, **changes})
 
 
@@ -73,7 +73,8 @@ def test_a_cancelled_training_goes_on_from_what_was_done(server, folder) -> None
     """Of a flow model from pure noise, and without guidance."""
     def graph() -> Graph:
         made = Graph().through("TinyEmojiAsFlow").counted()
-        train(made, prompts="panda\npizza\nred heart", cfg_low=1.0, cfg_high=1.0, images=1, fewest=5, most=5, training=40)
+        train(made, prompts="panda\npizza\nred heart", images=1, cfg_low=1.0, cfg_high=1.0, fewest=5, most=5,
+              training=40)
         return made
 
     async def watch(server, run):
