@@ -16,8 +16,8 @@ USED = "with their hypersolver, trained for 4 steps at guidance 3 to 6"
 
 def train(graph: Graph, **changes) -> str:
     inputs = dict(model=graph.model, clip=[graph.checkpoint, 1], negative=graph.negative,
-                  latent_image=graph.latent, cfg_low=3.0, cfg_high=6.0, images=2, fewest=4,
-                  prompts="panda\npizza\nred heart\nghost\nsun\nlemon", most=4, training=800, save=True, seed=0)
+                  latent_image=graph.latent, cfg_low=3.0, cfg_high=6.0, images=2, fewest=4, most=4,
+                  prompts="panda\npizza\nred heart\nghost\nsun\nlemon", training=800, save=True, seed=0)
     return graph.add("LambdaTrainHypersolver", **{**inputs, **changes})
 
 
