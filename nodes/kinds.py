@@ -153,9 +153,10 @@ class StatisticsKind:
 
     @contextmanager
     def ready(self, found: Statistics, run: Run) -> Iterator[Statistics]:
-        if "b" in found.about and not canonical.named(found.about):
+        taught = self.serves(found, run.options, run.path, run.levels) == TAUGHT
+        if "b" in found.about and not canonical.named(found.about) and not taught:
             say("statistics of another prompt: l and s are used, b is left out")
-        if self.serves(found, run.options, run.path, run.levels) == TAUGHT:
+        if taught:
             low, high = found.hypersolver.guidances
             say(f"with their hypersolver, trained for {len(run.levels) - 1} steps at guidance {low:.3g} to "
                 f"{high:.3g}")

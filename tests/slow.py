@@ -26,7 +26,7 @@ SLOW = {
     "test_a_cancelled_refit_goes_on_from_what_was_done":
         "test_cut_short_it_goes_on_from_the_last_part_that_was_done",
     "test_a_cancelled_training_goes_on_from_what_was_done": "test_cancelled_it_goes_on_with_what_was_done",
-    "test_it_is_trained_saved_and_used_for_its_guidances_and_numbers_of_steps":
+    "test_it_is_trained_and_says_before_what_it_costs_and_after_what_it_gained":
         "test_it_is_taught_from_nothing_in_calls_of_the_run_s_batch_and_says_before_what_it_costs",
     "test_a_flow_model_is_fitted_and_refitted_from_pure_noise": "test_flow_learns_what_ve_does",
     "test_a_cache_does_not_answer_for_the_model_while_it_is_measured[amed]": "other cases",
