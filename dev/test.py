@@ -1,8 +1,9 @@
 """Run the tests on a fresh machine, in the same environment as the demo.
 
-    python dev/test.py                    the README's tests, in two processes: all but those marked slow
+    python dev/test.py                    the README's tests, in two processes: all but those that take long
     python dev/test.py --all              these, then the slow rest; how long each took is told at the end
-    python dev/test.py tests/x.py -k y    just that, marked slow or not: the arguments are pytest's
+    python dev/test.py tests/x.py -k y    just that, however it is marked (tests/slow.py): the arguments are
+                                          pytest's
 """
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import environment  # noqa: E402
 
-PARTS = {"the README's tests": "not slow", "the slow rest": "slow"}
+PARTS = {"the README's tests": "not slow and not thorough", "the slow rest": "slow"}
 TWO = ["-q", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]  # in the order of tests/conftest.py
 
 

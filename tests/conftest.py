@@ -16,7 +16,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path += [str(ROOT / "tests"), str(ROOT), str(ROOT / "dev")]
-from slow import slow  # noqa: E402
+from slow import QUICK, part  # noqa: E402
 
 torch.set_num_threads(1)  # the tensors here are small: threads would only wait for each other
 
@@ -29,6 +29,7 @@ LONGEST = [
 
 def pytest_configure(config) -> None:
     config.addinivalue_line("markers", "slow: not among the README's tests; python dev/test.py --all runs it")
+    config.addinivalue_line("markers", "thorough: runs only when it is named, as in dev/test.py tests/browser")
 
 
 def pytest_collection_modifyitems(items: list) -> None:
@@ -36,8 +37,8 @@ def pytest_collection_modifyitems(items: list) -> None:
         return "browser" if item.path.parent.name == "browser" else item.path.stem.removeprefix("test_")
 
     for item in items:
-        if slow(item.name, group(item) == "browser"):
-            item.add_marker(pytest.mark.slow)
+        if (of := part(item.name, group(item) == "browser")) != QUICK:
+            item.add_marker(of)
     items.sort(key=lambda item: LONGEST.index(group(item)) if group(item) in LONGEST else len(LONGEST))
 
 

@@ -33,14 +33,16 @@ SLOW = {
     "test_the_run_that_measures_makes_the_image_of_all_later_ones_under_hook_keyframes_too[amed]":
         "other cases",
 }
-INTERFACE = "newest-nodes2"
+INTERFACE, OPPOSITE = "newest-nodes2", "pinned-classic"
 BOTH_ENDS = ("test_an_edited_step_count_is_seen_at_once_on_the_sampler",
              "test_ksampler_shows_a_panel_for_our_names_only",
              "test_every_example_runs_by_the_run_button_and_shows_its_evaluations[ksampler]",
              "test_a_collapsed_sampler_hides_its_panel_and_shows_it_again")
-"""What the kind of nodes makes a difference to: in the pinned interface with classic nodes too. All else of
-the browser is tested in INTERFACE, the newest with Nodes 2.0; in all four with --all."""
+"""What the kind of nodes makes a difference to. All of the browser's tests run in INTERFACE, the newest with
+Nodes 2.0, and these in OPPOSITE too; with --all these in all four interfaces, and in OPPOSITE all but the
+examples' runs. What is left is THOROUGH: it runs when it is named, as in python dev/test.py tests/browser."""
 RUNS_LONG = ("few_steps", "compare_samplers", "amed", "share", "flow_models")
+QUICK, SLOW_REST, THOROUGH = "quick", "slow", "thorough"
 
 
 def function(key: str) -> str:
@@ -54,9 +56,13 @@ def matches(key: str, name: str) -> bool:
     return function(key) == function(name) and bool(re.search(cases, case))
 
 
-def slow(name: str, browser: bool) -> bool:
+def part(name: str, browser: bool) -> str:
+    """QUICK, SLOW_REST or THOROUGH."""
     if not browser:
-        return any(matches(key, name) for key in SLOW)
+        return SLOW_REST if any(matches(key, name) for key in SLOW) else QUICK
+    runs, both = "by_the_run_button" in name, any(matches(key, name) for key in BOTH_ENDS)
     if INTERFACE in name:
-        return "by_the_run_button" in name and any(example in name for example in RUNS_LONG)
-    return not ("pinned-classic" in name and any(matches(key, name) for key in BOTH_ENDS))
+        return SLOW_REST if runs and any(example in name for example in RUNS_LONG) else QUICK
+    if OPPOSITE in name:
+        return QUICK if both else THOROUGH if runs else SLOW_REST
+    return SLOW_REST if both else THOROUGH

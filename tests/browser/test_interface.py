@@ -64,12 +64,11 @@ def samplers(name: str) -> list[dict]:
 
 def drifting(ui, workflow: dict) -> dict:
     """Without the view, and without what the pinned interface in Nodes 2.0 changes on every load, SaveImage's
-    also with none of our nodes: positions by less than 0.1, and heights (by 30, a title's)."""
+    also with none of our nodes: places (by a point or two) and heights (by 30, a title's)."""
     workflow["extra"].pop("ds", None)
     if ui.nodes2 and ui.server.frontend == "pinned":
         for node in workflow["nodes"]:
-            node["pos"] = [round(place) for place in node["pos"]]
-            del node["size"]
+            del node["pos"], node["size"]
     return workflow
 
 
