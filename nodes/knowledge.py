@@ -11,7 +11,7 @@ from ..samplers.learning.amed import BASES
 from ..samplers.learning.measure import INTERVALS
 from ..samplers.learning.refit import FEWEST, LARGEST
 from ..samplers.learning.train_amed import TEACHER
-from ..samplers.learning.train_hypersolver import ITERATIONS
+from ..samplers.learning.train_hypersolver import ITERATIONS, spread
 from . import canonical, identity, library, store, teaching
 from .events import say
 from .host import CATEGORY, advanced
@@ -281,8 +281,8 @@ class TrainHypersolver(io.ComfyNode):
                 _steps("fewest", 4, "The fewest"),
                 _steps("most", 10, "The most"),
                 advanced(io.Int.Input("training", default=ITERATIONS, min=1, max=100_000, tooltip=(
-                    "Steps of the network's training, three times so many: they take time on the device, but "
-                    "no evaluations of the model"))),
+                    "Steps of the network's training, twice so many in all: they take time on the device, "
+                    "but no evaluations of the model"))),
             ],
             outputs=outputs(),
             is_output_node=True,
@@ -309,7 +309,7 @@ class TrainHypersolver(io.ComfyNode):
             partial = _partial(STATISTICS_KIND, about, "hypersolver", images, fewest, most, seed, training)
             return teaching.teach(run, found, steps, images, about, partial, seed=seed, training=training)
 
-        shares = [guidance / middle for guidance in teaching.spread(cfg_low, cfg_high, count)]
+        shares = [guidance / middle for guidance in spread(cfg_low, cfg_high, count)]
         result = measured(model, positives, negative, middle, latent_image, seed, None, teach, shares)
         return _made(cls, result, save and result is not found)
 

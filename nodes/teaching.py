@@ -16,17 +16,6 @@ from .library import faults
 from .measuring import Progress, Run, resumable
 
 
-def spread(low: float, high: float, count: int) -> list[float]:
-    """So many guidances from low to high, even in their logs.
-
-    They are in the order of the multiples of sqrt 2 modulo 1: those of every few prompts that follow one
-    another, and of every eighth, which are held out, are spread over the range too.
-    """
-    order = sorted(range(count), key=lambda k: k * math.sqrt(2.0) % 1.0)
-    rank = {k: place / max(count - 1, 1) for place, k in enumerate(order)}
-    return [low * (high / low) ** rank[k] for k in range(count)]
-
-
 def teach(run: Run, found: Statistics, steps: Sequence[int], images: int, about: Mapping[str, Any],
           partial: Any, *, seed: int = 0, training: int) -> Statistics:
     """The statistics with a hypersolver for these numbers of steps, taught by so many images of every prompt

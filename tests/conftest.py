@@ -28,8 +28,8 @@ LONGEST = [
 
 
 def pytest_configure(config) -> None:
-    config.addinivalue_line("markers", "slow: not among the README's tests; python dev/test.py --all runs it")
-    config.addinivalue_line("markers", "thorough: runs only when it is named, as in dev/test.py tests/browser")
+    config.addinivalue_line("markers", "slow: not among the README's tests; dev/test.py --all runs it")
+    config.addinivalue_line("markers", "thorough: runs only when named, as in dev/test.py tests/browser")
 
 
 def pytest_collection_modifyitems(items: list) -> None:

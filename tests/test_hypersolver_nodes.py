@@ -28,7 +28,8 @@ def hypersolver(channels: int = 4, size: float = 0.0):
     network = made.Network(channels)
     network.leave.bias.data += size
     bounds = np.array([[-9.0] * 7 + [math.log(LOW)], [9.0] * 7 + [math.log(HIGH)]])
-    return part("samplers").Hypersolver(network.state_dict(), bounds, COUNTS)
+    end = np.array([-3.0, 0.5, 1.0, -3.0, 0.8, 2.0])
+    return part("samplers").Hypersolver(network.state_dict(), bounds, end, COUNTS)
 
 
 def statistics(taught=None, **about):
@@ -51,7 +52,7 @@ def chosen(guidance: float = 7.0, steps: int = 5, channels: int = 4, how: str = 
 # --- prompts at guidances of their own ----------------------------------------------------------------------
 
 def test_guidances_are_spread_evenly_over_the_prompts_and_over_those_held_out() -> None:
-    spread = part("nodes.teaching").spread
+    spread = part("samplers.learning.train_hypersolver").spread
     found = spread(5.0, 9.0, 100)
     assert sorted(found) == pytest.approx(np.geomspace(5.0, 9.0, 100)) and found == spread(5.0, 9.0, 100)
     assert abs(np.corrcoef(found, np.arange(100))[0, 1]) < 0.1

@@ -106,7 +106,7 @@ def test_sampler_and_sigmas_make_the_image_of_the_cell_that_was_chosen(base, ser
     folder = base / "models" / "solver_calibrations"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    graph = comparison(Graph("panda"), samplers=samplers, evaluations="5", schedulers="gits:1.20",
+    graph = comparison(Graph("panda"), samplers=samplers, evaluations="3", schedulers="gits:1.20",
                        error=error, seed=21)
     graph.custom([graph.compare, 4], [graph.compare, 5], seed=21)
     graph.pictures.append(graph.add("PreviewImage", images=graph.image()))

@@ -9,7 +9,7 @@ import aiohttp
 import pytest
 from PIL import Image
 
-from samplers import FAMILIES, Amed, Statistics
+from samplers import FAMILIES, Statistics
 from samplers.learning.storage import digest
 from test_server import Graph
 from test_server_compare import comparison
@@ -125,17 +125,17 @@ def test_on_the_node_of_the_workflow_that_has_made_the_sampling_node(server, fol
         assert list(noted) == [node] and noted[node]["calibrations"] == [of(folder)]
 
 
-@pytest.mark.parametrize("samplers, kinds", [("lambda_v3\nlambda_amed", {Statistics, Amed}),
-                                             ("euler\nlambda_2m", set())])
-def test_compare_samplers_notes_all_that_its_samplers_used(server, folder, samplers,
-                                                           kinds) -> None:
+@pytest.mark.parametrize("samplers, calibrated", [("lambda_v3\nlambda_fitted", True),
+                                                  ("euler\nlambda_2m", False)])
+def test_compare_samplers_notes_all_that_its_samplers_used(server, folder, samplers: str,
+                                                           calibrated: bool) -> None:
     graph = comparison(Graph("panda"), samplers=samplers, evaluations="5")
     graph.nodes["save"] = {
         "class_type": "SaveImage", "inputs": {"images": [graph.compare, 0], "filename_prefix": "g"}
     }
     _, noted = written(server, graph.nodes)
-    assert set(noted) == ({graph.compare} if kinds else set())
-    if kinds:
+    assert set(noted) == ({graph.compare} if calibrated else set())
+    if calibrated:
         assert {entry["name"] for entry in noted[graph.compare]["calibrations"]
                 } == {name.removesuffix(".safetensors") for name in files(folder)}
         assert len(files(folder)) == 2

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import samplers
-from samplers.learning.train_hypersolver import fit_hypersolver
+from samplers.learning.train_hypersolver import fit_hypersolver, spread
 
 from .problems import TINY_EMOJI, Emoji, model_sampling, starting_noise
 
@@ -77,11 +77,6 @@ class Told:
         self.last = done
 
 
-def spread(count: int, low: float, high: float) -> list[float]:
-    """Guidances evenly in log, in an order that is not that of the prompts (golden ratio)."""
-    return [low * (high / low) ** (k * 0.6180339887 % 1.0) for k in range(count)]
-
-
 def trained() -> samplers.Statistics:
     """The committed file, which the demo uses too."""
     return samplers.load_calibration(FILE)
@@ -91,7 +86,7 @@ def train(out: Path) -> None:
     """Make that file anew: `python dev/benchmark.py hypersolver`. A run that was cut short goes on."""
     low, high = SIZE["guidances"]
     prompts = [prompt for prompt in teaching(SIZE["prompts"]) for _ in range(SIZE["images"])]
-    each = [guidance for guidance in spread(SIZE["prompts"], low, high) for _ in range(SIZE["images"])]
+    each = [guidance for guidance in spread(low, high, SIZE["prompts"]) for _ in range(SIZE["images"])]
     problem, sigmas = Emoji(UNSEEN, (3.0,), 1), model_sampling().sigmas.flip(0)
     middle = (low * high) ** 0.5
     model = Guided(problem, prompts[:2], torch.full((2,), middle))

@@ -2,6 +2,7 @@
 short."""
 from __future__ import annotations
 
+import functools
 import math
 from pathlib import Path as File
 from typing import Any, Callable, Mapping, Sequence
@@ -47,7 +48,8 @@ class Course:
     it may be another by now.
 
     The parts that follow are done one after the other; `done` is how many are behind it. Every evaluation is
-    counted and told to progress(done, total, the last loss), which may raise to cancel. The model sees the
+    counted and told to progress(done, total, the last loss), which may raise to cancel. A model that may be
+    asked for some of the images, and is told images=[...], is probed with the first `probed`. It sees the
     dtype of the x that was given, whatever the arithmetic around it; `precision`, what it computes in, is
     that dtype unless it is told.
     """
@@ -57,7 +59,8 @@ class Course:
                  settings: Mapping[str,
                                    Any], total: int, dtype: torch.dtype, precision: torch.dtype | None = None,
                  extra_args: Mapping[str, Any] | None = None, partial: File | str | None = None,
-                 seconds: float = 0.0, progress: Callable[[int, int, float], None] | None = None) -> None:
+                 seconds: float = 0.0, progress: Callable[[int, int, float], None] | None = None,
+                 probed: int | None = None) -> None:
         self.model, self.extra_args, self.dtype = model, dict(extra_args or {}), dtype
         self.precision, self.progress, self.total = precision or dtype, progress, total
         check_precision(self.precision)
@@ -67,13 +70,15 @@ class Course:
         self.file = Partial(partial, kind, x, {**settings, **own}, seconds)
         inner = [level for level in levels if finite(level)]
         self.middle = path.at((inner[0].lam + inner[-1].lam) / 2)
-        self._take_up(self._probe(x, levels[0]))
+        some = {} if probed is None else {"images": list(range(min(probed, len(x))))}
+        self._take_up(self._probe(x[:probed], levels[0], some))
 
-    def _probe(self, x: Tensor, start: Level) -> Known:
+    def _probe(self, x: Tensor, start: Level, more: Mapping[str, Any]) -> Known:
         """The model's answer to x, scaled to the middle level: which model it is. Some elements of it."""
         there = (x * (self.middle.sigma / start.sigma)).to(self.dtype).to(x.dtype)
-        known = probe(self.denoise, there, self.middle.sigma, self.middle.alpha * self.delta(self.middle),
-                      lambda: self.denoise(x, start.sigma), self.precision)
+        denoise = functools.partial(self.denoise, **more)
+        known = probe(denoise, there, self.middle.sigma, self.middle.alpha * self.delta(self.middle),
+                      lambda: denoise(x, start.sigma), self.precision)
         return Known(Sampled(x, 0).of(known.answer)[0], known.tolerance.cpu())
 
     def _take_up(self, known: Known) -> None:

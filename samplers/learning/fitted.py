@@ -124,13 +124,24 @@ def fit_multistep(calibration: Statistics, evaluations: int, *, order: int = 2, 
     start: the calibration's first level unless given; end: x0 unless given, else a lam at which noise is
     left.
     """
+    return fit_weights(calibration, fit_nodes(calibration, evaluations, start, end), end, order)
+
+
+def fit_nodes(calibration: Statistics, evaluations: int, start: float | None = None,
+              end: float | None = None) -> list[float]:
+    """The lam of those nodes alone."""
     check(calibration)
     if evaluations < 1:
         raise ValueError(f"evaluations = {evaluations} is out of range: choose a whole number >= 1")
     lam = _candidates(calibration, evaluations, start, end)
     nodes = range(evaluations) if evaluations >= MOST else _search(calibration, lam, evaluations, end
                                                                    is not None)
-    return fit_weights(calibration, [lam[i] for i in nodes], end, order)
+    return [float(lam[i]) for i in nodes]
+
+
+def nodes_to(calibration: Statistics, evaluations: int, start: float, last: float) -> list[float]:
+    """The best nodes of which the last is at lam = last."""
+    return [*(fit_nodes(calibration, evaluations - 1, start, last) if evaluations > 1 else []), last]
 
 
 def fit_weights(calibration: Statistics, nodes: Sequence[float], end: float | None = None,
@@ -217,8 +228,9 @@ class Fitted:
             if n == 0:
                 return opening
         if learned:
-            chosen = fit_multistep(self.calibration.for_another_prompt(), n, start=levels[0].lam)
-            return [*opening, *learned.steps([*map(path.at, chosen.lam), levels[-1]], path)]
+            start, high = levels[0].lam, float(self.calibration.lam[-1])
+            nodes = nodes_to(self.calibration.for_another_prompt(), n, start, learned.last(n, start, high))
+            return [*opening, *learned.steps([*map(path.at, nodes), levels[-1]], path)]
         if refitted is not None:
             plan = Plan.read(refitted, self.calibration)
         elif given:

@@ -1,15 +1,18 @@
 """The hypersolver: what a step of DPM-Solver++(2M) misses, told by a small network from what the step saw.
 
-    y_t = (the solver's y_t) + rho(c) g(v / scale(c); c),          y = x / alpha,  varsigma = sigma / alpha
+    y_t = (the solver's y_t) + whole(c) w(c) . u + rho(c) g(u; c),     u = v / scale(c),
+    y = x / alpha,  varsigma = sigma / alpha
 
     v  y_s / sqrt(1 + varsigma_s^2),  D_s,  D_s - D_-1,  D_-1 - D_-2      (0 where there is none)
     c  what is known of the step before it is made: `Conditions`
-    g  v -> 3x3 -> + 3x3 -> + 3x3 of every second place -> 3x3, of 32 channels with SiLU, each with a factor
+    w  a number for each part of v: better weights for this step
+    g  u -> 3x3 -> + 3x3 -> + 3x3 of every second place -> 3x3, of 32 channels with SiLU, each with a factor
        and a shift that c tells:  c -> 64 -> 2 x 32 for every layer
 
-rho and scale, the sizes of what is missed and of the parts of v, are powers of e of a polynomial in c: the
-network sees and answers numbers near 1. It sees 11 x 11 places, so it serves every size of image; it is one
-for all steps, numbers of steps and guidances, and in y one for all paths.
+w is a polynomial in c; so are the logs of whole, rho and scale, the sizes of all that is missed, of what w
+leaves, and of the parts of v: the network sees and answers numbers near 1. It sees 11 x 11 places, so it
+serves every size of image; it is one for all steps, numbers of steps and guidances, and in y one for all
+paths.
 
 The idea is that of Poli et al. 2020, "Hypersolvers" (arXiv:2007.09601): a solver, and a network for its
 residual.
@@ -34,9 +37,10 @@ from .storage import CalibrationError
 
 SOLVER = Multistep(DataPrediction(), 2, midpoint)
 VIEWS, TERMS = 4, 16  # parts of v; terms of the polynomial
-WIDTH, HIDDEN = 32, 64
+WIDTH, HIDDEN = 48, 64
 DILATIONS = 1, 2      # of the layers in the middle
-BOUND = 6.0           # of what is answered, in units of rho: hardly anything that was taught is beyond
+EXACT = "weights", "sizes"  # what is kept in full precision: they are few
+BOUND = 6.0           # of both answers, in units of their sizes: hardly anything that was taught is beyond
 
 
 class Conditions(NamedTuple):
@@ -69,16 +73,18 @@ def terms(c: Tensor) -> Tensor:
 
 
 class Modulation(NamedTuple):
-    """All that c decides, for each of a batch: the layers' factors and shifts [B, 2 layers width], rho [B],
-    and the scale of each part of v [B, VIEWS]."""
+    """All that c decides, for each of a batch: the layers' factors and shifts [B, 2 layers width], the
+    weights w [B, VIEWS], whole and rho [B], and the scale of each part of v [B, VIEWS]."""
 
     layers: Tensor
+    weights: Tensor
+    whole: Tensor
     rho: Tensor
     scale: Tensor
 
 
 class Network(Module):
-    """g, rho and scale, for latents of so many channels. It answers 0 until it has learned."""
+    """w, g, and their sizes, for latents of so many channels. It answers 0 until it has learned."""
 
     def __init__(self, channels: int, width: int = WIDTH, seed: int = 0) -> None:
         super().__init__()
@@ -87,7 +93,8 @@ class Network(Module):
         self.leave = Conv2d(width, channels, 3, padding=1)
         self.told = ModuleList((Linear(len(Conditions._fields), HIDDEN),
                                 Linear(HIDDEN, 2 * (1 + len(DILATIONS)) * width)))
-        self.register_buffer("sizes", torch.zeros(1 + VIEWS, TERMS))  # of rho and of scale
+        self.register_buffer("weights", torch.zeros(VIEWS, TERMS))
+        self.register_buffer("sizes", torch.zeros(2 + VIEWS, TERMS))  # of whole, rho and scale
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, value in self.named_parameters():
@@ -97,18 +104,25 @@ class Network(Module):
 
     def modulation(self, c: Tensor) -> Modulation:
         """Of c [B, 8]."""
-        inner, outer = self.told
-        rho, *scale = (terms(c) @ self.sizes.T).exp().unbind(1)
-        return Modulation(outer(silu(inner(c))), rho, torch.stack(scale, 1))
+        (inner, outer), of = self.told, terms(c)
+        whole, rho, *scale = (of @ self.sizes.T).exp().unbind(1)
+        return Modulation(outer(silu(inner(c))), of @ self.weights.T, whole, rho, torch.stack(scale, 1))
 
     def forward(self, v: Tensor, by: Modulation) -> Tensor:
-        """g [B, C, H, W] of v [B, VIEWS, C, H, W]."""
+        """What is missed in y [B, C, H, W] of v [B, VIEWS, C, H, W]."""
         factors, shifts = by.layers[:, :, None, None].unflatten(1, (2, 1 + len(self.middle), -1)).unbind(1)
-        entered = self.enter((v / by.scale[:, :, None, None, None]).flatten(1, 2))
-        h = silu(entered * (1.0 + factors[:, 0]) + shifts[:, 0])
+        u = v / over(by.scale, v)
+        h = silu(self.enter(u.flatten(1, 2)) * (1.0 + factors[:, 0]) + shifts[:, 0])
         for k, layer in enumerate(self.middle, 1):
             h = h + silu(layer(h) * (1.0 + factors[:, k]) + shifts[:, k])
-        return BOUND * torch.tanh(self.leave(h) / BOUND)
+        easy, rest = (over(by.weights, u) * u).sum(1), self.leave(h)
+        return sum(over(size, rest) * BOUND * torch.tanh(answer / BOUND)
+                   for size, answer in ((by.whole, easy), (by.rho, rest)))
+
+
+def over(number: Tensor, like: Tensor) -> Tensor:
+    """A number of each image, or of each of its parts, to multiply like with."""
+    return number.reshape(*number.shape, *[1] * (like.ndim - number.ndim))
 
 
 def views(x: Tensor, at: Level, answers: Sequence[Tensor]) -> Tensor:
@@ -163,7 +177,7 @@ class Missed:
         v, by = views(x, self.s, answers), self.by
         if len(by.rho) > 1:  # of each image
             by = Modulation(*(value.repeat_interleave(len(v) // len(value), 0) for value in by))
-        missed = self.network(v, by) * (self.t.alpha * by.rho[:, None, None, None])
+        missed = self.t.alpha * self.network(v, by)
         if self.t.sigma == 0.0 and len(answers) > 1:
             missed = missed * (flat(answers[0]) != flat(answers[1])).any(1, keepdim=True)
         return unflat(missed, x)
@@ -174,12 +188,14 @@ class Hypersolver:
     """A network that was trained, on the CPU, and what for.
 
     weights: of a Network, by its names. bounds [2, 8]: the lowest and highest conditions that taught it;
-    others count as the nearest of them. counts: the numbers of steps at which it was better than without,
+    others count as the nearest of them. end [6]: what tells where the last
+    evaluation is, see `error_of`. counts: the numbers of steps at which it was better than without,
     on prompts held out. guidance: of the run, or of each image; without one, the middle of those that
     taught. """
 
     weights: Mapping[str, Tensor]
     bounds: np.ndarray
+    end: np.ndarray
     counts: tuple[int, ...]
     guidance: float | Sequence[float] | None = None
 
@@ -199,6 +215,8 @@ class Hypersolver:
         if self.bounds.shape != size or (self.bounds[0] > self.bounds[1]).any():
             raise CalibrationError(
                 f"the hypersolver's bounds must be the lowest and the highest, {list(size)}")
+        if self.end.shape != (6,):
+            raise CalibrationError(f"the hypersolver's end has shape {list(self.end.shape)}: it must be [6]")
         if any(not 1 <= n <= 1000 for n in self.counts):
             raise CalibrationError(f"the hypersolver's counts = {list(self.counts)} must be from 1 to 1000")
 
@@ -222,11 +240,19 @@ class Hypersolver:
         low, high = np.exp(self.bounds[:, Conditions._fields.index("guidance")]).tolist()
         return low, high
 
+    @property
+    def each(self) -> list[float]:
+        """The guidance of the run, or of each image."""
+        told = math.sqrt(math.prod(self.guidances)) if self.guidance is None else self.guidance
+        return [float(guidance) for guidance in np.ravel(told)]
+
+    def last(self, n: int, start: float, high: float) -> float:
+        """Where the last of n evaluations is, in lam, see `last_of`."""
+        return last_of(self.end, n, start, high, np.clip(self.each, *self.guidances).tolist())
+
     def steps(self, levels: Sequence[Level], path: Path) -> list[Step]:
         """The solver's steps over these levels, each with what it misses."""
-        network = self.network()
-        told = math.sqrt(math.prod(self.guidances)) if self.guidance is None else self.guidance
-        each = [float(guidance) for guidance in np.ravel(told)]
+        network, each = self.network(), self.each
         result = []
         for i, step in enumerate(SOLVER.steps(levels, path)):
             c = np.clip([Conditions.of(levels, i, guidance) for guidance in each], *self.bounds)
@@ -236,16 +262,41 @@ class Hypersolver:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What a file holds: the weights in half precision, but for the few that decide sizes."""
-        weights = {name: value.numpy().astype(np.float32 if name == "sizes" else np.float16)
+        weights = {name: value.numpy().astype(np.float32 if name in EXACT else np.float16)
                    for name, value in self.weights.items()}
-        return {**weights, "bounds": self.bounds, "counts": np.array(self.counts, dtype=np.int64)}
+        counts = np.array(self.counts, dtype=np.int64)
+        return {**weights, "bounds": self.bounds, "end": self.end, "counts": counts}
 
     @classmethod
     def of_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Hypersolver:
         arrays = dict(arrays)
         try:
-            bounds, counts = arrays.pop("bounds").astype(np.float64), arrays.pop("counts").ravel().tolist()
+            bounds, end = (arrays.pop(name).astype(np.float64) for name in ("bounds", "end"))
+            counts = arrays.pop("counts").ravel().tolist()
             weights = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in arrays.items()}
         except (KeyError, TypeError) as fault:
             raise CalibrationError(f"the hypersolver is not whole: {fault}") from None
-        return cls(weights, bounds, tuple(int(n) for n in counts))
+        return cls(weights, bounds, end, tuple(int(n) for n in counts))
+
+
+SHALLOW = 0.5  # of the way to the model's lowest level, in lam: nearer, no run has its last evaluation
+TRIED = 200    # places where it may be
+
+
+def error_of(end: Tensor, n: Tensor | int, start: float, lam: Tensor, guidance: Tensor) -> Tensor:
+    """What n evaluations from lam = start to lam, and the step from there to x0, are expected to err:
+
+        e^(a + a' g - a" lam) + e^(b + b' g) h^b",       h = (lam - start) / (n - 1),  g = log guidance
+
+    The first is what the last step misses, the second what the steps before it do. end: the six numbers.
+    """
+    h, g = (lam - start) / (n - 1), guidance.clamp(min=0.1).log()
+    return (end[0] + end[1] * g - end[2] * lam).exp() + (end[3] + end[4] * g).exp() * h**end[5]
+
+
+def last_of(end: np.ndarray, n: int, start: float, high: float, guidances: Sequence[float]) -> float:
+    """Where the last of n evaluations is, in lam, of a run that begins at lam = start and may go to high:
+    where the error is expected to be least at the mean of these guidances."""
+    lam = torch.linspace(start + SHALLOW * (high - start), high, TRIED).double()
+    told = torch.tensor(guidances, dtype=torch.float64).clamp(min=0.1).log().mean().exp()
+    return float(lam[error_of(torch.from_numpy(end), max(n, 2), start, lam, told).argmin()])

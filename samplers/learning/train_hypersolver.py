@@ -1,23 +1,29 @@
 """Train a hypersolver by forward evaluations of the model: no data set, and no gradients through the model.
 
 A teacher of many steps shows the true trajectory: x* and D* at any level. Lessons are runs of some images
-over a few levels. Each step of a lesson shows what it sees, v, and what it misses,
+over a few levels, of which the last is a random one. Each step of a lesson shows what it sees, v, and what it
+misses,
 
     r = (x*_t - the solver's x_t) / alpha_t
 
 In the first lessons every step begins on the true trajectory, which costs nothing beyond the teacher. Then
 the network is trained, and the solver makes runs of its own with it, begins each step where the one before
-it led, and learns to lead back to x* too. Training lowers the mean of |g - r / rho|^2 / (1 + |r / rho|^2).
+it led, and learns to lead back to x* too. The weights w are those of least squares; training lowers the mean
+of |what is left|^2 / (rho^2 + |r|^2), each over an image.
+How far such runs end from x* tells where the last level is best, for every number of steps and guidance;
+the next ones have theirs near it.
 Whole prompts are held out: in the end, runs of their images with the network and without decide at what
 numbers of steps it serves. """
 from __future__ import annotations
 
 import copy
 import math
+from bisect import bisect_right
 from dataclasses import dataclass, replace
+from functools import cached_property
 from functools import partial as bound
 from pathlib import Path as File
-from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
+from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
 import numpy as np
 import torch
@@ -29,52 +35,74 @@ from ..sample import Place, combine, on_device, onward, sample
 from ..schedule import Level, Path, find_path
 from ..solver import Step, ddim
 from .course import Course
-from .fitted import check, fit_multistep
+from .fitted import check, fit_nodes, nodes_to
 from .gauss_newton import FLOOR, typical
-from .hypersolver import SOLVER, Conditions, Hypersolver, Network, flat, terms, views
+from .hypersolver import (EXACT, SHALLOW, SOLVER, TERMS, VIEWS, Conditions, Hypersolver, Modulation, Network,
+                          error_of, flat, last_of, over, terms, views)
 from .statistics import Statistics
 from .storage import digest
 
-PARTIAL = "lambda-solvers partial hypersolver 1"
+PARTIAL = "lambda-solvers partial hypersolver 2"
 STEPS = 4, 5, 6, 7, 8, 9, 10
 TEACHER = 48       # its evaluations
+PROBED = 8         # images that show which model it is
 SHOWN = 3          # lessons on the true trajectory that each image is in
 ROUNDS = 2         # of lessons of the solver's own runs
-INSIDE = 0.15      # of a lesson's images begin at a level between, as image to image does
+LESSON = 16        # images of a lesson
+INSIDE = 7         # every seventh that is shown begins at a level between, as image to image does
 DEEPEST = 0.7      # of the way to the last level, in lam, where they begin at most
+NEARBY = 0.7       # in lam: how far from what was best the last level is at most, after the first round
+USUAL = -3.0, 0.5, 1.0, -3.0, 0.8, 2.0  # of `error_of`; on the emoji model -3.2, .65, .94, -3.9, .92, 1.6
+TRUST = 1e-3       # in them, against the runs
+OUTLIER = 20.0     # times as far off as usual, no run counts for more
 HELD_OUT = 8       # every eighth prompt
 COMPARED = 16      # images of them that are run in the end, at most
 CROP = 48          # places of an image that are kept, each way
-ITERATIONS = 6000  # after what was shown, and after each round
+ITERATIONS = 6000  # after the last round; half as many before it, each time
 LOOKS = 10         # in these, at how it does on prompts held out: the best of them is kept
 BATCH, RATE, DECAY, WARM, AVERAGED = 8, 3e-3, 1e-3, 100, 0.995
 LEAST = 1.0        # in the loss
+DAMPED = 1e-3      # of the mean square, in least squares
+GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
+NEAR = 1e-9
 
 
 class Lesson(NamedTuple):
-    """Runs of some images over these levels, the last of sigma = 0."""
+    """Runs of some images of n steps, from this share of the way to the lowest level, in lam; `place` in 0 ..
+    1 is by how much the last level is far down."""
 
-    levels: tuple[Level, ...]
     images: list[int]
+    n: int
+    start: float
+    place: float
 
 
-def lessons(calibration: Statistics, path: Path, groups: Sequence[Sequence[int]], steps: Sequence[int],
-            seed: int) -> Iterator[Lesson]:
-    """Each group of images is in one of them; at every number of steps some begin inside."""
+def lessons(groups: Sequence[Sequence[int]], steps: Sequence[int], seed: int,
+            inside: int = 0) -> list[Lesson]:
+    """Each group of images is in one of them, neighbours together; of the lessons every `inside`th begins
+    inside."""
     generator = torch.Generator().manual_seed(seed)
-    order = [groups[k] for k in torch.randperm(len(groups), generator=generator).tolist()]
-    for k, n in enumerate(steps):
-        mine = order[k::len(steps)]
-        few, deep = int(INSIDE * len(mine)), DEEPEST * float(torch.rand((), generator=generator))
-        for images, share in ((mine[few:], 0.0), (mine[:few], deep)):
-            lam = calibration.lam[0] + share * (calibration.lam[-1] - calibration.lam[0])
-            if images:
-                yield Lesson(schedule(calibration, path, n, lam), sorted(sum(images, [])))
+    images = sum(map(len, groups))
+    count = min(len(groups), max(len(steps), math.ceil(images / LESSON)))
+    order, begin = torch.randperm(count, generator=generator).tolist(), torch.rand(2, generator=generator)
+    result = []
+    for j, part in zip(order, np.array_split(np.arange(len(groups)), count)):
+        begins = inside and j % inside == inside - 1
+        deep = DEEPEST * ((float(begin[0]) + j * GOLDEN) % 1.0) if begins else 0.0
+        place = (float(begin[1]) + j // len(steps) * GOLDEN) % 1.0  # of each number of steps all over
+        result.append(Lesson(sorted(k for i in part for k in groups[i]), steps[j % len(steps)], deep, place))
+    return result
 
 
-def schedule(calibration: Statistics, path: Path, n: int, start: float) -> tuple[Level, ...]:
-    """The levels that n steps from lam = start to sigma = 0 go over."""
-    return (*map(path.at, fit_multistep(calibration, n, start=start).lam), path.level(0.0))
+def spread(low: float, high: float, count: int) -> list[float]:
+    """So many guidances from low to high, even in their logs.
+
+    They are in the order of the multiples of sqrt 2 modulo 1: those of every few prompts that follow one
+    another, and of every eighth, which are held out, are spread over the range too.
+    """
+    order = sorted(range(count), key=lambda k: k * math.sqrt(2.0) % 1.0)
+    rank = {k: place / max(count - 1, 1) for place, k in enumerate(order)}
+    return [low * (high / low) ** rank[k] for k in range(count)]
 
 
 @torch.no_grad()
@@ -115,15 +143,10 @@ def fit_hypersolver(model: Callable[..., Tensor], x: Tensor, calibration: Statis
     }
     course = Course(model, x, [*opening, highest, lowest], gaussian, kind=PARTIAL, settings=settings,
                     total=hypersolver_cost(prompts, steps, rounds, bool(opening)), dtype=dtype,
-                    precision=precision, extra_args={**(extra_args or {}), "images": list(range(len(x)))},
-                    partial=partial, seconds=30.0, progress=progress)
-    alone = [[k] for k in range(len(x))]
-    together = [[k for k in range(len(x)) if prompts[k] == name] for name in dict.fromkeys(prompts)]
-    sets = [list(lessons(plain, gaussian, alone if k < SHOWN else together, steps, seed + k))
-            for k in range(SHOWN + rounds)]  # the model is asked for images of one prompt at once
-    runs = [Lesson(schedule(plain, gaussian, n, highest.lam), _held(prompts)[:COMPARED]) for n in steps]
-    school = School(course, x, opening, gaussian, highest, lowest, guidances, {*_held(prompts)},
-                    [sum(sets[:SHOWN], []), *sets[SHOWN:]], runs, iterations, seed)
+                    precision=precision, extra_args=extra_args, partial=partial, seconds=30.0,
+                    progress=progress, probed=PROBED)
+    school = School(course, x, opening, gaussian, plain, guidances, prompts, tuple(steps),
+                    _curriculum(prompts, steps, rounds, seed, guidances), iterations, seed)
     with course:
         kept, parts = school.taken_up(course.kept), school.parts()
         for i in range(course.done, len(parts)):
@@ -143,8 +166,28 @@ def fit_hypersolver(model: Callable[..., Tensor], x: Tensor, calibration: Statis
 def hypersolver_cost(prompts: Sequence[int], steps: Sequence[int] = STEPS, rounds: int = ROUNDS,
                      opening: bool = False) -> int:
     """The evaluations of all images that fit_hypersolver makes, rounded up; which prompt each of them has."""
+    runs = sum(lesson.n * len(lesson.images) for own in _curriculum(prompts, steps, rounds, 0)[1:]
+               for lesson in own) / len(prompts)
     compared = 2 * sum(steps) * min(COMPARED, len(_held(prompts))) / len(prompts)
-    return math.ceil(PROBE + opening + TEACHER + rounds * sum(steps) / len(steps) + compared)
+    probe = PROBE * min(PROBED, len(prompts)) / len(prompts)
+    return math.ceil(probe + opening + TEACHER + runs + compared)
+
+
+def _curriculum(prompts: Sequence[int], steps: Sequence[int], rounds: int, seed: int,
+                guidances: Sequence[float] | None = None) -> list[list[Lesson]]:
+    """The lessons that are shown, and those of every round. The model is asked for images of one prompt at
+    once in these, and for those of like guidance in one lesson."""
+    alone, together = [[k] for k in range(len(prompts))], _together(range(len(prompts)), prompts)
+    together.sort(key=lambda images: guidances[images[0]] if guidances else 0.0)
+    order = [torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed + k)).tolist()
+             for k in range(SHOWN)]
+    shown = [lessons([alone[k] for k in order[i]], steps, seed + i, INSIDE) for i in range(SHOWN)]
+    return [sum(shown, []), *(lessons(together, steps, seed + SHOWN + k) for k in range(rounds))]
+
+
+def _together(images: Sequence[int], prompts: Sequence[int]) -> list[list[int]]:
+    """These images by prompt."""
+    return [[k for k in images if prompts[k] == name] for name in dict.fromkeys(prompts[k] for k in images)]
 
 
 def _held(prompts: Sequence[int]) -> list[int]:
@@ -162,8 +205,8 @@ def _check(count: int, prompts: Sequence[int], steps: Sequence[int], rounds: int
     if not steps or any(not 2 <= n <= 50 for n in steps) or len({*steps}) < len(steps):
         raise ValueError(f"steps = {list(steps)} is out of range: choose different whole numbers from 2 to "
                          "50")
-    if rounds < 0:
-        raise ValueError(f"rounds = {rounds} is out of range: choose a whole number from 0")
+    if rounds < 1:
+        raise ValueError(f"rounds = {rounds} is out of range: choose a whole number from 1")
 
 
 Found = dict[str, Tensor]
@@ -178,12 +221,11 @@ class School:
     x: Tensor
     opening: Sequence[Level]
     path: Path
-    highest: Level
-    lowest: Level
+    calibration: Statistics
     guidances: Sequence[float]
-    held: set[int]
+    prompts: Sequence[int]
+    counts: tuple[int, ...]
     rounds: Sequence[Sequence[Lesson]]
-    runs: Sequence[Lesson]
     iterations: int
     seed: int
 
@@ -191,64 +233,58 @@ class School:
         teaching = [bound(self.teach, i) for i in range(TEACHER)]
         learning = [part for k, taught in enumerate(self.rounds) for part in (
             *(bound(self.attend, k, j) for j in range(len(taught))), bound(self.train, k))]
-        return [self.begin, *teaching, *learning, *(bound(self.compare, k) for k in range(len(self.runs)))]
+        return [self.begin, *teaching, *learning, *(bound(self.compare, k) for k in range(len(self.counts)))]
 
     def taken_up(self, kept: Mapping[str, Tensor]) -> Found:
         """What was kept: where the model is asked again on its device, the rest in host memory."""
-        return {name: value.to(self.x.device if name in ("begin", "x", "before", "denoised") else "cpu")
+        return {name: value.to(self.x.device if name in ("begin", "x", "before") else "cpu")
                 for name, value in kept.items()}
 
     def begin(self, found: Found) -> None:
-        steps = [ddim(DataPrediction(), level, self.highest) for level in self.opening]
-        found["begin"] = found["x"] = sample(self.course.denoise, self.x, steps)
+        steps = [ddim(DataPrediction(), level, self.grid[0]) for level in self.opening]
+        denoise = bound(self.course.denoise, images=list(range(len(self.x))))
+        found["begin"] = found["x"] = sample(denoise, self.x, steps)
 
-    @property
+    @cached_property
     def grid(self) -> list[Level]:
         """The teacher's levels, and sigma = 0."""
-        lams = np.linspace(self.highest.lam, self.lowest.lam, TEACHER).tolist()
+        lams = np.linspace(*self.calibration.lam[[0, -1]], TEACHER).tolist()
         return [*map(self.path.at, lams), self.path.level(0.0)]
 
     def teach(self, i: int, found: Found) -> None:
-        """One step of the teacher, and of the step before it x* at the levels that lessons ask for."""
-        grid, x, old = self.grid, found["x"], found.get("denoised")
-        denoised = self.course.denoise(x, grid[i].sigma)
-        if i:
-            self._note(found, grid[i - 1], grid[i], found["before"], old, denoised)
+        """One step of the teacher. Its answers are kept, in half precision: they tell its whole way."""
+        x, every = found["x"], list(range(len(self.x)))
+        answer = self.course.denoise(x, self.grid[i].sigma, images=every).half()
+        kept = self.crop(answer, every)
+        found.setdefault("answers", torch.zeros(TEACHER, *kept.shape, dtype=torch.half))[i] = kept
         if i == TEACHER - 1:
-            self._note(found, grid[i], grid[i + 1], x, denoised, denoised)
-            for name in ("x", "before", "denoised"):
-                del found[name]
+            del found["x"], found["before"]
         else:
-            update = SOLVER.step(grid, i).updates[0]
-            found |= {"x": combine(x, update, {0: denoised, -1: old}), "before": x, "denoised": denoised}
+            update = SOLVER.step(self.grid, i).updates[0]
+            values = {0: answer.to(x.dtype), -1: found.get("before")}
+            found |= {"x": combine(x, update, values), "before": values[0]}
 
-    def _note(self, found: Found, s: Level, t: Level, x: Tensor, denoised: Tensor, then: Tensor) -> None:
-        """x* and D* between s and t, D* by the line through both; at sigma = 0 they are one."""
-        for name, images, at in self._asked():
-            if not s.lam <= at.lam < t.lam and not at.sigma == t.sigma:
-                continue
-            h, whole, answer = at.lam - s.lam, t.lam - s.lam, denoised[images]
-            change = (then - denoised)[images]
-            if name.startswith("d"):
-                found[name] = self.crop(answer + h / whole * change, images)
-                continue
-            bend = (h - 1.0 + math.exp(-h)) / whole if at.sigma else 0.0
-            there = (at.sigma / s.sigma * x[images] + at.alpha * (1.0 - math.exp(-h)) * answer
-                     + at.alpha * bend * change)
-            found[name] = there.cpu() if name.startswith("start") else self.crop(there, images)
+    def truth(self, images: Sequence[int], found: Found) -> Callable[[Level], tuple[Tensor, Tensor]]:
+        """x* and D* of these images at any level, D* by the line through its neighbours; at sigma = 0 they
+        are one."""
+        answers, xs = found["answers"][:, images].to(self.x.dtype), []
+        for i in range(TEACHER):
+            values = {0: answers[i - 1], -1: answers[max(i - 2, 0)]}
+            xs.append(combine(xs[-1], SOLVER.step(self.grid, i - 1).updates[0], values) if i else
+                      self.crop(found["begin"][images], images))
 
-    def _asked(self) -> Iterator[tuple[str, list[int], Level]]:
-        """Name, images and level of all that is needed of the teacher: x* of every lesson; where it is shown,
-        D* too; where a run of its own begins, all of x*."""
-        for k, taught in enumerate(self.rounds):
-            for j, (levels, images) in enumerate(taught):
-                if k and levels[0] != self.highest:
-                    yield f"start.{k}.{j}", images, levels[0]
-                for i, level in enumerate(levels):
-                    yield f"x.{k}.{j}.{i}", images, level
-                    if not k and level.sigma:
-                        yield f"d.{k}.{j}.{i}", images, level
-        yield "end", self.runs[0].images, self.path.level(0.0)
+        def at(level: Level) -> tuple[Tensor, Tensor]:
+            if not level.sigma:
+                return answers[-1], answers[-1]
+            i = bisect_right(self.grid, level.lam + NEAR, key=lambda there: there.lam) - 1
+            s, answer, h = self.grid[i], answers[i], level.lam - self.grid[i].lam
+            if i == TEACHER - 1:
+                return xs[i], answer
+            whole, change = self.grid[i + 1].lam - s.lam, answers[i + 1] - answer
+            moved = (1.0 - math.exp(-h)) * answer + (h - 1.0 + math.exp(-h)) / whole * change
+            return level.sigma / s.sigma * xs[i] + level.alpha * moved, answer + h / whole * change
+
+        return at
 
     def crop(self, v: Tensor, images: Sequence[int]) -> Tensor:
         """Some places of each of these images, always the same, in host memory."""
@@ -264,35 +300,57 @@ class School:
             rows.append(row)
         return torch.stack(rows).cpu()
 
+    def levels(self, k: int, lesson: Lesson, found: Found) -> tuple[Level, ...]:
+        """Of a lesson of this round. The last above 0 is anywhere from SHALLOW of the way on, and after the
+        first round near to what was best in those before."""
+        low, high = map(float, self.calibration.lam[[0, -1]])
+        start = low + lesson.start * (high - low)
+        shallow = start + SHALLOW * (high - start)
+        last = shallow + lesson.place * (high - shallow)
+        if k > 1:
+            best = last_of(found["end"].numpy(), lesson.n, start, high,
+                           [self.guidances[image] for image in lesson.images])
+            last = min(max(best + NEARBY * (2.0 * lesson.place - 1.0), shallow), high)
+        return self.to(lesson.n, start, last)
+
+    def to(self, n: int, start: float, last: float) -> tuple[Level, ...]:
+        nodes = nodes_to(self.calibration, n, start, last)
+        return (*map(self.path.at, nodes), self.path.level(0.0))
+
     def attend(self, k: int, j: int, found: Found) -> None:
         """One lesson: what its steps see, and what they miss."""
-        levels, images = self.rounds[k][j]
-        went = (self.shown if k == 0 else self.own)(k, j, found)
-        targets, seen = [found.pop(f"x.{k}.{j}.{i}") for i in range(len(levels))], []
+        lesson = self.rounds[k][j]
+        levels, truth = self.levels(k, lesson, found), self.truth(lesson.images, found)
+        went = self.own(levels, lesson.images, found, f"{k}.{j}", truth) if k else self.shown(levels, truth)
+        seen, held = [], {*_held(self.prompts)}
         for i, (step, (x, answers)) in enumerate(zip(SOLVER.steps(levels, self.path), went)):
             landed = combine(x, step.updates[0], {-n: answer for n, answer in enumerate(answers)})
-            v, r = views(x, step.s, answers), flat((targets[i + 1] - landed) / step.t.alpha)
-            c = torch.tensor([[*Conditions.of(levels, i, self.guidances[image]), image in self.held]
-                              for image in images])
+            v, r = views(x, step.s, answers), flat((truth(step.t)[0] - landed) / step.t.alpha)
+            c = torch.tensor([[*Conditions.of(levels, i, self.guidances[image]), image in held]
+                              for image in lesson.images])
             seen.append((v.half(), r.half(), c.repeat_interleave(len(v) // len(c), 0)))
         found |= {f"{name}.{k}.{j}": torch.cat(parts) for name, parts in zip("vrc", zip(*seen))}
 
-    def shown(self, k: int, j: int, found: Found) -> list[tuple[Tensor, list[Tensor]]]:
+    def shown(self, levels: Sequence[Level],
+              truth: Callable[[Level], tuple[Tensor, Tensor]]) -> list[tuple[Tensor, list[Tensor]]]:
         """x and the answers D_s, D_-1, D_-2 of every step, on the true trajectory."""
-        n = len(self.rounds[k][j].levels) - 1
-        answers = [found.pop(f"d.{k}.{j}.{i}") for i in range(n)]
-        return [(found[f"x.{k}.{j}.{i}"], answers[max(0, i - 2):i + 1][::-1]) for i in range(n)]
+        true = [truth(level) for level in levels[:-1]]
+        return [(x, [answer for _, answer in true[max(0, i - 2):i + 1]][::-1])
+                for i, (x, _) in enumerate(true)]
 
-    def own(self, k: int, j: int, found: Found) -> list[tuple[Tensor, list[Tensor]]]:
-        """The same, where the solver's own run is."""
-        levels, images = self.rounds[k][j]
-        denoise = bound(self.course.denoise, images=images)
-        start = found.pop(f"start.{k}.{j}", found["begin"][images]).to(self.x.device)
-        place, went = Place(0, start), []
+    def own(self, levels: Sequence[Level], images: Sequence[int], found: Found, name: str,
+            truth: Callable[[Level], tuple[Tensor, Tensor]]) -> list[tuple[Tensor, list[Tensor]]]:
+        """The same, where the solver's own run is; and how far from the truth it ends."""
+        denoise = bound(self.course.denoise, images=list(images))
+        place, went = Place(0, found["begin"][images]), []
         for step in self.steps(levels, images, found):
             here, place = onward(denoise, place, on_device(step, place.x), 2)
             answers = [here.values[0], *here.past][:len(went) + 1]
             went.append((self.crop(here.x, images), [self.crop(answer, images) for answer in answers]))
+        error = (self.crop(place.x, images) - truth(levels[-1])[0]).flatten(1).square().mean(1)
+        found[f"ends.{name}"] = torch.tensor([
+            (len(levels) - 1, levels[-2].lam, self.guidances[image], math.sqrt(square))
+            for image, square in zip(images, error.tolist())], dtype=torch.float64)
         return went
 
     def steps(self, levels: Sequence[Level], images: Sequence[int], found: Found) -> list[Step]:
@@ -310,37 +368,100 @@ class School:
             if "bounds" in found:
                 network.load_state_dict({name[4:]: value.float().clone() for name, value in found.items()
                                          if name.startswith("net.")})
-            else:
-                network.sizes.copy_(sizes(v, r, c))
+            settle(network, *(part[~held] for part in (v, r, c)))
             network, self.course.loss = trained(
                 network.to(self.x.device), *([part[rows] for part in (v, r, c)] for rows in (~held, held)),
-                self.iterations, self.seed + k, self._tell)
+                self.iterations // (1 if k == len(self.rounds) - 1 else 2), self.seed + k, self._tell)
         found |= {f"net.{name}": value.cpu() for name, value in network.state_dict().items()}
         found["bounds"] = torch.stack([c.amin(0), c.amax(0)]).double()
+        ends = [found[name] for name in found if name.startswith("ends.")]
+        found["end"] = torch.tensor(USUAL, dtype=torch.float64)
+        if ends:
+            found["end"] = ending(torch.cat(ends), float(self.calibration.lam[0]))
 
     def _tell(self, loss: float) -> None:
         self.course.loss = loss
         self.course.tell()
 
     def learned(self, found: Found, counts: Sequence[int] = ()) -> Hypersolver:
-        weights = {name[4:]: value if name.endswith("sizes") else value.half()
+        weights = {name[4:]: value if name[4:] in EXACT else value.half()
                    for name, value in found.items() if name.startswith("net.")}
-        return Hypersolver(weights, found["bounds"].numpy(), tuple(counts))
+        return Hypersolver(weights, found["bounds"].numpy(), found["end"].numpy(), tuple(counts))
 
     def compare(self, k: int, found: Found) -> None:
-        """The mean squared errors of the images that select, without the network and with it."""
-        levels, images = self.runs[k]
-        ends = [sample(bound(self.course.denoise, images=images), found["begin"][images], steps)
-                for steps in (SOLVER.steps(levels, self.path), self.steps(levels, images, found))]
-        errors = [(self.crop(end, images) - found["end"]).flatten(1).square().mean(1) for end in ends]
-        found[f"errors.{k}"] = torch.stack(errors).double()
+        """The mean squared errors of the images that select, without the network and with it, each on its
+        levels."""
+        n, (low, high), errors = self.counts[k], map(float, self.calibration.lam[[0, -1]]), []
+        for images in _together(_held(self.prompts)[:COMPARED], self.prompts):
+            guided = replace(self.learned(found), guidance=[self.guidances[image] for image in images])
+            own = self.to(n, low, guided.last(n, low, high))
+            plain = (*map(self.path.at, fit_nodes(self.calibration, n)), self.path.level(0.0))
+            denoise, end = bound(self.course.denoise, images=images), self.truth(images, found)(own[-1])[0]
+            errors.append(torch.stack([
+                (self.crop(sample(denoise, found["begin"][images], steps), images) - end)
+                .flatten(1).square().mean(1)
+                for steps in (SOLVER.steps(plain, self.path), guided.steps(own, self.path))]))
+        found[f"errors.{k}"] = torch.cat(errors, 1).double()
 
 
-def sizes(v: Tensor, r: Tensor, c: Tensor) -> Tensor:
-    """Of rho and scale [1 + VIEWS, TERMS]: a fit to the logs of the rms of what was seen, a little damped."""
-    parts = torch.cat([r[:, None], v], 1).float().flatten(2).square().mean(2)  # [M, 1 + VIEWS]
-    logs, of = 0.5 * (parts + 1e-10).log().clamp(min=-12.0), terms(c)
-    return torch.linalg.solve(of.T @ of + 1e-2 * torch.eye(of.shape[1]), of.T @ logs).T
+def ending(runs: Tensor, start: float) -> Tensor:
+    """The numbers of `error_of`, of whole runs from lam = start [M, 4]: n, the last level's lam, the
+    guidance, and how far from the truth it ended.
+
+    By likelihood, errors being spread about their mean as by a gamma distribution: it is the mean that is to
+    be small, where what is far off counts most, and not that of the log. Whatever few runs cannot tell is as
+    USUAL. """
+    with torch.inference_mode(False), torch.enable_grad():
+        n, lam, guidance, error = runs.clone().unbind(1)
+        usual = torch.tensor(USUAL, dtype=torch.float64)
+        end = usual.clone().requires_grad_()
+        descent = torch.optim.LBFGS([end], max_iter=300, line_search_fn="strong_wolfe")
+
+        def missing() -> Tensor:
+            descent.zero_grad()
+            mean = error_of(end, n, start, lam, guidance)
+            off = (error / mean).clamp(max=OUTLIER) + mean.log()
+            total = off.mean() + TRUST * (end - usual).square().sum()
+            total.backward()
+            return total
+
+        descent.step(missing)
+    return end.detach()
+
+
+@torch.no_grad()
+def settle(network: Network, v: Tensor, r: Tensor, c: Tensor) -> None:
+    """The sizes, a fit to the logs of the rms of what was seen, a little damped; and the weights w, by least
+    squares of the same loss as the network's."""
+    basis, parts = terms(c), torch.arange(len(v)).split(256)
+
+    def fitted(values: Tensor) -> Tensor:
+        logs = 0.5 * (values + 1e-10).log().clamp(min=-12.0)
+        return torch.linalg.solve(basis.T @ basis + 1e-2 * torch.eye(TERMS), basis.T @ logs).mT
+
+    def seen(rows: Tensor) -> tuple[Tensor, Tensor, Modulation]:
+        by = network.modulation(c[rows])
+        return v[rows].float() / over(by.scale, v), r[rows].float() / over(by.whole, r), by
+
+    network.sizes[2:] = fitted(torch.cat([v[rows].float().flatten(2).square().mean(2) for rows in parts]))
+    network.sizes[:1] = fitted(torch.cat([r[rows, None].float().flatten(2).square().mean(2)
+                                          for rows in parts]))
+    gram, product = torch.zeros(TERMS, VIEWS, TERMS, VIEWS).double(), torch.zeros(TERMS, VIEWS).double()
+    for rows in parts:
+        u, aim, _ = seen(rows)
+        share = 1.0 / (LEAST + aim.square().mean((1, 2, 3))) / aim[0].numel()
+        of, inner = basis[rows].double(), torch.einsum("bichw,bjchw,b->bij", u, u, share).double()
+        gram += torch.einsum("bk,bl,bij->kilj", of, of, inner)
+        product += torch.einsum("bk,bi->ki", of, torch.einsum("bichw,bchw,b->bi", u, aim, share).double())
+    gram, product = gram.flatten(2).flatten(0, 1), product.flatten()
+    damped = gram + DAMPED * gram.diagonal().mean() * torch.eye(len(gram)).double()
+    network.weights.copy_(torch.linalg.solve(damped, product).view(TERMS, VIEWS).T)
+    left = []
+    for rows in parts:
+        u, aim, by = seen(rows)
+        rest = over(by.whole, aim) * (aim - (over(by.weights, u) * u).sum(1))
+        left.append(rest[:, None].flatten(2).square().mean(2))
+    network.sizes[1:2] = fitted(torch.cat(left))
 
 
 def trained(network: Network, taught: Sequence[Tensor], held: Sequence[Tensor], iterations: int, seed: int,
@@ -375,10 +496,9 @@ def trained(network: Network, taught: Sequence[Tensor], held: Sequence[Tensor], 
 
 
 def loss(network: Network, v: Tensor, r: Tensor, c: Tensor) -> Tensor:
-    """|g - r / rho|^2 / (LEAST + |r / rho|^2), means over each image, [B]."""
+    """|network - r|^2 / (LEAST rho^2 + |r|^2), means over each image, [B]."""
     by = network.modulation(c)
-    target = r / by.rho[:, None, None, None]
-    error, size = ((part.square().mean((1, 2, 3))) for part in (network(v, by) - target, target))
+    error, size = ((part / over(by.rho, part)).square().mean((1, 2, 3)) for part in (network(v, by) - r, r))
     return error / (LEAST + size)
 
 
@@ -389,6 +509,6 @@ def left(network: Network, v: Tensor, r: Tensor, c: Tensor) -> float:
     for rows in torch.arange(len(v)).split(64):
         batch = [part[rows].to(device).float() for part in (v, r, c)]
         total += float(loss(network, *batch).sum())
-        size = (batch[1] / network.modulation(batch[2]).rho[:, None, None, None]).square().mean((1, 2, 3))
+        size = (batch[1] / over(network.modulation(batch[2]).rho, batch[1])).square().mean((1, 2, 3))
         none += float((size / (LEAST + size)).sum())
     return math.sqrt(total / none) if none else math.nan
