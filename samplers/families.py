@@ -9,10 +9,10 @@ from dataclasses import replace
 from typing import Annotated
 
 from .catalogue import FAMILIES, SAMPLERS, Option, Preset, Solver, family  # noqa: F401  (filled here)
-from .integrand import PREDICTIONS, DataPrediction, NoisePrediction
+from .integrand import PREDICTIONS, AncestralPrediction, DataPrediction, NoisePrediction
 from .learning.amed import BASES, Amed, Insertion
 from .learning.fitted import Fitted, Unmeasured
-from .learning.statistics import EmpiricalPrediction, Statistics
+from .learning.statistics import AnalyticPrediction, EmpiricalPrediction, Statistics
 from .phi import RULES, adams, pseudo_weights, weights
 from .solver import HEUN, TABLEAUX, Adaptive, Churned, Grouped, Multistep, Singlestep
 
@@ -37,6 +37,8 @@ NoiseDevice = Annotated[str, Option(
     "Where the noise is drawn. cpu: the same image on every device; gpu: quicker for large latents, tied to "
     "the device",
     choices=("cpu", "gpu"), advanced=True)]
+SNoise = Annotated[float, Option(
+    "Factor on the added noise; 1 is exact, a little more adds texture", 0.0, 10.0, 0.01)]
 ORDER_HELP = "Order of accuracy. 2 was the best choice up to 20 steps in our measurements; 3 needs more"
 
 DPM_SOLVER = "Lu et al. 2022, DPM-Solver (arXiv:2206.00927)"
@@ -136,22 +138,34 @@ def adaptive(
     return Adaptive(PREDICTIONS[prediction], TABLEAUX[order, rule], rtol, atol, h_init, theta)
 
 
-@family("DPM-Solver++ SDE", f"{DPM_SOLVER_PP}, SDE-DPM-Solver++", {
+DDIM = "Song et al. 2021, DDIM (arXiv:2010.02502)"
+LAWS = {"sde": DataPrediction, "ddim": AncestralPrediction}
+
+
+@family("DPM-Solver++ SDE", f"{DPM_SOLVER_PP}, SDE-DPM-Solver++; {DDIM}", {
     "dpmpp_sde": Preset("SDE-DPM-Solver++(1)",
                         "stochastic, of first order: needs the most steps", {"order": 1}),
     "dpmpp_2m_sde": Preset("SDE-DPM-Solver++(2M)",
                            "stochastic: an image of its own for every seed and eta", {"order": 2}),
     "dpmpp_3m_sde": Preset("SDE-DPM-Solver++(3M)", "as dpmpp_2m_sde, of higher order", {"order": 3},
                            {"rule": "published"}),
+    "ddim": Preset("DDIM(eta)", "dpmpp_1m with a share of noise, as ComfyUI's euler_ancestral",
+                   {"order": 1, "law": "ddim"}, {"eta": 0.0}),
+    "ddpm": Preset("DDPM, ancestral",
+                   "the first diffusion sampler, for hundreds of steps: dpmpp_sde at eta 1",
+                   {"order": 1, "law": "ddim"}),
 })
 def sde(
     order: Annotated[int, Option(ORDER_HELP, 1, 3)] = 2,
     eta: Annotated[float, Option(
         "Share of noise: 1 is the diffusion SDE, 0 the ODE (no noise)", 0.0, 10.0, 0.01)] = 1.0,
-    s_noise: Annotated[float, Option(
-        "Factor on the added noise; 1 is exact, a little more adds texture", 0.0, 10.0, 0.01)] = 1.0,
+    s_noise: SNoise = 1.0,
     rule: MultistepRule = "midpoint",
     lower_order_final: LowerOrderFinal = "auto",
+    law: Annotated[str, Option(
+        "What eta is a share of. sde: of the SDE's noise in every stretch of lambda; ddim: of the ancestral "
+        "noise of a step, at most 1, as in DDIM and ComfyUI's euler_ancestral. At 0 and 1 they are the "
+        "same", choices=tuple(LAWS), advanced=True)] = "sde",
     noise_device: NoiseDevice = "cpu",
 ) -> Solver:
     """DPM-Solver++ multistep on the diffusion SDE: fresh noise in every step forgets earlier errors, given
@@ -160,7 +174,32 @@ def sde(
     Image k of a batch gets the noise of seed + k alone, as in the WebUI, so it can be made again by itself.
     ComfyUI's own samplers draw one noise for the whole batch.
     """
-    return Multistep(DataPrediction(eta, s_noise), order, RULES[rule], lower_order_final)
+    return Multistep(LAWS[law](eta, s_noise), order, RULES[rule], lower_order_final)
+
+
+@family("Analytic-DPM", "Bao et al. 2022, Analytic-DPM (arXiv:2201.06503)", {
+    "analytic_dpm": Preset("Analytic-DPM",
+                           "noise of the right size in long steps, once the model was measured", {}),
+})
+def analytic(
+    statistics: Annotated[Statistics, Option(
+        "the model's statistics: samplers.estimate_statistics(...), or Statistics.load(path)",
+        stand_in=Statistics.constant())] = None,
+    eta: Annotated[float, Option(
+        "Share of the ancestral noise that the measured variance is added to: 1 is Analytic-DPM on DDPM, 0 "
+        "on DDIM, which is not without noise", 0.0, 1.0, 0.01)] = 1.0,
+    half_range: Annotated[float, Option(
+        "Half the range of the data, which bounds how far the denoised image may be off: 1 for pixels from "
+        "-1 to 1, large for latents, whose range is not known", 0.0, 1000.0, 0.1, advanced=True)] = 1000.0,
+    s_noise: SNoise = 1.0,
+    noise_device: NoiseDevice = "cpu",
+) -> Solver:
+    """DDPM and DDIM with noise of the variance that is best on average, from what was measured of the model.
+
+    The same statistics as DPM-Solver-v3's. Guidance is not foreseen by the theory: what is measured with it
+    is used all the same.
+    """
+    return Multistep(AnalyticPrediction(eta, s_noise, statistics, half_range), 1)
 
 
 @family("DPM-Solver-v3", "Zheng et al. 2023, DPM-Solver-v3 (arXiv:2310.13268)", {

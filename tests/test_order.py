@@ -36,7 +36,7 @@ def order_of(name: str) -> int:
         return 1 if settings["base"] == "euler" else 2
     if settings.get("rule", "taylor") != "taylor" and "lower_order_final" in settings:
         return min(settings["order"], 2)
-    return settings["order"]
+    return settings.get("order", 1)
 
 
 def end_error(solver, n: int, path: str) -> float:

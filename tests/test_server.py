@@ -21,7 +21,7 @@ NAMES = {
 }
 LISTED = [*NAMES, "lambda_v3", "lambda_amed", "lambda_amed_2m", "lambda_fitted"]
 EVERY_NAME = pytest.mark.parametrize("name", NAMES)
-SHOWN = ["multistep", "singlestep", "adaptive", "sde", "v3", "fitted", "amed"]
+SHOWN = ["multistep", "singlestep", "adaptive", "sde", "analytic", "v3", "fitted", "amed"]
 EVERY_FAMILY = pytest.mark.parametrize("family", SHOWN[:4])  # the others: test_server_v3, _amed
 STEPS = 8
 
@@ -149,6 +149,14 @@ def test_every_sampler_node_makes_an_image_with_the_promised_evaluations(server,
     planned = nfe(name, STEPS)
     if planned:
         assert len(graph.evaluations(server)) == planned
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_ddim_and_ddpm_are_the_sde_node_s(server, eta: float) -> None:
+    graph = Graph("doughnut").counted().family("sde", order=1, law="ddim", eta=eta, steps=20)
+    samples, run = graph.run(server)
+    assert run.status == "success", run.error
+    assert looks_like_an_image(samples) and len(graph.evaluations(server)) == 20
 
 
 def test_the_example_workflows_run_with_every_sampler(server) -> None:

@@ -72,7 +72,7 @@ def test_modules_import_downwards_only() -> None:
 
 def test_the_archive_is_small_and_has_no_tests_and_starts_no_processes() -> None:
     files = published()
-    assert sum(path.stat().st_size for path in files) < 1_000_000
+    assert sum(path.stat().st_size for path in files) < 1_100_000
     assert {"__init__.py", "nodes/host.py", "samplers/solver.py", "LICENSE", "pyproject.toml"} <= {
         path.relative_to(ROOT).as_posix() for path in files}
     for path in files:
