@@ -13,7 +13,7 @@ from .integrand import PREDICTIONS, AncestralPrediction, DataPrediction, NoisePr
 from .learning.amed import BASES, Amed, Insertion
 from .learning.fitted import Fitted, Unmeasured
 from .learning.statistics import AnalyticPrediction, EmpiricalPrediction, Statistics
-from .phi import RULES, adams, pseudo_weights, weights
+from .phi import RULES, adams, bh2, pseudo_weights, taylor, weights
 from .solver import HEUN, TABLEAUX, Adaptive, Churned, Grouped, Multistep, Singlestep
 
 Prediction = Annotated[str, Option(
@@ -32,7 +32,13 @@ SinglestepRule = Annotated[str, Option(
 MultistepRule = Annotated[str, Option(
     "How earlier evaluations are combined. midpoint: as published by Lu et al., for order 2 the usual DPM++ "
     "2M, the best in few steps; taylor: exact for polynomials, of full order; published: order 3 as "
-    "published, order 2 as taylor (k-diffusion's 3M SDE)", choices=tuple(RULES), advanced=True)]
+    "published, order 2 as taylor (k-diffusion's 3M SDE); bh1, bh2: taylor with UniPC's simpler weights for "
+    "two", choices=tuple(RULES), advanced=True)]
+Corrector = Annotated[str, Option(
+    "Repeat each step with the evaluation at its end, at no further cost (UniC). half: only in the cleaner "
+    "half of the way", choices=("off", "full", "half"), advanced=True)]
+CORRECTING = {**RULES, "midpoint": bh2, "published": taylor}
+"""The rule of a corrector beside that of its predictor: of the order that one more node gives."""
 NoiseDevice = Annotated[str, Option(
     "Where the noise is drawn. cpu: the same image on every device; gpu: quicker for large latents, tied to "
     "the device",
@@ -43,9 +49,13 @@ ORDER_HELP = "Order of accuracy. 2 was the best choice up to 20 steps in our mea
 
 DPM_SOLVER = "Lu et al. 2022, DPM-Solver (arXiv:2206.00927)"
 DPM_SOLVER_PP = "Lu et al. 2022, DPM-Solver++ (arXiv:2211.01095)"
+UNIPC = "Zhao et al. 2023, UniPC (arXiv:2302.04867)"
 
 
-@family("DPM-Solver Multistep", f"{DPM_SOLVER_PP}; {DPM_SOLVER}", {
+UNI_PC = {"order": 3, "corrector": "full"}
+
+
+@family("DPM-Solver Multistep", f"{DPM_SOLVER_PP}; {DPM_SOLVER}; {UNIPC}", {
     "dpmpp_1m": Preset("DPM-Solver++(1M), DDIM", "a first-order reference: DDIM, Euler in sigma",
                        {"order": 1, "prediction": "data"}),
     "dpmpp_2m": Preset("DPM-Solver++(2M)",
@@ -61,18 +71,25 @@ DPM_SOLVER_PP = "Lu et al. 2022, DPM-Solver++ (arXiv:2211.01095)"
                      {"order": 2, "prediction": "noise"}),
     "dpm_3m": Preset("DPM-Solver(3M)", "as dpm_2m, a little less steady", {"order": 3, "prediction": "noise"},
                      {"rule": "taylor"}),
+    "uni_pc_bh1": Preset("UniPC-3, B1(h)",
+                         "ComfyUI's uni_pc: on a mixture ahead of dpmpp_2m from 15 steps on, behind it below",
+                         {"prediction": "data", "rule": "bh1"}, UNI_PC),
+    "uni_pc_bh2": Preset("UniPC-3, B2(h)", "ComfyUI's uni_pc_bh2: as uni_pc_bh1, better up to 10 steps",
+                         {"prediction": "data", "rule": "bh2"}, UNI_PC),
 })
 def multistep(
     order: Annotated[int, Option(ORDER_HELP, 1, 3)] = 2,
     prediction: Prediction = "data",
     rule: MultistepRule = "midpoint",
+    corrector: Corrector = "off",
     lower_order_final: LowerOrderFinal = "auto",
 ) -> Solver:
     """DPM-Solver and DPM-Solver++, multistep: the last evaluations are reused, each step costs one new one.
 
     The defaults are what dev/benchmark.py accuracy found best on average at 5 to 20 evaluations.
     """
-    return Multistep(PREDICTIONS[prediction], order, RULES[rule], lower_order_final)
+    return Multistep(PREDICTIONS[prediction], order, RULES[rule], lower_order_final, corrector=corrector,
+                     corrector_rule=CORRECTING[rule])
 
 
 SINGLESTEP = f"{DPM_SOLVER}, Algorithms 1-2 and section 3.4; {DPM_SOLVER_PP}, Algorithm 1"
@@ -161,6 +178,7 @@ def sde(
         "Share of noise: 1 is the diffusion SDE, 0 the ODE (no noise)", 0.0, 10.0, 0.01)] = 1.0,
     s_noise: SNoise = 1.0,
     rule: MultistepRule = "midpoint",
+    corrector: Corrector = "off",
     lower_order_final: LowerOrderFinal = "auto",
     law: Annotated[str, Option(
         "What eta is a share of. sde: of the SDE's noise in every stretch of lambda; ddim: of the ancestral "
@@ -174,7 +192,8 @@ def sde(
     Image k of a batch gets the noise of seed + k alone, as in the WebUI, so it can be made again by itself.
     ComfyUI's own samplers draw one noise for the whole batch.
     """
-    return Multistep(LAWS[law](eta, s_noise), order, RULES[rule], lower_order_final)
+    return Multistep(LAWS[law](eta, s_noise), order, RULES[rule], lower_order_final, corrector=corrector,
+                     corrector_rule=CORRECTING[rule])
 
 
 @family("Analytic-DPM", "Bao et al. 2022, Analytic-DPM (arXiv:2201.06503)", {
@@ -270,13 +289,15 @@ def fitted(
 def ipndm(
     order: Annotated[int, Option(
         "Order of accuracy where steps are equal, and how many evaluations are combined", 1, 4)] = 4,
+    corrector: Corrector = "off",
     lower_order_final: LowerOrderFinal = "auto",
 ) -> Solver:
     """Adams-Bashforth on the predicted noise with the coefficients of equal steps, whatever the steps.
 
     With lower_order_final off it is ComfyUI's ipndm.
     """
-    return Multistep(NoisePrediction(), order, lower_order_final=lower_order_final, basis=adams)
+    return Multistep(NoisePrediction(), order, lower_order_final=lower_order_final, basis=adams,
+                     corrector=corrector)
 
 
 @family("Heun (EDM)", "Karras et al. 2022, EDM (arXiv:2206.00364), Algorithms 1-2", {

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from problems import Gaussian, needed, reference_mixture, sigmas_between, smooth_statistics
-from samplers import PATHS, SAMPLERS, k_diffusion_sampler
+from samplers import FAMILIES, PATHS, SAMPLERS, k_diffusion_sampler
 from samplers.integrand import DataPrediction
 from samplers.noise import BrownianNoise
 from samplers.sample import sample, sample_adaptive
@@ -26,6 +26,7 @@ PLANNED = {  # solvers of the SDE, and the weak order of each
     "order 2": (Multistep(SDE, 2), 2),
     "order 1 with corrector": (Multistep(SDE, 1, corrector="full"), 2),
     "order 2 with corrector": (Multistep(SDE, 2, corrector="full"), 2),
+    "2M with corrector": (FAMILIES["sde"].solver(order=2, corrector="full"), 2),
     "2S midpoint": (Singlestep(SDE, DPM_2S), 2),
     "2S": (Singlestep(SDE, DPM_2S_TAYLOR), 2),
     "3S": (Singlestep(SDE, DPM_3S_TAYLOR), 2),

@@ -151,6 +151,14 @@ def test_every_sampler_node_makes_an_image_with_the_promised_evaluations(server,
         assert len(graph.evaluations(server)) == planned
 
 
+@pytest.mark.parametrize("family", ["multistep", "sde"])
+def test_a_corrector_costs_no_evaluation(server, family: str) -> None:
+    graph = Graph("doughnut").counted().family(family, order=3, rule="bh2", corrector="full", steps=12)
+    samples, run = graph.run(server)
+    assert run.status == "success", run.error
+    assert looks_like_an_image(samples) and len(graph.evaluations(server)) == 12
+
+
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_ddim_and_ddpm_are_the_sde_node_s(server, eta: float) -> None:
     graph = Graph("doughnut").counted().family("sde", order=1, law="ddim", eta=eta, steps=20)
