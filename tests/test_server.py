@@ -151,6 +151,18 @@ def test_every_sampler_node_makes_an_image_with_the_promised_evaluations(server,
         assert len(graph.evaluations(server)) == planned
 
 
+@pytest.mark.parametrize(("clock", "rho"), [("lambda", 1.0), ("sigma", 7.0), ("t", 2.0), ("linear", 1.0),
+                                            ("cosine", 1.0), ("list of sigmas", 1.0)])
+def test_the_lambda_scheduler_serves_any_sampler(server, clock: str, rho: float) -> None:
+    graph = Graph("doughnut").counted()
+    sigmas = [graph.add("LambdaScheduler", model=graph.model, clock=clock, steps=12, rho=rho, sigma_max=0.0,
+                        sigma_min=0.0, to_zero=True, values="14.6 9 5 3 2 1.3 .9 .6 .4 .2 .1 .03"), 0]
+    sampler = [graph.add("KSamplerSelect", sampler_name="euler"), 0]
+    samples, run = graph.custom(sampler, sigmas).run(server)
+    assert run.status == "success", run.error
+    assert looks_like_an_image(samples) and len(graph.evaluations(server)) == 12
+
+
 @pytest.mark.parametrize("family", ["multistep", "sde"])
 def test_a_corrector_costs_no_evaluation(server, family: str) -> None:
     graph = Graph("doughnut").counted().family(family, order=3, rule="bh2", corrector="full", steps=12)
