@@ -163,6 +163,23 @@ def test_the_lambda_scheduler_serves_any_sampler(server, clock: str, rho: float)
     assert looks_like_an_image(samples) and len(graph.evaluations(server)) == 12
 
 
+@pytest.mark.parametrize("quantile", [0.0, 0.9])
+@pytest.mark.parametrize("name", ["dpmpp_2m", "lambda_2m"])
+def test_a_threshold_bounds_the_images_of_any_sampler(server, name: str, quantile: float) -> None:
+    def made(threshold: bool) -> torch.Tensor:
+        graph = Graph("doughnut").counted()
+        sampler = [graph.add("KSamplerSelect", sampler_name=name), 0]
+        if threshold:
+            sampler = [graph.add("LambdaThreshold", sampler=sampler, quantile=quantile, floor=0.8), 0]
+        sigmas = [graph.add("BasicScheduler", model=graph.model, scheduler="karras", steps=8, denoise=1.0), 0]
+        samples, run = graph.custom(sampler, sigmas).run(server)
+        assert run.status == "success", run.error
+        assert len(graph.evaluations(server)) == 8
+        return samples
+
+    assert made(False).abs().max() > 0.9 and made(True).abs().max() <= 0.8 + 1e-5
+
+
 @pytest.mark.parametrize("family", ["multistep", "sde"])
 def test_a_corrector_costs_no_evaluation(server, family: str) -> None:
     graph = Graph("doughnut").counted().family(family, order=3, rule="bh2", corrector="full", steps=12)
