@@ -8,12 +8,14 @@ from . import store
 from .compare import CompareSamplers
 from .keeping import NODES as KEEPING
 from .knowledge import NODES as LEARNING
-from .sampling import FirstStep, register, sampler_nodes
+from .sampling import FirstStep, Threshold, register, sampler_nodes
+from .scheduling import LambdaScheduler
 
 
 class LambdaSolvers(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [*sampler_nodes(), *LEARNING, *KEEPING, FirstStep, CompareSamplers]
+        return [*sampler_nodes(), *LEARNING, *KEEPING, LambdaScheduler, FirstStep,
+                Threshold, CompareSamplers]
 
 
 store.register()

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..samplers import PATHS, SAMPLERS
 from ..samplers.schedule import Path
 from . import events
-from .host import latent_for, path_of, sampler_function
+from .host import around, latent_for, path_of, sampler_function
 from .sampling import calibrated, listed
 
 OURS = "lambda/"
@@ -189,21 +189,6 @@ def parse_budgets(text: str) -> list[int]:
 
 # --- runs ---------------------------------------------------------------------------------------------------
 
-class Counted:
-    """A model that tells of every call. Everything else of it is as it was."""
-
-    def __init__(self, model: Any, called: Callable[[], None]) -> None:
-        self.model, self.called = model, called
-
-    def __call__(self, *arguments: Any, **named: Any) -> Tensor:
-        denoised = self.model(*arguments, **named)
-        self.called()
-        return denoised
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
-
-
 class Rehearsal(comfy.samplers.CFGGuider):
     """The denoiser x / 2 in the model's place: no network, no patches, no wrappers.
 
@@ -291,17 +276,14 @@ class Bench:
              called: Callable[[], None]) -> Outcome:
         calls = 0
 
-        def count() -> None:
+        def count(denoised: Tensor) -> Tensor:
             nonlocal calls
             calls += 1
             called()
+            return denoised
 
-        def function(model, *arguments, **named):
-            return sampler.sampler_function(Counted(model, count), *arguments, **named)
-
-        counted = KSAMPLER(function, sampler.extra_options, sampler.inpaint_options)
-        samples = guider.sample(self.noise, self.latent, counted, sigmas, denoise_mask=self.mask,
-                                disable_pbar=True, seed=seed)
+        samples = guider.sample(self.noise, self.latent, around(sampler, count), sigmas,
+                                denoise_mask=self.mask, disable_pbar=True, seed=seed)
         return Outcome(samples.float().cpu(), calls)
 
 

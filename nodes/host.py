@@ -1,12 +1,14 @@
 """ComfyUI's conventions: which path a loaded model is on, and a solver as a sampler function of KSAMPLER."""
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any, Callable, Mapping, Sequence
 
 import comfy.model_sampling
 import comfy.sample
 import torch
+from comfy.samplers import KSAMPLER
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -83,6 +85,29 @@ def nested(guider: Any) -> bool:
     """Whether a guider that is sampling has latents of several kinds, which ComfyUI has packed into one."""
     told = [cond.get("model_conds", {}) for conds in guider.conds.values() for cond in conds]
     return any("latent_shapes" in named and len(named["latent_shapes"].cond) > 1 for named in told)
+
+
+class _Around:
+    """A model whose answers go through a function. Everything else of it is as it was."""
+
+    def __init__(self, model: Any, passed: Callable[[Tensor], Tensor]) -> None:
+        self.model, self.passed = model, passed
+
+    def __call__(self, *arguments: Any, **named: Any) -> Tensor:
+        return self.passed(self.model(*arguments, **named))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+
+def around(sampler: KSAMPLER, passed: Callable[[Tensor], Tensor]) -> KSAMPLER:
+    """A sampler, whosever, for whom the model's answers go through a function. What it measures before, it
+    asks the model itself."""
+    @functools.wraps(sampler.sampler_function)
+    def function(model: Any, *arguments: Any, **named: Any) -> Tensor:
+        return sampler.sampler_function(_Around(model, passed), *arguments, **named)
+
+    return KSAMPLER(function, sampler.extra_options, sampler.inpaint_options)
 
 
 def sampler_function(sampler: Sampler) -> Callable[..., Tensor]:

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..samplers import Amed, Statistics, fit_multistep
+from ..samplers.schedule import Level
 
 COLOURS = {"l": (31, 119, 180), "s": (214, 39, 40), "b": (44, 160, 44), "gamma": (148, 103, 189),
            "damping": (200, 130, 0)}
@@ -96,6 +97,51 @@ def _expected(draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, errors: d
     for k, text in enumerate(text for text, (_, of) in words.items() if of):
         draw.text((left, bottom - 4 - 16 * k), text, COLOURS[words[text][0]], font, anchor="lb")
     draw.text((right, top - 22), "evaluations", (90, 90, 90), font, anchor="ra")
+
+
+ROWS = 30
+"""Of a table: of more levels the middle is left out."""
+
+
+def schedule(levels: Sequence[Level], times: Sequence[float], width: int = 480, height: int = 200) -> Tensor:
+    """lam over the steps, and a table of the levels: sigma, lambda, t, alpha and the signal-to-noise
+    ratio."""
+    rows = [[str(i), *(f"{v:.4g}" for v in (level.sigma, level.lam, t, level.alpha, _snr(level)))]
+            for i, (level, t) in enumerate(zip(levels, times))]
+    if len(rows) > ROWS:
+        rows[ROWS // 2:ROWS // 2 - ROWS] = [["..."] * 6]
+    rows = [["", "sigma", "lambda", "t", "alpha", "SNR"], *rows]
+    image = Image.new("RGB", (width, height + 20 * len(rows) + 8), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(15)
+    _steps(draw, font, [(i, level.lam) for i, level in enumerate(levels) if math.isfinite(level.lam)],
+           len(levels) - 1, (48, 26, width - 16, height - 30))
+    for k, row in enumerate(rows):
+        for column, text in enumerate(row):
+            draw.text((48 + 84 * column, height + 20 * k), text, (40, 40, 40), font, anchor="ra")
+    return tensor(image)
+
+
+def _snr(level: Level) -> float:
+    return math.exp(2.0 * level.lam) if level.lam < 300.0 else math.inf
+
+
+def _steps(draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, points: Sequence[tuple[int, float]],
+           steps: int, box: tuple) -> None:
+    """lam against the number of the step."""
+    left, top, right, bottom = box
+    lams = [lam for _, lam in points] or [0.0]
+    low, high = lams[0], lams[-1] if lams[-1] > lams[0] else lams[0] + 1.0
+    at = [(left + i / max(1, steps) * (right - left), bottom - (lam - low) / (high - low) * (bottom - top))
+          for i, lam in points]
+    for value in ticks(low, high):
+        y = bottom - (value - low) / (high - low) * (bottom - top)
+        draw.line([(left, y), (right, y)], (225, 225, 225))
+        draw.text((left - 8, y), f"{value:g}", (90, 90, 90), font, anchor="rm")
+    draw.line(at, COLOURS["l"], 2)
+    for x, y in at:
+        draw.ellipse((x - 3, y - 3, x + 3, y + 3), COLOURS["l"])
+    draw.text((left, 6), "lambda", COLOURS["l"], font)
+    draw.text((right, bottom + 8), f"step {steps}", (90, 90, 90), font, anchor="rt")
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ..samplers import FAMILIES, SAMPLERS
 from ..samplers.catalogue import Option, Sampler
+from ..samplers.denoisers import threshold
 from . import events, library
-from .host import CATEGORY, advanced, sampler_function
+from .host import CATEGORY, advanced, around, sampler_function
 from .kinds import KINDS, SOCKET, needed
 from .library import Kind
 from .measuring import Run
@@ -172,3 +173,32 @@ class FirstStep(io.ComfyNode):
         function.lambda_solvers.settings({**function.lambda_solvers.stand_ins, **options})
         return io.NodeOutput(comfy.samplers.KSAMPLER(function, extra_options=options,
                                                      inpaint_options=sampler.inpaint_options))
+
+
+class Threshold(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LambdaThreshold",
+            display_name="Threshold",
+            category=CATEGORY,
+            description="Keeps the denoised image of every step within bounds, for models of pixels at high "
+                        "guidance. Dynamic thresholding: Saharia et al. 2022, Imagen (arXiv:2205.11487).",
+            inputs=[
+                io.Sampler.Input("sampler", tooltip="Any sampler, ComfyUI's own included"),
+                io.Float.Input("quantile", default=0.995, min=0.0, max=1.0, step=0.001, round=False, tooltip=(
+                    "Share of an image's values that is kept, where it goes beyond floor: the rest is cut "
+                    "off, and the image scaled down to floor. 0: it is clamped to floor, without a scale")),
+                io.Float.Input("floor", default=1.0, min=0.01, max=1000.0, step=0.01, round=False, tooltip=(
+                    "What the image is kept within, from -floor to floor: 1 for pixels. Latents have no "
+                    "known range")),
+            ],
+            outputs=[io.Sampler.Output(display_name="SAMPLER",
+                                       tooltip="For SamplerCustom or SamplerCustomAdvanced")])
+
+    @classmethod
+    def execute(cls, sampler: Any, quantile: float, floor: float) -> io.NodeOutput:
+        if not isinstance(sampler, comfy.samplers.KSAMPLER):
+            raise ValueError(f"Threshold wraps ComfyUI's KSAMPLER, and this is a {type(sampler).__name__}: "
+                             "connect KSamplerSelect or the node of a sampler")
+        return io.NodeOutput(around(sampler, lambda denoised: threshold(denoised, quantile, floor)))

@@ -1,5 +1,5 @@
-"""Denoisers around a denoiser: the first evaluation at full noise answered without the model, and a limit to
-how many there are.
+"""Denoisers around a denoiser: the first evaluation at full noise answered without the model, a limit to
+how many there are, and a bound on what is answered.
 
 At the highest level x is almost nothing but noise, and what the model makes of it hardly depends on which:
 
@@ -101,6 +101,22 @@ def check_full_noise(start: Level, sigma_max: float | None) -> None:
             f"an image, and not at the model's highest, {sigma_max:.4g}: set first_step to evaluate, or "
             "denoise to 1"
         )
+
+
+def threshold(denoised: Tensor, quantile: float, floor: float) -> Tensor:
+    """Dynamic thresholding, of each image by itself:
+
+        clip(D, -s, s) floor / s,     s = max(floor, the quantile of |D|)
+
+    Saharia et al. 2022, Imagen (arXiv:2205.11487), section 2.3: quantile 0.995, floor 1 for pixels from -1 to
+    1. With quantile 0 it is the static clamp to -floor .. floor. The quantile is the value of that rank, from
+    below, so nothing is interpolated; images of any size, and no wait for the device.
+    """
+    size = denoised[0].numel()
+    rank = min(size, max(1, math.ceil(quantile * size)))
+    bound = denoised.flatten(1).abs().kthvalue(rank, dim=1).values.clamp(min=floor)
+    bound = bound.view(-1, *[1] * (denoised.ndim - 1))
+    return denoised.maximum(-bound).minimum(bound) * (floor / bound)
 
 
 def limited(denoise: Denoiser, solver: Adaptive) -> Denoiser:

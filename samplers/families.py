@@ -9,11 +9,11 @@ from dataclasses import replace
 from typing import Annotated
 
 from .catalogue import FAMILIES, SAMPLERS, Option, Preset, Solver, family  # noqa: F401  (filled here)
-from .integrand import PREDICTIONS, DataPrediction, NoisePrediction
+from .integrand import PREDICTIONS, AncestralPrediction, DataPrediction, NoisePrediction
 from .learning.amed import BASES, Amed, Insertion
 from .learning.fitted import Fitted, Unmeasured
-from .learning.statistics import EmpiricalPrediction, Statistics
-from .phi import RULES, adams, pseudo_weights, weights
+from .learning.statistics import AnalyticPrediction, EmpiricalPrediction, Statistics
+from .phi import RULES, adams, bh2, pseudo_weights, taylor, weights
 from .solver import HEUN, TABLEAUX, Adaptive, Churned, Grouped, Multistep, Singlestep
 
 Prediction = Annotated[str, Option(
@@ -32,18 +32,30 @@ SinglestepRule = Annotated[str, Option(
 MultistepRule = Annotated[str, Option(
     "How earlier evaluations are combined. midpoint: as published by Lu et al., for order 2 the usual DPM++ "
     "2M, the best in few steps; taylor: exact for polynomials, of full order; published: order 3 as "
-    "published, order 2 as taylor (k-diffusion's 3M SDE)", choices=tuple(RULES), advanced=True)]
+    "published, order 2 as taylor (k-diffusion's 3M SDE); bh1, bh2: taylor with UniPC's simpler weights for "
+    "two", choices=tuple(RULES), advanced=True)]
+Corrector = Annotated[str, Option(
+    "Repeat each step with the evaluation at its end, at no further cost (UniC). half: only in the cleaner "
+    "half of the way", choices=("off", "full", "half"), advanced=True)]
+CORRECTING = {**RULES, "midpoint": bh2, "published": taylor}
+"""The rule of a corrector beside that of its predictor: of the order that one more node gives."""
 NoiseDevice = Annotated[str, Option(
     "Where the noise is drawn. cpu: the same image on every device; gpu: quicker for large latents, tied to "
     "the device",
     choices=("cpu", "gpu"), advanced=True)]
+SNoise = Annotated[float, Option(
+    "Factor on the added noise; 1 is exact, a little more adds texture", 0.0, 10.0, 0.01)]
 ORDER_HELP = "Order of accuracy. 2 was the best choice up to 20 steps in our measurements; 3 needs more"
 
 DPM_SOLVER = "Lu et al. 2022, DPM-Solver (arXiv:2206.00927)"
 DPM_SOLVER_PP = "Lu et al. 2022, DPM-Solver++ (arXiv:2211.01095)"
+UNIPC = "Zhao et al. 2023, UniPC (arXiv:2302.04867)"
 
 
-@family("DPM-Solver Multistep", f"{DPM_SOLVER_PP}; {DPM_SOLVER}", {
+UNI_PC = {"order": 3, "corrector": "full"}
+
+
+@family("DPM-Solver Multistep", f"{DPM_SOLVER_PP}; {DPM_SOLVER}; {UNIPC}", {
     "dpmpp_1m": Preset("DPM-Solver++(1M), DDIM", "a first-order reference: DDIM, Euler in sigma",
                        {"order": 1, "prediction": "data"}),
     "dpmpp_2m": Preset("DPM-Solver++(2M)",
@@ -59,18 +71,25 @@ DPM_SOLVER_PP = "Lu et al. 2022, DPM-Solver++ (arXiv:2211.01095)"
                      {"order": 2, "prediction": "noise"}),
     "dpm_3m": Preset("DPM-Solver(3M)", "as dpm_2m, a little less steady", {"order": 3, "prediction": "noise"},
                      {"rule": "taylor"}),
+    "uni_pc_bh1": Preset("UniPC-3, B1(h)",
+                         "ComfyUI's uni_pc: on a mixture ahead of dpmpp_2m from 15 steps on, behind it below",
+                         {"prediction": "data", "rule": "bh1"}, UNI_PC),
+    "uni_pc_bh2": Preset("UniPC-3, B2(h)", "ComfyUI's uni_pc_bh2: as uni_pc_bh1, better up to 10 steps",
+                         {"prediction": "data", "rule": "bh2"}, UNI_PC),
 })
 def multistep(
     order: Annotated[int, Option(ORDER_HELP, 1, 3)] = 2,
     prediction: Prediction = "data",
     rule: MultistepRule = "midpoint",
+    corrector: Corrector = "off",
     lower_order_final: LowerOrderFinal = "auto",
 ) -> Solver:
     """DPM-Solver and DPM-Solver++, multistep: the last evaluations are reused, each step costs one new one.
 
     The defaults are what dev/benchmark.py accuracy found best on average at 5 to 20 evaluations.
     """
-    return Multistep(PREDICTIONS[prediction], order, RULES[rule], lower_order_final)
+    return Multistep(PREDICTIONS[prediction], order, RULES[rule], lower_order_final, corrector=corrector,
+                     corrector_rule=CORRECTING[rule])
 
 
 SINGLESTEP = f"{DPM_SOLVER}, Algorithms 1-2 and section 3.4; {DPM_SOLVER_PP}, Algorithm 1"
@@ -136,22 +155,35 @@ def adaptive(
     return Adaptive(PREDICTIONS[prediction], TABLEAUX[order, rule], rtol, atol, h_init, theta)
 
 
-@family("DPM-Solver++ SDE", f"{DPM_SOLVER_PP}, SDE-DPM-Solver++", {
+DDIM = "Song et al. 2021, DDIM (arXiv:2010.02502)"
+LAWS = {"sde": DataPrediction, "ddim": AncestralPrediction}
+
+
+@family("DPM-Solver++ SDE", f"{DPM_SOLVER_PP}, SDE-DPM-Solver++; {DDIM}", {
     "dpmpp_sde": Preset("SDE-DPM-Solver++(1)",
                         "stochastic, of first order: needs the most steps", {"order": 1}),
     "dpmpp_2m_sde": Preset("SDE-DPM-Solver++(2M)",
                            "stochastic: an image of its own for every seed and eta", {"order": 2}),
     "dpmpp_3m_sde": Preset("SDE-DPM-Solver++(3M)", "as dpmpp_2m_sde, of higher order", {"order": 3},
                            {"rule": "published"}),
+    "ddim": Preset("DDIM(eta)", "dpmpp_1m with a share of noise, as ComfyUI's euler_ancestral",
+                   {"order": 1, "law": "ddim"}, {"eta": 0.0}),
+    "ddpm": Preset("DDPM, ancestral",
+                   "the first diffusion sampler, for hundreds of steps: dpmpp_sde at eta 1",
+                   {"order": 1, "law": "ddim"}),
 })
 def sde(
     order: Annotated[int, Option(ORDER_HELP, 1, 3)] = 2,
     eta: Annotated[float, Option(
         "Share of noise: 1 is the diffusion SDE, 0 the ODE (no noise)", 0.0, 10.0, 0.01)] = 1.0,
-    s_noise: Annotated[float, Option(
-        "Factor on the added noise; 1 is exact, a little more adds texture", 0.0, 10.0, 0.01)] = 1.0,
+    s_noise: SNoise = 1.0,
     rule: MultistepRule = "midpoint",
+    corrector: Corrector = "off",
     lower_order_final: LowerOrderFinal = "auto",
+    law: Annotated[str, Option(
+        "What eta is a share of. sde: of the SDE's noise in every stretch of lambda; ddim: of the ancestral "
+        "noise of a step, at most 1, as in DDIM and ComfyUI's euler_ancestral. At 0 and 1 they are the "
+        "same", choices=tuple(LAWS), advanced=True)] = "sde",
     noise_device: NoiseDevice = "cpu",
 ) -> Solver:
     """DPM-Solver++ multistep on the diffusion SDE: fresh noise in every step forgets earlier errors, given
@@ -160,7 +192,33 @@ def sde(
     Image k of a batch gets the noise of seed + k alone, as in the WebUI, so it can be made again by itself.
     ComfyUI's own samplers draw one noise for the whole batch.
     """
-    return Multistep(DataPrediction(eta, s_noise), order, RULES[rule], lower_order_final)
+    return Multistep(LAWS[law](eta, s_noise), order, RULES[rule], lower_order_final, corrector=corrector,
+                     corrector_rule=CORRECTING[rule])
+
+
+@family("Analytic-DPM", "Bao et al. 2022, Analytic-DPM (arXiv:2201.06503)", {
+    "analytic_dpm": Preset("Analytic-DPM",
+                           "noise of the right size in long steps, once the model was measured", {}),
+})
+def analytic(
+    statistics: Annotated[Statistics, Option(
+        "the model's statistics: samplers.estimate_statistics(...), or Statistics.load(path)",
+        stand_in=Statistics.constant())] = None,
+    eta: Annotated[float, Option(
+        "Share of the ancestral noise that the measured variance is added to: 1 is Analytic-DPM on DDPM, 0 "
+        "on DDIM, which is not without noise", 0.0, 1.0, 0.01)] = 1.0,
+    half_range: Annotated[float, Option(
+        "Half the range of the data, which bounds how far the denoised image may be off: 1 for pixels from "
+        "-1 to 1, large for latents, whose range is not known", 0.0, 1000.0, 0.1, advanced=True)] = 1000.0,
+    s_noise: SNoise = 1.0,
+    noise_device: NoiseDevice = "cpu",
+) -> Solver:
+    """DDPM and DDIM with noise of the variance that is best on average, from what was measured of the model.
+
+    The same statistics as DPM-Solver-v3's. Guidance is not foreseen by the theory: what is measured with it
+    is used all the same.
+    """
+    return Multistep(AnalyticPrediction(eta, s_noise, statistics, half_range), 1)
 
 
 @family("DPM-Solver-v3", "Zheng et al. 2023, DPM-Solver-v3 (arXiv:2310.13268)", {
@@ -231,13 +289,15 @@ def fitted(
 def ipndm(
     order: Annotated[int, Option(
         "Order of accuracy where steps are equal, and how many evaluations are combined", 1, 4)] = 4,
+    corrector: Corrector = "off",
     lower_order_final: LowerOrderFinal = "auto",
 ) -> Solver:
     """Adams-Bashforth on the predicted noise with the coefficients of equal steps, whatever the steps.
 
     With lower_order_final off it is ComfyUI's ipndm.
     """
-    return Multistep(NoisePrediction(), order, lower_order_final=lower_order_final, basis=adams)
+    return Multistep(NoisePrediction(), order, lower_order_final=lower_order_final, basis=adams,
+                     corrector=corrector)
 
 
 @family("Heun (EDM)", "Karras et al. 2022, EDM (arXiv:2206.00364), Algorithms 1-2", {

@@ -128,11 +128,37 @@ class DataPrediction(Exponential):
     def evaluation(self, at: Level) -> Evaluation:
         return Evaluation(at, 0.0, 1.0)
 
+    def damping(self, h: Number) -> Number:
+        """How much more than by the ODE x forgets over a step of length h: eta h, in units of lam."""
+        return self.eta * h if self.eta else 0.0  # not 0 * inf
+
     def flow(self, s: Level, t: Level) -> Flow:
         h = t.lam - s.lam
-        damping = self.eta * h if self.eta else 0.0  # not 0 * inf
+        damping = self.damping(h)
         return Flow(decay=t.sigma / s.sigma * math.exp(-damping), gain=t.alpha, z=h + damping,
                     std=t.sigma * math.sqrt(-math.expm1(-2.0 * damping)) * self.s_noise if damping else 0.0)
+
+
+@dataclass(frozen=True)
+class AncestralPrediction(DataPrediction):
+    """m = D, with eta as DDIM counts it: the share of the ancestral noise, 0 DDIM and 1 DDPM.
+
+        varsigma_t sqrt(1 - e^(-2 damping)) = kappa = eta varsigma_t sqrt(1 - varsigma_t^2 / varsigma_s^2),
+        so  e^(-2 damping) = 1 - eta^2 (1 - e^(-2h)),      varsigma = sigma / alpha
+
+    Of order 1 the update is  y_t = D + sqrt(varsigma_t^2 - kappa^2) / varsigma_s (y_s - D) + kappa xi,  Song
+    et al. 2021 (arXiv:2010.02502), eqs. (12) and (16); it is k-diffusion's euler_ancestral. With eta = 1 the
+    damping is h: one and the same as the SDE. In short steps it is that of the SDE with eta^2.
+    """
+
+    def __post_init__(self) -> None:
+        if self.eta > 1.0:
+            raise ValueError(f"eta = {self.eta:g} is out of range for DDIM's noise, all of which is 1: "
+                             "choose a number from 0 to 1, or law sde")
+
+    def damping(self, h: Number) -> Number:
+        kept = (1.0 - self.eta**2) + self.eta**2 * math.exp(-2.0 * h)
+        return -0.5 * math.log(kept) if kept else math.inf
 
 
 @dataclass(frozen=True)

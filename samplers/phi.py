@@ -69,7 +69,27 @@ def midpoint(n: int, z: float) -> list[float]:
     return moments
 
 
-RULES: Mapping[str, Rule] = {"midpoint": midpoint, "taylor": taylor, "published": published}
+def bh1(n: int, z: float) -> list[float]:
+    """`taylor`, but with M_1 = z / 2 for two nodes: UniPC with B(h) = h, Zhao et al. 2023 (arXiv:2302.04867).
+
+    Their B(h) cancels wherever the weights are solved for; it is left where one weight is set to 1 / 2.
+    """
+    moments = taylor(n, z)
+    if n == 2:
+        moments[1] = z / 2.0
+    return moments
+
+
+def bh2(n: int, z: float) -> list[float]:
+    """`taylor`, but with M_1 = M_0 / 2 for two nodes, as in `midpoint`: UniPC with B(h) = e^h - 1."""
+    moments = taylor(n, z)
+    if n == 2:
+        moments[1] = moments[0] / 2.0
+    return moments
+
+
+RULES: Mapping[str, Rule] = {"midpoint": midpoint, "taylor": taylor, "published": published, "bh1": bh1,
+                             "bh2": bh2}
 
 
 def weights(nodes: Sequence[float], moments: Sequence[float]) -> list[float]:

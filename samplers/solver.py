@@ -174,7 +174,7 @@ class Multistep:
 
     A corrector repeats every step s -> t with the evaluation at t among its nodes s, t, s_-1, ..., at no
     further model call; it has corrector_extra nodes more than the predictor. "half" keeps it to lam >=
-    CORRECTOR_HALF.
+    CORRECTOR_HALF. UniC, Zhao et al. 2023 (arXiv:2302.04867), section 3.
     """
 
     integrand: Integrand
@@ -183,6 +183,7 @@ class Multistep:
     lower_order_final: Literal["auto", "on", "off"] = "auto"
     basis: Basis = weights
     corrector: Literal["off", "full", "half"] = "off"
+    corrector_rule: Rule = taylor
     corrector_basis: Basis = weights
     corrector_extra: int = 1
 
@@ -198,8 +199,8 @@ class Multistep:
         past = [level for level in reversed(levels[max(0, i + 1 - self.order):i]) if finite(level)]
         order = min(self.order, 1 + len(past), self._highest(levels, i))
         predictor = Stage(tuple(range(0, -order, -1)), self.rule, self.basis)
-        corrector = Stage((0, 1, *range(-1, -order, -1))[:order + self.corrector_extra], self.rule,
-                          self.corrector_basis)
+        corrector = Stage((0, 1, *range(-1, -order, -1))[:order + self.corrector_extra],
+                          self.corrector_rule, self.corrector_basis)
         corrects = i + 1 < n and finite(levels[i + 2]) and 1 in corrector.uses and (
             self.corrector == "full" or (self.corrector == "half" and t.lam >= CORRECTOR_HALF))
         return step(self.integrand, (s, t), (predictor, ), past[:order - 1],

@@ -153,7 +153,8 @@ def serving(name: str, statistics: Statistics) -> Statistics:
 
 def ode(name: str) -> dict:
     """Options that make a solver of the catalogue one of the ODE, and able to run."""
-    return {**needed(name), **({"eta": 0.0} if "eta" in SAMPLERS[name].options else {})}
+    noise = {option: 0.0 for option in ("eta", "s_noise") if option in SAMPLERS[name].options}
+    return {**needed(name), **noise}
 
 
 FIXED = [name for name in SAMPLERS if SAMPLERS[name].evaluations_per_step is not None]

@@ -77,6 +77,17 @@ def test_3m_sde_is_theirs(functions, eta: float) -> None:
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
+@BOTH
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_ddim_is_their_euler_ancestral(functions, eta: float) -> None:
+    model, x, sigmas = problem("ve", KARRAS)
+    theirs = functions().sample_euler_ancestral(model, x, sigmas, disable=True, eta=eta, s_noise=0.9,
+                                                noise_sampler=noise_of(x, "ve", 5))
+    ours = k_diffusion_sampler("ddim", eta=eta, s_noise=0.9)(model, x, sigmas, extra_args={"seed": 5},
+                                                             disable=True)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("path", ["ve", "flow"])
 @pytest.mark.parametrize("tau", [0.0, 0.7, 1.0])
 @pytest.mark.parametrize("order", [1, 2, 3])

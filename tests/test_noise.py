@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from problems import Gaussian, reference_mixture, sigmas_between, smooth_statistics
-from samplers import PATHS, SAMPLERS, k_diffusion_sampler
+from problems import Gaussian, needed, reference_mixture, sigmas_between, smooth_statistics
+from samplers import FAMILIES, PATHS, SAMPLERS, k_diffusion_sampler
 from samplers.integrand import DataPrediction
 from samplers.noise import BrownianNoise
 from samplers.sample import sample, sample_adaptive
@@ -16,7 +16,8 @@ from samplers.solver import (
     DPM_2S, DPM_2S_TAYLOR, DPM_3S_TAYLOR, HEUN, Adaptive, Churned, Multistep, Singlestep)
 from samplers.learning.statistics import EmpiricalPrediction
 
-STOCHASTIC = [name for name in SAMPLERS if "eta" in SAMPLERS[name].options]
+STOCHASTIC = [name for name, sampler in SAMPLERS.items() if "eta" in sampler.options
+              and sampler.options["eta"].default]
 EVERY_STOCHASTIC = pytest.mark.parametrize("name", STOCHASTIC)
 
 SDE = DataPrediction(1.0)
@@ -25,6 +26,7 @@ PLANNED = {  # solvers of the SDE, and the weak order of each
     "order 2": (Multistep(SDE, 2), 2),
     "order 1 with corrector": (Multistep(SDE, 1, corrector="full"), 2),
     "order 2 with corrector": (Multistep(SDE, 2, corrector="full"), 2),
+    "2M with corrector": (FAMILIES["sde"].solver(order=2, corrector="full"), 2),
     "2S midpoint": (Singlestep(SDE, DPM_2S), 2),
     "2S": (Singlestep(SDE, DPM_2S_TAYLOR), 2),
     "3S": (Singlestep(SDE, DPM_3S_TAYLOR), 2),
@@ -34,8 +36,8 @@ EVERY_PLANNED = pytest.mark.parametrize("solver", [solver for solver, _ in PLANN
 
 
 def run(name: str, x, sigmas, seed: int | None, path: str = "ve", **options):
-    return k_diffusion_sampler(name, path, **options)(Gaussian(path), x, sigmas, disable=True,
-                                                      extra_args={} if seed is None else {"seed": seed})
+    return k_diffusion_sampler(name, path, **needed(name), **options)(
+        Gaussian(path), x, sigmas, disable=True, extra_args={} if seed is None else {"seed": seed})
 
 
 @EVERY_STOCHASTIC
@@ -107,7 +109,7 @@ def test_the_result_is_distributed_as_the_data(name: str, eta: float, path: str)
     result = run(name, x, sigmas_between(-2.2, 4.0, 120, path), seed=9, path=path,
                  eta=eta) / PATHS[path].at(4.0).alpha
     assert abs(float(result.mean()) - 0.7) < 0.02
-    assert abs(float(result.std()) - 0.4) < (0.03 if name == "dpmpp_sde" else 0.015)
+    assert abs(float(result.std()) - 0.4) < (0.03 if name in ("dpmpp_sde", "ddpm") else 0.015)
 
 
 def test_ve_and_flow_share_the_noise_of_a_seed() -> None:

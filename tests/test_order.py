@@ -10,9 +10,9 @@ import torch
 
 from problems import (ADAPTIVE, FIXED, Gaussian, needed, ode, sigmas_between, serving, smooth_statistics,
                       starting_noise)
-from samplers import PATHS, SAMPLERS, k_diffusion_sampler
+from samplers import FAMILIES, PATHS, SAMPLERS, k_diffusion_sampler
 from samplers.integrand import PREDICTIONS
-from samplers.phi import pseudo_weights, weights
+from samplers.phi import RULES, pseudo_weights, weights
 from samplers.sample import advance, combine
 from samplers.schedule import levels
 from samplers.solver import Multistep
@@ -34,9 +34,11 @@ def order_of(name: str) -> int:
         return 2  # iPNDM: these steps are equal in lam and not in sigma, where its coefficients are exact
     if SAMPLERS[name].family == "AMED":
         return 1 if settings["base"] == "euler" else 2
+    if settings.get("corrector", "off") == "full":
+        return settings["order"] + 1  # of the predictor; its corrector has one node more
     if settings.get("rule", "taylor") != "taylor" and "lower_order_final" in settings:
         return min(settings["order"], 2)
-    return settings["order"]
+    return settings.get("order", 1)
 
 
 def end_error(solver, n: int, path: str) -> float:
@@ -63,7 +65,7 @@ def end_error(solver, n: int, path: str) -> float:
         before = None if seeding else step.correction
         own = range(len(step.evaluations) - 1, -1, -1)
         x = problem.exact(start, schedule[0].sigma, step.t.sigma) if seeding else advance(
-            denoise, x, step, values, {*own, -1, -2})
+            denoise, x, step, values, {*own, -1, -2, -3})
         past = [values[k] for k in (*own, -1, -2, -3) if k in values][:4]
     return float((x - problem.exact(start, schedule[0].sigma, schedule[-1].sigma)).abs().max())
 
@@ -134,6 +136,20 @@ def test_v3_has_its_order_whatever_the_statistics(order: int, basis, extra: int,
                            corrector_basis=basis, corrector_extra=extra)
         expected = order if basis is weights else min(order, 2)
         assert slope(solver, path) > expected - 0.3, corrector
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_a_corrector_gives_one_order_more(order: int, rule: str) -> None:
+    """UniC, Zhao et al. 2023 (arXiv:2302.04867), Theorem 3.1: than the predictor has, by whatever rule."""
+    predictor = 2 if order == 3 and rule in ("midpoint", "published") else order
+    for prediction in PREDICTIONS:
+        solver = FAMILIES["multistep"].solver(order=order, rule=rule, prediction=prediction, corrector="full")
+        assert slope(solver, "ve", (64, 128)) == pytest.approx(predictor + 1, abs=0.3), prediction
+
+
+def test_a_corrector_gives_ipndm_the_order_that_its_equal_steps_cost() -> None:
+    assert slope(SAMPLERS["ipndm"].solver(corrector="full"), "ve") == pytest.approx(3.0, abs=0.3)
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])

@@ -22,7 +22,7 @@ NAMES = {
     "lambda_3m_sde": "dpmpp_3m_sde", "lambda_v3": "dpm_solver_v3", "lambda_amed": "amed",
     "lambda_amed_2m": "amed_dpmpp_2m", "lambda_fitted": "fitted_chosen"
 }
-NODES = ("multistep", "singlestep", "adaptive", "sde", "v3", "fitted", "amed")
+NODES = ("multistep", "singlestep", "adaptive", "sde", "analytic", "v3", "fitted", "amed")
 PROMPT = "prompt"
 
 
@@ -206,6 +206,19 @@ def test_a_skipped_first_step_is_not_counted_nor_drawn_and_warned_of_where_the_r
         assert not any(warning in line for line in lines(graph))
         graph["6"]["inputs"]["denoise"] = 0.5
         assert any(line.startswith("warn") and warning in line for line in lines(graph))
+
+
+def test_a_threshold_is_looked_through() -> None:
+    """Alone, and around or behind First Step."""
+    bounded = {"quantile": 0.995, "floor": 1.0}
+    graph = custom() | {"8": node("LambdaThreshold", sampler=["5", 0], **bounded)}
+    graph["9"]["inputs"]["sampler"] = ["8", 0]
+    assert ask(graph) == ask(custom()) and ask(graph)["runs"] == "9"
+    for inner, outer in (("8", "10"), ("10", "8")):
+        graph["8"]["inputs"]["sampler"] = ["5", 0] if inner == "8" else ["10", 0]
+        graph["10"] = node("LambdaFirstStep", sampler=["5" if inner == "10" else "8", 0], mode="afs")
+        graph["9"]["inputs"]["sampler"] = [outer, 0]
+        assert lines(graph)[0] == "count: model evaluations: 9"
 
 
 def test_wrappers_that_wrap_each_other_run_nothing() -> None:

@@ -7,7 +7,7 @@ import mpmath
 import pytest
 from hypothesis import given, strategies as st
 
-from samplers.phi import RULES, midpoint, phi, published, taylor, weights
+from samplers.phi import RULES, bh1, bh2, midpoint, phi, published, taylor, weights
 
 NODES = st.lists(st.floats(-3, 1), min_size=1, max_size=4).filter(
     lambda r: all(abs(a - b) > 0.05 for i, a in enumerate(r) for b in r[:i]))
@@ -49,3 +49,5 @@ def test_the_rules_differ_where_their_docstrings_say() -> None:
     assert published(2, 0.8) == taylor(2, 0.8) and midpoint(3, 0.8) == published(3, 0.8)
     assert midpoint(2, 0.8)[1] == pytest.approx(-math.expm1(-0.8) / 2)
     assert taylor(3, 0.8)[2] == pytest.approx(2 * published(3, 0.8)[2])
+    assert bh1(2, 0.8)[1] == 0.4 and bh2(2, 0.8)[1] == midpoint(2, 0.8)[1]
+    assert bh1(4, 0.8) == bh2(4, 0.8) == taylor(4, 0.8)

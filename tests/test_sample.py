@@ -297,7 +297,7 @@ def test_nan_from_the_model_is_reported_with_step_and_sigma(name: str, bad: floa
     (lambda: k_diffusion_sampler("dpmpp_2m", order=3),
      "order is not an option of dpmpp_2m, which stands for order = 2"),
     (lambda: k_diffusion_sampler("dpmpp_2m", eta=1.0),
-     "dpmpp_2m has no option 'eta': choose from rule, lower_order_final"),
+     "dpmpp_2m has no option 'eta': choose from rule, corrector, lower_order_final"),
     (lambda: k_diffusion_sampler("dpmpp_2m", rule="heun"),
      "rule = 'heun' is out of range: choose one of midpoint, taylor"),
     (lambda: k_diffusion_sampler("dpmpp_2m_sde", eta=-0.1),

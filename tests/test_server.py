@@ -21,7 +21,7 @@ NAMES = {
 }
 LISTED = [*NAMES, "lambda_v3", "lambda_amed", "lambda_amed_2m", "lambda_fitted"]
 EVERY_NAME = pytest.mark.parametrize("name", NAMES)
-SHOWN = ["multistep", "singlestep", "adaptive", "sde", "v3", "fitted", "amed"]
+SHOWN = ["multistep", "singlestep", "adaptive", "sde", "analytic", "v3", "fitted", "amed"]
 EVERY_FAMILY = pytest.mark.parametrize("family", SHOWN[:4])  # the others: test_server_v3, _amed
 STEPS = 8
 
@@ -149,6 +149,51 @@ def test_every_sampler_node_makes_an_image_with_the_promised_evaluations(server,
     planned = nfe(name, STEPS)
     if planned:
         assert len(graph.evaluations(server)) == planned
+
+
+@pytest.mark.parametrize(("clock", "rho"), [("lambda", 1.0), ("sigma", 7.0), ("t", 2.0), ("linear", 1.0),
+                                            ("cosine", 1.0), ("list of sigmas", 1.0)])
+def test_the_lambda_scheduler_serves_any_sampler(server, clock: str, rho: float) -> None:
+    graph = Graph("doughnut").counted()
+    sigmas = [graph.add("LambdaScheduler", model=graph.model, clock=clock, steps=12, rho=rho, sigma_max=0.0,
+                        sigma_min=0.0, to_zero=True, values="14.6 9 5 3 2 1.3 .9 .6 .4 .2 .1 .03"), 0]
+    sampler = [graph.add("KSamplerSelect", sampler_name="euler"), 0]
+    samples, run = graph.custom(sampler, sigmas).run(server)
+    assert run.status == "success", run.error
+    assert looks_like_an_image(samples) and len(graph.evaluations(server)) == 12
+
+
+@pytest.mark.parametrize("quantile", [0.0, 0.9])
+@pytest.mark.parametrize("name", ["dpmpp_2m", "lambda_2m"])
+def test_a_threshold_bounds_the_images_of_any_sampler(server, name: str, quantile: float) -> None:
+    def made(threshold: bool) -> torch.Tensor:
+        graph = Graph("doughnut").counted()
+        sampler = [graph.add("KSamplerSelect", sampler_name=name), 0]
+        if threshold:
+            sampler = [graph.add("LambdaThreshold", sampler=sampler, quantile=quantile, floor=0.8), 0]
+        sigmas = [graph.add("BasicScheduler", model=graph.model, scheduler="karras", steps=8, denoise=1.0), 0]
+        samples, run = graph.custom(sampler, sigmas).run(server)
+        assert run.status == "success", run.error
+        assert len(graph.evaluations(server)) == 8
+        return samples
+
+    assert made(False).abs().max() > 0.9 and made(True).abs().max() <= 0.8 + 1e-5
+
+
+@pytest.mark.parametrize("family", ["multistep", "sde"])
+def test_a_corrector_costs_no_evaluation(server, family: str) -> None:
+    graph = Graph("doughnut").counted().family(family, order=3, rule="bh2", corrector="full", steps=12)
+    samples, run = graph.run(server)
+    assert run.status == "success", run.error
+    assert looks_like_an_image(samples) and len(graph.evaluations(server)) == 12
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_ddim_and_ddpm_are_the_sde_node_s(server, eta: float) -> None:
+    graph = Graph("doughnut").counted().family("sde", order=1, law="ddim", eta=eta, steps=20)
+    samples, run = graph.run(server)
+    assert run.status == "success", run.error
+    assert looks_like_an_image(samples) and len(graph.evaluations(server)) == 20
 
 
 def test_the_example_workflows_run_with_every_sampler(server) -> None:

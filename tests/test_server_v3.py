@@ -64,6 +64,20 @@ def test_from_nothing_it_is_measured_once_saved_and_found_again(server, folder) 
         assert run.texts == [f"statistics: {name}"] and files(folder) == [name]
 
 
+def test_analytic_dpm_takes_what_v3_measured_and_the_other_way_round(server, folder) -> None:
+    graph = Graph("panda").counted().family("analytic", steps=20, measure="auto")
+    samples, run = graph.run(server)
+    assert run.status == "success", run.error
+    assert looks_like_an_image(samples)
+    [name] = files(folder)
+    spent = IMAGES * Statistics.load(folder / name).about["evaluations"]
+    assert len(graph.evaluations(server)) == spent + 20
+    for again in (Graph("panda").counted().ksampler(NAME),
+                  Graph("ghost").counted().family("analytic", measure="auto")):
+        samples, run = again.run(server)
+        assert run.texts == [f"statistics: {name}"] and len(again.evaluations(server)) == STEPS
+
+
 def test_the_fitted_solver_measures_a_file_of_its_own_beside_v3_s_once(server, folder) -> None:
     Graph("panda").ksampler(NAME).samples(server)
     [name] = files(folder)

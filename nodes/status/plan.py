@@ -30,7 +30,8 @@ from ..sampling import listed
 
 Graph = Mapping[str, Mapping[str, Any]]
 NODE_IDS = {node_id(name): name for name in NODES}
-WRAPPER = "LambdaFirstStep"
+WRAPPERS = {"LambdaFirstStep": {"first_step": "mode"}, "LambdaThreshold": {}}
+"""Nodes from a sampler to one that still is that sampler -> the options they set, by their own widgets."""
 SCHEDULERS = [f"comfy_extras.nodes_{name}" for name in (  # in ComfyUI
     "custom_sampler", "align_your_steps", "gits", "optimalsteps")]
 HOSTS = ("KSampler", "KSamplerAdvanced", "KSamplerSelect")  # ComfyUI's nodes that may name a sampler of ours
@@ -120,9 +121,10 @@ def consumer(graph: Graph, node_id: str) -> tuple[str, dict[str, Any]]:
     for _ in graph:  # as many wrappers as that, unless they wrap each other
         users = [other for other, node in graph.items() if source(node, "sampler")[:1] == [node_id]]
         node_id = min(users, key=lambda name: (len(name), name), default="")
-        if not node_id or graph[node_id]["class_type"] != WRAPPER:
+        node = graph.get(node_id)
+        if not node or node["class_type"] not in WRAPPERS:
             return node_id, sets
-        sets["first_step"] = value(graph[node_id], "mode", str)
+        sets |= {option: value(node, widget, str) for option, widget in WRAPPERS[node["class_type"]].items()}
     return "", sets
 
 

@@ -23,7 +23,7 @@ from typing import Any, Mapping
 
 import numpy as np
 
-from ..integrand import Evaluation, Stage, Update
+from ..integrand import AncestralPrediction, Evaluation, Flow, Stage, Update
 from ..schedule import Level
 from .hypersolver import Hypersolver
 from .record import Record, array, group
@@ -171,6 +171,42 @@ class Statistics(Record, format=FORMAT):
                     arrays[name] = archive[name].astype(np.float64)
         return cls(np.linspace(*lam, len(arrays["l"])), **arrays,
                    about={**(about or {}), "source": "DPM-Solver-v3 npz"})
+
+
+@dataclass(frozen=True, eq=False)
+class AnalyticPrediction(AncestralPrediction):
+    """m = D, and the noise of a step that is right on average: of the variance of x_t given x_s.
+
+        std^2 = std_DDIM(eta)^2 + (alpha_t (1 - e^(-z)))^2 v_s,
+        v = varsigma^2 (1 - Gamma),   Gamma = E |eps|^2 / d = l,   varsigma = sigma / alpha
+
+    v is the mean variance of x0 given x, which DDIM and DDPM leave out as they take D for x0: Gamma = 1 is
+    theirs. Bao et al. 2022, Analytic-DPM (arXiv:2201.06503), Theorem 1; and as their Theorem 2 bounds the
+    variance, Gamma is clipped to 0 .. 1, and sqrt(v) to half the range of the data. A step to sigma = 0 shows
+    D, without noise. At lam = -inf v is that of the lowest lam that was measured.
+
+    Gamma of an exact denoiser is l, by parts. At high noise both are nearly 1, and 1 - l is what was
+    measured, where 1 - E |eps|^2 is the difference of two measured numbers: on N(0.7, 0.4^2), two
+    trajectories of 3,072 elements, v at sigma = 14.6 was 0.6 to 6.7 by |eps|^2, and 0.160 = 0.4^2 by l.
+    """
+
+    statistics: Statistics = Statistics.constant()
+    half_range: float = np.inf
+
+    def flow(self, s: Level, t: Level) -> Flow:
+        flow = super().flow(s, t)
+        if not t.sigma:
+            return flow
+        unknown = -t.alpha * np.expm1(-flow.z) * self.spread(s)
+        return flow._replace(std=float(np.hypot(flow.std, self.s_noise * unknown)))
+
+    def spread(self, s: Level) -> float:
+        """sqrt(v): the root mean square distance from D of what x at s may be the noised image of."""
+        if np.isfinite(s.lam):
+            self.statistics.check_range(s)
+        lam = max(s.lam, self.statistics.lam[0])
+        gamma = np.clip(np.mean(self.statistics.at("l", lam)), 0.0, 1.0)
+        return float(min(np.exp(-lam) * np.sqrt(1.0 - gamma), self.half_range))
 
 
 SPACING = 1 / 64

@@ -1,0 +1,102 @@
+"""How near the images of stochastic samplers are to the data, as distributions, against evaluations.
+
+    python dev/benchmark.py stochastic
+
+The data are a mixture of 20 Gaussians in 3 x 2 x 2, whose denoiser is exact. The distance of COUNT images to
+as many draws of the data is the sliced Wasserstein distance (the root of the mean square, over the same
+directions, of the distance between sorted projections). Draws of the data have it to other draws too: that is
+the floor. All samplers start from the same draws of noise, on levels of Stable Diffusion's range.
+"""
+from __future__ import annotations
+
+import math
+from typing import Callable
+
+import comfy_host
+import torch
+from samplers import PATHS, estimate_statistics, k_diffusion_sampler
+from samplers.clocks import CLOCKS, evenly
+from torch import Tensor
+
+from .problems import Mixture
+
+COUNT, DIRECTIONS, SHAPE = 10_000, 200, (3, 2, 2)
+BUDGETS = (10, 20, 30)
+HIGH, LOW = 14.6146, 0.0292
+SCHEDULES = {"karras": ("sigma", 7.0), "exponential": ("lambda", 1.0)}
+CORE = {"euler_ancestral": 1, "dpmpp_2m_sde": 1, "dpmpp_3m_sde": 1, "er_sde": 1, "sa_solver": 1, "seeds_2": 2}
+"""ComfyUI's, with their evaluations in a step of finite length."""
+OURS = {  # label: name and options
+    "lambda_2m_sde": ("dpmpp_2m_sde", {}),
+    "lambda_3m_sde": ("dpmpp_3m_sde", {}),
+    "2M SDE, corrector": ("dpmpp_2m_sde", {"corrector": "full"}),
+    "2M SDE, taylor, corrector": ("dpmpp_2m_sde", {"rule": "taylor", "corrector": "full"}),
+    "ddpm": ("ddpm", {}),
+    "ddim, eta 0.5": ("ddim", {"eta": 0.5}),
+    "analytic_dpm": ("analytic_dpm", {}),
+    "without noise: dpmpp_2m": ("dpmpp_2m", {}),
+}
+
+
+def mixture() -> Mixture:
+    generator = torch.Generator().manual_seed(1)
+    means = torch.randn(20, math.prod(SHAPE), generator=generator, dtype=torch.float64).clamp(-1.5, 1.5) / 1.5
+    return Mixture(means, 0.05 + 0.15 * torch.rand(20, generator=generator, dtype=torch.float64))
+
+
+def drawn(data: Mixture, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randint(len(data.means), (COUNT,), generator=generator)
+    noise = torch.randn(COUNT, data.means.shape[1], generator=generator, dtype=torch.float64)
+    return data.means[chosen] + data.stds[chosen, None] * noise
+
+
+def distance(one: Tensor, other: Tensor) -> float:
+    """Sliced Wasserstein."""
+    directions = torch.randn(one.shape[1], DIRECTIONS, generator=torch.Generator().manual_seed(5),
+                             dtype=torch.float64)
+    directions /= directions.norm(dim=0)
+    apart = (one @ directions).sort(0).values - (other @ directions).sort(0).values
+    return float(apart.square().mean().sqrt())
+
+
+def schedule(name: str, steps: int) -> Tensor:
+    """Levels to 0 in so many steps."""
+    path, (clock, rho) = PATHS["ve"], SCHEDULES[name]
+    found = evenly(path.level(HIGH), path.level(LOW), steps, CLOCKS[clock](path, [LOW, HIGH]), rho)
+    return torch.tensor([*(level.sigma for level in found), 0.0], dtype=torch.float64)
+
+
+def stochastic() -> None:
+    torch.set_num_threads(1)
+    data = mixture()
+
+    def model(x: Tensor, sigma: Tensor, **extra) -> Tensor:
+        """Of one image whose elements are COUNT draws, as a sampler's noise is made for each image anew."""
+        return data(x.view(COUNT, *SHAPE), sigma.expand(COUNT)).view(x.shape)
+
+    host = comfy_host.Model(model, comfy_host.sampling_of("ModelSamplingDiscrete", "EPS"))
+    start = drawn(data, 3) + HIGH * torch.randn(COUNT, math.prod(SHAPE), dtype=torch.float64,
+                                                generator=torch.Generator().manual_seed(4))
+    target, x = drawn(data, 1), start.view(1, COUNT, *SHAPE)
+    few = start[:64].view(64, *SHAPE)
+    statistics = estimate_statistics(data, few, [HIGH, LOW])
+
+    def told(label: str, evaluations: int, run: Callable[..., Tensor]) -> None:
+        cells = []
+        for name in SCHEDULES:
+            for budget in BUDGETS:
+                torch.manual_seed(7)
+                sigmas = schedule(name, (budget + evaluations - 1) // evaluations)
+                images = run(host, x.clone(), sigmas, extra_args={"seed": 7}, disable=True)
+                cells.append(f"{distance(images.view(COUNT, -1), target):.4f}")
+        print("|", " | ".join([label, *cells]), "|", flush=True)
+
+    heads = [f"{name}, {budget}" for name in SCHEDULES for budget in BUDGETS]
+    print(f"floor, data to data: {distance(drawn(data, 2), target):.4f}\n")
+    print("|", " | ".join(["sampler", *heads]), "|\n|" + "---|" * (1 + len(heads)))
+    for label, (name, options) in OURS.items():
+        known = {"statistics": statistics} if name == "analytic_dpm" else {}
+        told(label, 1, k_diffusion_sampler(name, **options, **known))
+    for name, evaluations in CORE.items():
+        told(f"ComfyUI's {name}", evaluations, getattr(comfy_host.comfy_sampling(), f"sample_{name}"))
