@@ -1,4 +1,4 @@
-"""Everything that knows ComfyUI: the names in its sampler lists, the SAMPLER nodes (names.py), and the
+"""Everything that knows ComfyUI: our names in its sampler lists, the SAMPLER nodes, and the
 nodes that measure and keep what a solver needs to know of a model."""
 import logging
 

@@ -18,7 +18,7 @@ from .host import CATEGORY, advanced, sampler_function
 from .kinds import KINDS, SOCKET, needed
 from .library import Kind
 from .measuring import Run
-from .names import NAMES, NODES, node_id
+from ..hosting.names import NAMES, NODES, node_id
 from .settings import RULES
 
 

@@ -25,7 +25,7 @@ from ...samplers.learning.fitted import Unmeasured
 from ...samplers.schedule import Level, find_path, levels
 from ...samplers.solver import Adaptive, Step
 from ..host import path_of
-from ..names import NODES, node_id
+from ...hosting.names import NODES, node_id
 from ..sampling import listed
 
 Graph = Mapping[str, Mapping[str, Any]]

@@ -15,7 +15,7 @@ from aiohttp import web
 from server import PromptServer
 
 from .. import library, settings
-from ..names import NAMES
+from ...hosting.names import NAMES
 from ..sampling import listed
 from . import panel, plan
 from .metadata import ROOT, version

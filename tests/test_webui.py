@@ -1,0 +1,279 @@
+"""Stable Diffusion WebUI as a host: our names in its lists, its seeds, interruption, panel and infotext."""
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+
+import environment
+from problems import Gaussian
+from comfyui_server import free_port
+from samplers import k_diffusion_sampler
+from test_nodes import NAMES
+from webui_host import PACK, Host, SamplerData
+
+PLAIN = {"Lambda 2M": "dpmpp_2m", "Lambda 3M": "dpmpp_3m", "Lambda 2M SDE": "dpmpp_2m_sde",
+         "Lambda 3M SDE": "dpmpp_3m_sde"}
+EVERY_PLAIN = pytest.mark.parametrize("name", PLAIN)
+SIGMAS = {"ve": torch.tensor([14.0, 6.0, 2.0, 0.7, 0.2, 0.0]),
+          "flow": torch.tensor([1.0, 0.8, 0.5, 0.2, 0.0])}
+
+
+@pytest.fixture
+def host(monkeypatch) -> Host:
+    found = Host(monkeypatch)
+    found.load()
+    return found
+
+
+def noise(count: int = 1) -> torch.Tensor:
+    return torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+# --- the lists ----------------------------------------------------------------------------------------------
+
+def test_our_names_are_appended_once_and_those_of_an_earlier_load_are_replaced(monkeypatch) -> None:
+    host = Host(monkeypatch)
+    listed = host.samplers.all_samplers
+    host.samplers.get_sampler_and_scheduler("Lambda 2M", "Karras")  # is remembered as unknown
+    host.load()
+    first = list(listed)
+    assert host.samplers.all_samplers is listed and first[0] is host.theirs
+    host.load()
+    assert [data.name for data in listed] == [data.name for data in first]
+    assert all(new is not old for new, old in zip(listed[1:], first[1:]))
+    assert host.samplers.all_samplers_map == {data.name: data for data in listed} and host.set == 2
+    assert host.samplers.get_sampler_and_scheduler("Lambda 2M", "Karras") == ("Lambda 2M", "Karras")
+    assert {alias for data in listed[1:] for alias in data.aliases} <= set(NAMES)
+
+
+def test_no_name_ends_in_a_schedule_type(host) -> None:
+    endings = [f" {word}" for kind in host.schedulers for word in (kind.name, kind.label)]
+    assert not [data.name for data in host.samplers.all_samplers if data.name.endswith(tuple(endings))]
+
+
+def test_another_s_sampler_of_our_name_is_left_alone(monkeypatch) -> None:
+    host = Host(monkeypatch)
+    another = SamplerData("Lambda 2M", lambda model: None, [], {})
+    host.samplers.all_samplers.append(another)
+    host.samplers.all_samplers_map[another.name] = another
+    host.load()
+    assert host.samplers.all_samplers_map["Lambda 2M"] is another
+    assert [data.name for data in host.samplers.all_samplers].count("Lambda 2M") == 1
+
+
+def test_a_webui_without_schedule_types_is_told_so_and_keeps_its_lists(monkeypatch, capsys) -> None:
+    host = Host(monkeypatch, schedule_types=False)
+    script = host.load()
+    assert not hasattr(script, "Panel") and host.samplers.all_samplers == [host.theirs]
+    assert "1.9 and newer" in capsys.readouterr().out
+
+
+def test_the_pack_takes_no_module_of_another_s_on_the_path(monkeypatch, tmp_path) -> None:
+    """Forge puts every extension's folder on sys.path."""
+    for name in ("samplers", "webui", "hosting"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise RuntimeError('of another extension')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    host = Host(monkeypatch)
+    host.load()
+    assert host.part("samplers").__name__ == f"{PACK}.samplers"
+
+
+# --- runs ---------------------------------------------------------------------------------------------------
+
+@EVERY_PLAIN
+@pytest.mark.parametrize("path", SIGMAS)
+def test_a_job_makes_what_a_direct_call_makes(monkeypatch, name: str, path: str) -> None:
+    host = Host(monkeypatch, path)
+    host.load()
+    p, x, sigmas = host.job(batch=2), noise(2), SIGMAS[path]
+    found = host.run(name, p, x, sigmas)
+    expected = k_diffusion_sampler(PLAIN[name], path)(Gaussian(path, mean=2.0 * 0.5 - 1.0 * -0.1),
+                                                      x * sigmas[0], sigmas, {"seed": 11}, disable=True)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert p.extra_generation_params == {} and host.state.sampling_step == len(sigmas) - 2
+
+
+def test_the_noise_of_an_image_is_that_of_its_seed_in_any_batch(host) -> None:
+    x = noise(2)
+    batch = host.run("Lambda 2M SDE", host.job(batch=2, iteration=1), x, SIGMAS["ve"])
+    alone = host.run("Lambda 2M SDE", host.job(seed=14), x[1:], SIGMAS["ve"])
+    torch.testing.assert_close(batch[1:], alone, rtol=0, atol=1e-5)
+    other = host.run("Lambda 2M SDE", host.job(seed=15), x[1:], SIGMAS["ve"])
+    assert (alone - other).abs().max() > 0.01
+
+
+def test_the_webui_counts_the_evaluations_of_every_sampler(host) -> None:
+    for data in host.samplers.all_samplers[1:]:
+        solver = data.constructor.lambda_solvers
+        assert data.total_steps(7) == 7 * solver.evaluations_per_step, data.name
+        assert solver is host.part("samplers").SAMPLERS[NAMES_OF[data.aliases[0]]]
+
+
+NAMES_OF = {"lambda_2m": "dpmpp_2m", "lambda_3m": "dpmpp_3m", "lambda_2m_sde": "dpmpp_2m_sde",
+            "lambda_3m_sde": "dpmpp_3m_sde", "lambda_v3": "dpm_solver_v3", "lambda_amed": "amed",
+            "lambda_amed_2m": "amed_dpmpp_2m", "lambda_fitted": "fitted_chosen"}
+
+
+def test_an_interruption_leaves_the_last_image(host) -> None:
+    host.interrupt_at = 2
+    found = host.run("Lambda 2M", host.job(), noise(), SIGMAS["ve"])
+    assert host.sampler.model_wrap_cfg.asked == 2 and torch.equal(found, host.state.current_latent)
+
+
+def test_a_flow_schedule_that_ends_in_two_zeros_ends_in_one(monkeypatch) -> None:
+    host = Host(monkeypatch, "flow")
+    host.load()
+    x, once = noise(), SIGMAS["flow"]
+    twice = torch.cat([once, torch.zeros(1)])
+    found, expected = (host.run("Lambda 2M", host.job(), x, sigmas) for sigmas in (twice, once))
+    assert torch.equal(found, expected)
+    with pytest.raises(ValueError, match="starts at sigma = 9999.*Simple"):
+        host.run("Lambda 2M", host.job(), x, torch.tensor([9999.0, 1.0, 0.0]))
+
+
+# --- options ------------------------------------------------------------------------------------------------
+
+def panel(host: Host):
+    """The panel and its widgets, by the labels that they have."""
+    script = host.load().Panel()
+    return script, {widget.label: widget for widget in script.ui(False)}
+
+
+def processed(host: Host, p, **values):
+    """A job on which the panel has these values, and else its defaults."""
+    script, widgets = panel(host)
+    labels = {name: setting.label for name, setting in host.part("webui.options").PANEL.items()}
+    said = {labels[name]: value for name, value in values.items()}
+    script.process(p, *(said.get(label, widget.value) for label, widget in widgets.items()))
+    return p
+
+
+def test_what_the_panel_says_is_sampled_and_noted_where_it_is_not_the_default(host) -> None:
+    x, sigmas = noise(), SIGMAS["ve"]
+    p = processed(host, host.job(), eta=0.25)
+    found = host.run("Lambda 2M SDE", p, x, sigmas)
+    expected = k_diffusion_sampler("dpmpp_2m_sde", eta=0.25)(Gaussian(mean=1.1), x * sigmas[0], sigmas,
+                                                             {"seed": 11}, disable=True)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert p.extra_generation_params == {"Lambda eta": 0.25}
+    host.run("Lambda 2M", p := processed(host, host.job(), eta=0.25), x, sigmas)
+    assert p.extra_generation_params == {}  # it has no such option
+
+
+def test_a_pasted_infotext_sets_the_panel_to_what_it_was(host) -> None:
+    p = processed(host, host.job(), eta=0.25, first_step="afs")
+    start = torch.cat([host.sigmas[-1:], SIGMAS["ve"]])
+    first = host.run("Lambda 2M SDE", p, noise(), start)
+    pasted = {key: str(value) for key, value in p.extra_generation_params.items()}
+    script, widgets = panel(host)
+    shown = {widget.label: key(pasted) for widget, key in script.infotext_fields}
+    assert shown["Lambda eta"] == 0.25 and shown["Lambda first step"] == "afs"
+    again = host.job()
+    script.process(again, *(shown[label] for label in widgets))
+    assert torch.equal(host.run("Lambda 2M SDE", again, noise(), start), first)
+    assert {widget.label: key({}) for widget, key in script.infotext_fields} == {
+        label: widget.value for label, widget in widgets.items()}
+    assert set(script.paste_field_names) == set(widgets)
+
+
+def test_a_skipped_first_step_is_of_runs_at_full_noise_alone(host) -> None:
+    start = torch.cat([host.sigmas[-1:], SIGMAS["ve"]])
+    host.run("Lambda 2M", p := processed(host, host.job(), first_step="afs"), noise(), start)
+    assert host.sampler.model_wrap_cfg.asked == 5 and p.extra_generation_params == {
+        "Lambda first step": "afs"}
+    host.run("Lambda 2M", p := processed(host, host.job(), first_step="afs"), noise(), SIGMAS["ve"][1:])
+    assert host.sampler.model_wrap_cfg.asked == 4 and p.extra_generation_params == {}
+
+
+def test_an_option_out_of_range_is_named(host) -> None:
+    with pytest.raises(ValueError, match="Lambda eta = 99.0 is out of range: choose a number from 0 to 10"):
+        host.run("Lambda 2M SDE", processed(host, host.job(), eta=99.0), noise(), SIGMAS["ve"])
+
+
+def test_every_option_is_an_axis_once_and_goes_before_the_panel(host) -> None:
+    for _ in range(2):
+        host.callbacks[-1]()
+    labels = [axis.label for axis in host.plot.axis_options]
+    _, widgets = panel(host)
+    assert labels[0] == "Seed" and sorted(labels[1:]) == sorted(widgets)
+    p = host.job(extra_generation_params={"Lambda first step": "afs"})  # of the cell before
+    eta = next(axis for axis in host.plot.axis_options if axis.label == "Lambda eta")
+    eta.apply(p, 0.5, [0.5])
+    host.run("Lambda 2M SDE", processed(host, p, eta=0.25), noise(), SIGMAS["ve"])
+    assert p.extra_generation_params == {"Lambda eta": 0.5}
+
+
+# --- a real one ---------------------------------------------------------------------------------------------
+
+FLAGS = ["--skip-prepare-environment", "--skip-version-check", "--skip-install", "--skip-torch-cuda-test",
+         "--always-cpu", "--api", "--nowebui", "--server-name", "127.0.0.1"]
+
+
+class Client:
+    """The API of a WebUI."""
+
+    def __init__(self, port: int) -> None:
+        self.address = f"http://127.0.0.1:{port}/sdapi/v1/"
+
+    def __call__(self, name: str, **body):
+        request = urllib.request.Request(self.address + name, json.dumps(body).encode() if body else None,
+                                         {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=600) as answer:
+            return json.load(answer)
+
+    def infotext(self, **body) -> str:
+        job = {"prompt": "a cat", "seed": 11, "steps": 4, "width": 64, "height": 64, "scheduler": "Karras",
+               "cfg_scale": 2.0}
+        return json.loads(self("txt2img", **job, **body)["info"])["infotexts"][0]
+
+
+@pytest.fixture(scope="module")
+def webui(tmp_path_factory):
+    """A real WebUI with a checkpoint, and this repository as its only extension that is not built in."""
+    root = os.environ.get("WEBUI_PATH")
+    if not root:
+        pytest.skip("WEBUI_PATH names no Stable Diffusion WebUI (and WEBUI_PYTHON no Python for it)")
+    data, root = tmp_path_factory.mktemp("webui"), Path(root)
+    (data / "extensions").mkdir()
+    environment.link_to(data / "extensions" / "lambda-solvers", environment.ROOT)
+    port = free_port()
+    with (data / "log").open("w") as log:
+        process = subprocess.Popen(
+            [os.environ.get("WEBUI_PYTHON", "python"), "launch.py", *FLAGS, "--port", str(port), "--data-dir",
+             str(data), "--ckpt-dir", str(root / "models" / "Stable-diffusion")], cwd=root, stdout=log,
+            stderr=subprocess.STDOUT)
+    try:
+        yield started(Client(port), process, data / "log")
+    finally:
+        process.kill()
+        process.wait()
+
+
+def started(client: Client, process: subprocess.Popen, log: Path) -> Client:
+    for _ in range(300):
+        try:
+            client("samplers")
+            return client
+        except urllib.error.URLError:
+            assert process.poll() is None, log.read_text()[-4000:]
+            time.sleep(1)
+    raise AssertionError(log.read_text()[-4000:])
+
+
+def test_a_real_webui_lists_and_runs_every_sampler_with_its_options(webui) -> None:
+    listed = {entry["name"]: entry for entry in webui("samplers")}
+    for name in PLAIN:
+        assert f"Sampler: {name}, Schedule type: Karras" in webui.infotext(sampler_name=name), name
+        assert listed[name]["aliases"] and "Lambda eta" not in webui.infotext(sampler_name=name)
+    panel = {"Lambda Solvers": {"args": [0.5, "afs"]}}
+    assert "Lambda eta: 0.5, Lambda first step: afs" in webui.infotext(sampler_name="Lambda 2M SDE",
+                                                                       alwayson_scripts=panel)
