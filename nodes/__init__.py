@@ -4,7 +4,7 @@ import logging
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import store
+from . import folder
 from .compare import CompareSamplers
 from .keeping import NODES as KEEPING
 from .knowledge import NODES as LEARNING
@@ -16,7 +16,7 @@ class LambdaSolvers(ComfyExtension):
         return [*sampler_nodes(), *LEARNING, *KEEPING, FirstStep, CompareSamplers]
 
 
-store.register()
+folder.register()
 register()
 try:  # what shows, predicts and records needs more of ComfyUI than samplers and nodes, which work without it
     from . import status

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import time
+import types
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -12,12 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import comfy_models
 import environment
 from problems import Gaussian
 from comfyui_server import free_port
-from samplers import k_diffusion_sampler
+from samplers import fitted_sigmas, k_diffusion_sampler, load_calibration
 from test_nodes import NAMES
-from webui_host import PACK, Host, SamplerData
+from webui_host import (PACK, Composable, Entry, Host, Multicond, SamplerData,
+                        prompt)
 
 PLAIN = {"Lambda 2M": "dpmpp_2m", "Lambda 3M": "dpmpp_3m", "Lambda 2M SDE": "dpmpp_2m_sde",
          "Lambda 3M SDE": "dpmpp_3m_sde"}
@@ -57,6 +60,16 @@ def test_our_names_are_appended_once_and_those_of_an_earlier_load_are_replaced(m
 def test_no_name_ends_in_a_schedule_type(host) -> None:
     endings = [f" {word}" for kind in host.schedulers for word in (kind.name, kind.label)]
     assert not [data.name for data in host.samplers.all_samplers if data.name.endswith(tuple(endings))]
+
+
+def test_our_schedule_type_is_appended_once(monkeypatch) -> None:
+    host = Host(monkeypatch)
+    theirs = list(host.schedulers)
+    for _ in range(2):
+        host.load()
+    assert host.schedulers[:-1] == theirs and host.schedulers[-1].label == "Lambda Fitted"
+    known = host.schedule_types.schedulers_map
+    assert known["lambda_fitted"] is known["Lambda Fitted"] is host.schedulers[-1]
 
 
 def test_another_s_sampler_of_our_name_is_left_alone(monkeypatch) -> None:
@@ -138,6 +151,141 @@ def test_a_flow_schedule_that_ends_in_two_zeros_ends_in_one(monkeypatch) -> None
     assert torch.equal(found, expected)
     with pytest.raises(ValueError, match="starts at sigma = 9999.*Simple"):
         host.run("Lambda 2M", host.job(), x, torch.tensor([9999.0, 1.0, 0.0]))
+
+
+# --- measuring ----------------------------------------------------------------------------------------------
+
+MEASURED = {"Lambda v3": "statistics", "Lambda Fitted": "statistics", "Lambda AMED": "trained",
+            "Lambda AMED 2M": "trained"}
+RULE, USED = "Lambda calibration", "Lambda calibration file"
+
+
+@pytest.fixture
+def bent(monkeypatch, tmp_path) -> Host:
+    """A WebUI whose model is worth measuring, with an empty folder of calibrations."""
+    found = Host(monkeypatch, models=tmp_path)
+    found.nonlinear = True
+    found.load()
+    return found
+
+
+def files(host: Host) -> list[Path]:
+    return sorted((host.models / "solver_calibrations").glob("*.safetensors"))
+
+
+def large(count: int = 1) -> torch.Tensor:
+    """So large that one or two trajectories are enough."""
+    return torch.randn(count, 4, 40, 40, generator=torch.Generator().manual_seed(1))
+
+
+def full(host: Host, steps: int = 3) -> torch.Tensor:
+    """A schedule from full noise."""
+    return torch.cat([torch.logspace(float(host.sigmas[-1].log10()), -1.4, steps), torch.zeros(1)])
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_a_model_is_measured_once_and_the_picture_is_the_same_before_and_after(bent, name: str) -> None:
+    sigmas, drawn, pictures, asked = full(bent), [], [], []
+    for _ in range(2):
+        torch.manual_seed(0)
+        p = bent.job(batch=2, cond=Multicond((2,), [[Composable(prompt(0.5, 0.9, until=1))]] * 2))
+        pictures.append(bent.run(name, p, large(2), sigmas))
+        drawn.append(torch.rand(1))
+        asked.append(bent.sampler.model_wrap_cfg.asked)
+    assert torch.equal(*pictures) and torch.equal(*drawn)
+    assert asked[0] > 50 > asked[1]
+    [file] = files(bent)
+    assert p.extra_generation_params[RULE] == "auto"
+    assert p.extra_generation_params[USED].startswith(file.stem + " ")
+
+
+def test_a_measurement_is_made_at_nobody_s_prompt_and_leaves_the_job_as_it_was(bent) -> None:
+    p = bent.job(cfg_scale=2.1, is_hr_pass=False, hr_cfg=7.0)
+    bent.run("Lambda v3", p, large(), full(bent))
+    told = bent.sampler.model_wrap_cfg.told
+    measuring, sampling = told[:-3], told[-3:]
+    assert {scale for _, scale, _ in measuring} == {2.0} and 0.5 not in {mean for mean, _, _ in measuring}
+    assert [(round(mean, 6), scale) for mean, scale, _ in sampling] == [(0.5, 2.1)] * 3
+    assert [step for _, _, step in sampling] == [0, 1, 2] and p.hr_cfg == 7.0
+    assert bent.state.sampling_step == 2 and bent.state.textinfo == "statistics saved: Host-0123456789-cfg2"
+    p = bent.job(cfg_scale=2.1, is_hr_pass=True, hr_cfg=7.0)
+    bent.run("Lambda v3", p, large(), full(bent))
+    assert [path.stem.rpartition("-")[2] for path in files(bent)] == ["cfg2", "cfg7"]
+
+
+def test_what_is_measured_is_told_at_the_progress_bar(bent) -> None:
+    told = []
+    bent.called = lambda: told.append(bent.state.textinfo)
+    bent.run("Lambda v3", bent.job(), large(), full(bent))
+    assert "measuring once, as long as" in told[0]
+    assert any("measuring the model's statistics: evaluation 20 of " in text for text in told)
+
+
+def test_interrupted_while_it_measures_the_next_job_goes_on_from_there(bent) -> None:
+    bent.interrupt_at = 40
+    x = large()
+    assert torch.equal(bent.run("Lambda v3", bent.job(), x, full(bent)), x)  # the image as it was
+    assert files(bent) == [] and "the next run goes on from there" in bent.state.textinfo
+    bent.interrupt_at, bent.state.interrupted = None, False
+    bent.run("Lambda v3", bent.job(), x, full(bent))
+    resumed = bent.sampler.model_wrap_cfg.asked
+    files(bent)[0].unlink()
+    bent.run("Lambda v3", bent.job(), x, full(bent))
+    assert resumed < bent.sampler.model_wrap_cfg.asked - 20
+
+
+@pytest.mark.parametrize("fault, told", [("mask", "a mask"), ("refiner", "a refiner"), ("ngms", "Negative"),
+                                         ("prompt", "changes from step to step")])
+def test_a_job_in_which_the_model_does_not_answer_for_itself_is_refused_by_name(bent, fault, told) -> None:
+    more = {"refiner": {"refiner_checkpoint_info": "x"}, "ngms": {"s_min_uncond": 0.5},
+            "prompt": {"cond": Multicond((1,), [[Composable(prompt(0.5, 0.9))]])}}.get(fault, {})
+    p = processed(bent, bent.job(**more), calibration="every prompt" if fault == "prompt" else "auto")
+    bent.mask = large() if fault == "mask" else None
+    with pytest.raises(ValueError, match=told):
+        bent.run("Lambda v3", p, large(), full(bent))
+    assert files(bent) == []
+
+
+def test_the_fitted_schedule_is_that_of_the_file_that_the_fitted_sampler_measured(bent) -> None:
+    p = processed(bent, bent.job(rng=types.SimpleNamespace(shape=(4, 40, 40))))
+    p.c, p.uc = p.cond, p.uncond
+    wrap = types.SimpleNamespace(predictor=types.SimpleNamespace(prediction_type="epsilon"))
+    ends = {"sigma_min": float(bent.sigmas[0]), "sigma_max": float(bent.sigmas[-1]), "inner_model": wrap,
+            "device": "cpu"}
+    levels = bent.schedulers[-1].function  # the panel was loaded anew
+    with pytest.raises(ValueError, match="make one picture with the sampler Lambda Fitted"):
+        levels(n=5, **ends)
+    bent.run("Lambda Fitted", p, large(), full(bent, 5))
+    [file] = files(bent)
+    expected = fitted_sigmas(load_calibration(file), 5, ends["sigma_max"])
+    torch.testing.assert_close(levels(n=5, **ends), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("rule", ["saved only", "never"])
+def test_the_panel_s_rule_is_kept_and_says_what_to_do(bent, rule: str) -> None:
+    with pytest.raises(ValueError, match="Lambda calibration to auto"):
+        bent.run("Lambda Fitted", processed(bent, bent.job(), calibration=rule), large(), full(bent))
+    assert bent.sampler.model_wrap_cfg.asked == 0
+
+
+def test_a_checkpoint_and_nobody_s_prompt_have_the_names_that_comfyui_gives_them(bent) -> None:
+    """So one file serves both."""
+    patcher = comfy_models.model(comfy_models.Network())
+    text = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(2))
+    guider = comfy_models.guider(patcher, [[text, {}]], comfy_models.prompt(0.0), 2.0)
+    told = comfy_models.part("nodes.canonical").description(guider)
+    patcher.lora_loader = types.SimpleNamespace(backup={})
+    bent.forge_objects = types.SimpleNamespace(unet=patcher)
+    bent.model_config = patcher.model.model_config
+    cond = Multicond((1,), [[Composable([Entry(100, text[0])])]])
+    p = bent.job(cond=cond)
+    own = bent.part("webui.identity").description(p, {"cond": cond, "uncond": p.uncond, "cond_scale": 2.0})
+    for key in ("model", "fingerprint", "patches", "strengths", "guidance", "distilled", "any"):
+        assert own[key] == told[key], key
+    network = patcher.model.diffusion_model
+    patcher.lora_loader.backup["diffusion_model.weight"] = network.weight.clone()
+    network.weight.neg_()  # as a LoRA may
+    assert bent.part("webui.identity").checkpoint()[1] == told["fingerprint"]
 
 
 # --- options ------------------------------------------------------------------------------------------------

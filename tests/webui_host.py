@@ -38,16 +38,26 @@ class Denoiser:
 
     def __init__(self, host: Host, sampler: Any) -> None:
         self.host, self.sampler, self.step, self.asked = host, sampler, 0, 0
-        self.mask = None
+        self.mask, self.told = host.mask, []
 
     def __call__(self, x, sigma, uncond, cond, cond_scale, s_min_uncond, image_cond):
         if self.host.state.interrupted or self.asked == self.host.interrupt_at:
+            self.host.state.interrupted = True
             raise InterruptedException
+        assert len(x) == len(cond.batch) == len(uncond)
+        self.told.append((value(cond.batch[0][0].schedules, self.step), cond_scale, self.step))
         self.step, self.asked = self.step + 1, self.asked + 1
-        moved = cond_scale * cond + (1 - cond_scale) * uncond
-        denoised = Gaussian(self.host.path, mean=moved)(x, sigma)
+        torch.rand(1)  # as a mask does
+        self.host.called()
+        denoised = self.host.denoised(x, sigma, cond_scale * self.told[-1][0]
+                                      + (1 - cond_scale) * value(uncond[0], self.step))
         self.sampler.last_latent = self.host.state.current_latent = denoised
         return denoised
+
+
+def value(schedule: list, step: int) -> float:
+    """What a prompt says at a step: the mean of its condition."""
+    return float(next((entry for entry in schedule if step <= entry.end_at_step), schedule[0]).cond.mean())
 
 
 class KDiffusionSampler:
@@ -82,6 +92,34 @@ Scheduler = namedtuple("Scheduler", ["name", "label", "function", "default_rho",
                                      "aliases"], defaults=[-1, False, None])
 
 
+class Multicond:
+    def __init__(self, shape: tuple, batch: list) -> None:
+        self.shape, self.batch = shape, batch
+
+
+class Composable:
+    def __init__(self, schedules: list, weight: float = 1.0) -> None:
+        self.schedules, self.weight = schedules, weight
+
+
+Entry = namedtuple("ScheduledPromptConditioning", ["end_at_step", "cond"])
+
+
+def prompt(*values: float, until: int = 2) -> list[Entry]:
+    """A condition with this mean; several: one up to a step, and the next from there."""
+    spread = torch.linspace(-1, 1, 32).view(4, 8)
+    return [Entry(until if k + 1 < len(values) else 100, spread + mean) for k, mean in enumerate(values)]
+
+
+class OptionInfo:
+    def __init__(self, default: Any = None, label: str = "", component: Any = None,
+                 component_args: Any = None, section: Any = None) -> None:
+        self.default = default
+
+    def info(self, text: str) -> OptionInfo:
+        return self
+
+
 class Widget(nullcontext):
     def __init__(self, *args: Any, **said: Any) -> None:
         super().__init__()
@@ -96,10 +134,17 @@ class Script:
 class Host:
     """A WebUI: its modules, and a job in it."""
 
-    def __init__(self, monkeypatch: Any, path: str = "ve", schedule_types: bool = True) -> None:
+    def __init__(self, monkeypatch: Any, path: str = "ve", schedule_types: bool = True,
+                 models: Any = "models") -> None:
         self.path = path
         self.sigmas = torch.linspace(0.001, 1.0, 1000) if path == "flow" else torch.logspace(-1.5, 1.16, 1000)
-        self.state = types.SimpleNamespace(interrupted=False, sampling_step=0, current_latent=None)
+        self.state = types.SimpleNamespace(interrupted=False, skipped=False, sampling_step=0,
+                                           current_latent=None, textinfo=None)
+        self.opts = types.SimpleNamespace(add_option=lambda name, option: setattr(
+            self.opts, name, option.default))
+        self.models = models
+        self.nonlinear, self.mask = False, None
+        self.called: Any = lambda: None
         self.interrupt_at: int | None = None
         self.callbacks: list[Any] = []
         self.theirs = SamplerData("Euler", lambda model: KDiffusionSampler(None, model), ["k_euler"], {})
@@ -129,9 +174,15 @@ class Host:
                             "get_sampler_and_scheduler": get_sampler_and_scheduler},
             "sd_samplers_common": {"SamplerData": SamplerData, "InterruptedException": InterruptedException},
             "sd_samplers_kdiffusion": {"KDiffusionSampler": KDiffusionSampler},
-            "script_callbacks": {"on_before_ui": self.callbacks.append},
+            "script_callbacks": {"on_before_ui": self.callbacks.append,
+                                 "on_ui_settings": lambda add: add()},
+            "prompt_parser": {"MulticondLearnedConditioning": Multicond,
+                              "ComposableScheduledPromptConditioning": Composable},
+            "shared": {"opts": self.opts, "state": self.state, "OptionInfo": OptionInfo, "sd_model": self},
+            "paths": {"models_path": self.models}, "devices": {"dtype_unet": torch.float32},
             "scripts": {"Script": Script, "AlwaysVisible": object(), "scripts_data": [found]},
-            **({"sd_schedulers": {"schedulers": schedulers}} if schedule_types else {}),
+            **({"sd_schedulers": {"schedulers": schedulers, "Scheduler": Scheduler, "schedulers_map": {
+                kind.label: kind for kind in schedulers}}} if schedule_types else {}),
         }
         modules = types.ModuleType("modules")
         modules.__path__ = []
@@ -145,6 +196,7 @@ class Host:
         gradio.Accordion = gradio.Radio = gradio.Slider = Widget
         monkeypatch.setitem(sys.modules, "gradio", gradio)
         self.samplers, self.schedulers = modules.sd_samplers, schedulers
+        self.schedule_types = getattr(modules, "sd_schedulers", None)
 
     def load(self) -> types.ModuleType:
         """The pack's script, as the WebUI imports it: by path, each time anew."""
@@ -153,14 +205,25 @@ class Host:
         spec.loader.exec_module(module)
         return module
 
+    sd_model_hash = "0123456789"
+
+    def denoised(self, x: torch.Tensor, sigma: torch.Tensor, mean: float) -> torch.Tensor:
+        """Data in closed form, or near two values, whose trajectories bend."""
+        if not self.nonlinear:
+            return Gaussian(self.path, mean=mean)(x, sigma)
+        s = sigma.view(-1, 1, 1, 1)
+        return mean + torch.tanh((x - mean) / (s.square() + 0.3))
+
     def part(self, name: str) -> types.ModuleType:
         return sys.modules[f"{PACK}.{name}"]
 
     def job(self, batch: int = 1, seed: int = 11, iteration: int = 0, **more: Any) -> Any:
         """A job, StableDiffusionProcessing."""
         said = {"all_seeds": [seed + k for k in range(batch * (iteration + 1))], "batch_size": batch,
-                "iteration": iteration, "cfg_scale": 2.0, "cond": 0.5, "uncond": -0.1,
-                "extra_generation_params": {}}
+                "iteration": iteration, "cfg_scale": 2.0, "extra_generation_params": {},
+                "extra_network_data": {},
+                "cond": Multicond((batch,), [[Composable(prompt(0.5))] for _ in range(batch)]),
+                "uncond": [prompt(-0.1) for _ in range(batch)]}
         return types.SimpleNamespace(**{**said, **more})
 
     def run(self, name: str, p: Any, x: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:

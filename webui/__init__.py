@@ -1,10 +1,11 @@
-"""Everything that knows Stable Diffusion WebUI (Forge, reForge, A1111): our names in its list of samplers,
-their options in a panel, in the infotext and as axes of the X/Y/Z plot."""
+"""Everything that knows Stable Diffusion WebUI (Forge, reForge, A1111): our names in its lists, their options
+in a panel, in the infotext and as axes of the X/Y/Z plot, and how a model is measured there."""
 from __future__ import annotations
 
 from modules import script_callbacks
 
-from . import axes, registration
+from ..hosting import events, store
+from . import axes, folder, measuring, registration, schedule, settings
 from .panel import Panel
 
 __all__ = ["Panel", "register"]
@@ -13,4 +14,8 @@ __all__ = ["Panel", "register"]
 def register() -> None:
     """Tell the WebUI of everything that is here; again after every reload of its interface."""
     registration.samplers()
+    schedule.append()
+    script_callbacks.on_ui_settings(settings.add)
     script_callbacks.on_before_ui(axes.append)
+    store.use(folder.Folder())
+    events.listeners[:] = [measuring.Listener()]

@@ -15,6 +15,10 @@ TITLES = {
     "lambda_3m": "Lambda 3M",
     "lambda_2m_sde": "Lambda 2M SDE",
     "lambda_3m_sde": "Lambda 3M SDE",
+    "lambda_v3": "Lambda v3",
+    "lambda_fitted": "Lambda Fitted",
+    "lambda_amed": "Lambda AMED",
+    "lambda_amed_2m": "Lambda AMED 2M",
 }
 """As the WebUI shows a name. None may end in a schedule type's: what precedes it would count as the name."""
 

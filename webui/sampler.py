@@ -6,9 +6,12 @@ from typing import Any, Callable, Mapping
 from modules.sd_samplers_kdiffusion import KDiffusionSampler
 from torch import Tensor
 
+from ..hosting import events, library
+from ..hosting.kinds import kind_for
 from ..samplers.catalogue import Sampler
 from ..samplers.k_diffusion import k_diffusion_function
-from . import options
+from . import identity, options, settings
+from .measuring import Run
 
 
 class LambdaSampler(KDiffusionSampler):
@@ -18,24 +21,34 @@ class LambdaSampler(KDiffusionSampler):
         self.solver = solver
         super().__init__(self.run, sd_model)
 
+    @property
+    def path(self) -> str:
+        return identity.path(self.model_wrap)
+
     def run(self, model: Any, x: Tensor, sigmas: Tensor, extra_args: Mapping[str, Any],
             callback: Callable | None = None, disable: bool | None = None) -> Tensor:
         """The function that the WebUI calls in the place of k-diffusion's. It reads the names of these
         arguments: what it knows under another one (eta, n, sigma_min, ...) it would hand over too."""
-        path, ends = path_of(self.model_wrap), self.model_wrap.sigmas
-        sigmas, highest = steps(sigmas, path), float(ends[-1])
+        sigmas, highest = steps(sigmas, self.path), float(self.model_wrap.sigmas[-1])
         chosen = options.chosen(self.p, self.solver, float(sigmas[0]), highest)
-        fn = k_diffusion_function(self.solver, path, chosen, sigma_max=highest, sigma_min=float(ends[0]))
-        options.note(self.p, self.solver, chosen)
-        told = {**extra_args, "seed": seeds(self.p)}
-        return fn(without_seed(model), x.float(), sigmas, told, callback, disable).to(x.dtype)
+        options.note(self.p, chosen)
 
+        def sample(**known: Any) -> Tensor:
+            fn = k_diffusion_function(self.solver, self.path, {**chosen, **known}, sigma_max=highest,
+                                      sigma_min=float(self.model_wrap.sigmas[0]))
+            told = {**extra_args, "seed": seeds(self.p)}
+            return fn(without_seed(model), x.float(), sigmas, told, callback, disable).to(x.dtype)
 
-def path_of(model_wrap: Any) -> str:
-    """The Gaussian path of a model: "flow" where x = (1 - sigma) x0 + sigma eps, else "ve"."""
-    if hasattr(model_wrap, "predictor"):  # Forge
-        return "flow" if model_wrap.predictor.prediction_type == "const" else "ve"
-    return "flow" if getattr(model_wrap.inner_model, "is_sd3", False) else "ve"
+        kind = kind_for(self.solver)
+        if kind is None:
+            return sample()
+        defaults = {name: option.default for name, option in self.solver.options.items()}
+        run = Run(model, x.float(), sigmas, dict(extra_args), {**self.solver.fixed, **defaults, **chosen},
+                  sampler=self)
+        how = options.rule(self.p) or settings.rule()
+        with events.noting() as used, library.provided(kind, run, None, how) as ready:
+            options.note_calibration(self.p, how, used[kind.option].told())
+            return sample(**{kind.option: ready})
 
 
 def steps(sigmas: Tensor, path: str) -> Tensor:
