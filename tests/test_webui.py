@@ -272,7 +272,8 @@ def test_a_checkpoint_and_nobody_s_prompt_have_the_names_that_comfyui_gives_them
     """So one file serves both."""
     patcher = comfy_models.model(comfy_models.Network())
     text = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(2))
-    guider = comfy_models.guider(patcher, [[text, {}]], comfy_models.prompt(0.0), 2.0)
+    guider = comfy_models.guider(patcher, [[text, {"pooled_output": text[:, -1]}]],
+                                 comfy_models.prompt(0.0), 2.0)
     told = comfy_models.part("nodes.canonical").description(guider)
     patcher.lora_loader = types.SimpleNamespace(backup={})
     bent.forge_objects = types.SimpleNamespace(unet=patcher)
@@ -422,6 +423,6 @@ def test_a_real_webui_lists_and_runs_every_sampler_with_its_options(webui) -> No
     for name in PLAIN:
         assert f"Sampler: {name}, Schedule type: Karras" in webui.infotext(sampler_name=name), name
         assert listed[name]["aliases"] and "Lambda eta" not in webui.infotext(sampler_name=name)
-    panel = {"Lambda Solvers": {"args": [0.5, "afs"]}}
+    panel = {"Lambda Solvers": {"args": [2, 0.5, "afs", "auto"]}}
     assert "Lambda eta: 0.5, Lambda first step: afs" in webui.infotext(sampler_name="Lambda 2M SDE",
                                                                        alwayson_scripts=panel)

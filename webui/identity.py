@@ -79,8 +79,9 @@ def positive(extra_args: Mapping[str, Any]) -> Any:
 
 def texts(cond: Any, negative: bool) -> dict[str, Text]:
     """What nobody's prompt is in the place of a condition (hosting/canonical.py), by ComfyUI's names."""
-    if isinstance(cond, Tensor):
-        return {"cross_attn": Text.like(cond[None], negative)}
+    if isinstance(cond, Tensor):  # ComfyUI has the token besides that ends the text; no model is told it
+        return {"cross_attn": Text.like(cond[None], negative),
+                "pooled_output": Text.like(cond[-1:], negative)}
     told = {"cross_attn": Text.like(cond["crossattn"][None], negative)}
     if "vector" in cond:
         told["pooled_output"] = Text.like(cond["vector"][None, :POOLED], negative)
