@@ -8,8 +8,10 @@ import time
 import types
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -259,6 +261,25 @@ def test_the_fitted_schedule_is_that_of_the_file_that_the_fitted_sampler_measure
     [file] = files(bent)
     expected = fitted_sigmas(load_calibration(file), 5, ends["sigma_max"])
     torch.testing.assert_close(levels(n=5, **ends), torch.tensor(expected))
+
+
+def test_a_file_with_a_hypersolver_is_taken_and_used_at_its_guidances(bent) -> None:
+    plain = bent.run("Lambda Fitted", bent.job(), large(), full(bent, 5))
+    found = bent.part("samplers").load_calibration(files(bent)[0])
+    made = bent.part("samplers.learning.hypersolver")
+    network = made.Network(4)
+    network.leave.bias.data += 3.0
+    weights = network.state_dict()
+    weights["sizes"][0, 0], weights["sizes"][1:, 0] = -1.0, 0.0
+    bounds = np.array([[-9.0] * 7 + [0.0], [9.0] * 7 + [np.log(3.0)]])  # guidance 1 to 3
+    taught = replace(found, hypersolver=made.Hypersolver(weights, bounds, (5,)))
+    taught.save(bent.models / "solver_calibrations" / "taught.safetensors")
+    told: list[str] = []
+    bent.called = lambda: told.append(bent.state.textinfo)
+    used = bent.run("Lambda Fitted", p := bent.job(), large(), full(bent, 5))
+    assert "with their hypersolver" in told[-1] and not torch.allclose(used, plain)
+    assert p.extra_generation_params[USED].startswith("taught ")
+    assert torch.isfinite(used).all() and bent.sampler.model_wrap_cfg.asked == 5
 
 
 @pytest.mark.parametrize("rule", ["saved only", "never"])
