@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..samplers import fitted_sigmas, load_calibration
 from ..hosting import store
 from ..hosting.events import say
 from ..hosting.kinds import STATISTICS_KIND, kind_of
 from ..hosting.library import file_name
+from ..samplers import fitted_sigmas, load_calibration
 from . import picture
 from .host import CATEGORY, path_of
 from .kinds import SOCKET, needed

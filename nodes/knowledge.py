@@ -7,15 +7,15 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
+from ..hosting import canonical, library, store
+from ..hosting.events import say
+from ..hosting.kinds import AMED_KIND, STATISTICS_KIND, kind_of
+from ..hosting.library import Kind, file_name, kept, measuring_at
 from ..samplers.learning.amed import BASES
 from ..samplers.learning.measure import INTERVALS
 from ..samplers.learning.refit import FEWEST, LARGEST
 from ..samplers.learning.train_amed import TEACHER
 from ..samplers.learning.train_hypersolver import ITERATIONS
-from ..hosting import canonical, library, store
-from ..hosting.events import say
-from ..hosting.kinds import AMED_KIND, STATISTICS_KIND, kind_of
-from ..hosting.library import Kind, file_name, kept, measuring_at
 from . import identity, picture, teaching
 from .host import CATEGORY, advanced
 from .kinds import SOCKET, needed

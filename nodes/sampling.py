@@ -10,12 +10,12 @@ from comfy.k_diffusion import sampling as comfy_sampling
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..samplers import FAMILIES, SAMPLERS
-from ..samplers.catalogue import Option, Sampler
 from ..hosting import events, library
 from ..hosting.kinds import kind_for
 from ..hosting.library import RULES, Kind
 from ..hosting.names import NAMES, NODES, node_id
+from ..samplers import FAMILIES, SAMPLERS
+from ..samplers.catalogue import Option, Sampler
 from . import canonical, settings
 from .host import CATEGORY, advanced, sampler_function
 from .kinds import SOCKET, needed

@@ -6,14 +6,14 @@ import math
 from dataclasses import replace
 from typing import Any, Mapping, Sequence
 
-from ..samplers import Statistics, fit_hypersolver, fitted_sigmas, hypersolver_cost
-from ..samplers.learning.train_hypersolver import ROUNDS
-from ..samplers.schedule import find_path
-from ..samplers.solver import finite
 from ..hosting.events import say
 from ..hosting.kinds import PROMPTS, STATISTICS_KIND, pure_noise
 from ..hosting.library import faults
 from ..hosting.measuring import Progress, resumable
+from ..samplers import Statistics, fit_hypersolver, fitted_sigmas, hypersolver_cost
+from ..samplers.learning.train_hypersolver import ROUNDS
+from ..samplers.schedule import find_path
+from ..samplers.solver import finite
 from .measuring import Run
 
 
