@@ -21,6 +21,12 @@ Prompt = dict[str, dict[str, Any]]
 """A workflow in ComfyUI's API form: node id -> class_type and inputs."""
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 class PromptRefused(RuntimeError):
     """The server did not accept a workflow; the message holds its reasons."""
 
@@ -54,9 +60,7 @@ class Server:
         self.log = log or base / "server.log"
 
     def __enter__(self) -> "Server":
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         command = [
             str(self.environment.python),

@@ -79,7 +79,7 @@ def jobs(server) -> list[tuple[str, str | None, dict]]:
     from samplers import FAMILIES, SAMPLERS
 
     result = []
-    chosen = runpy.run_path(str(environment.ROOT / "nodes" / "names.py"))
+    chosen = runpy.run_path(str(environment.ROOT / "hosting" / "names.py"))
     ours = chosen["NAMES"]
     missing = set(ours) - set(listed)
     if missing:

@@ -33,7 +33,7 @@ import environment  # noqa: E402
 TOOLS = ["uv", "comfyui-manager==4.3", "comfy-cli==1.23.0", "comfy-test==0.4.15"]
 LEVELS = ["syntax", "javascript", "install", "registration", "validation", "warnings", "hazards"]
 NAME = "lambda-solvers"
-NAMES = runpy.run_path(str(environment.ROOT / "nodes" / "names.py"))["NAMES"]
+NAMES = runpy.run_path(str(environment.ROOT / "hosting" / "names.py"))["NAMES"]
 HOME = environment.HOME / "package"
 BIN = HOME / "venv" / "bin"
 THEIRS = ("user/", "temp/", "input/3d", "server.log", "custom_nodes/.disabled")  # not ours

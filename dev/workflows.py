@@ -495,7 +495,7 @@ def main() -> None:
         for name in options.names or EXAMPLES:
             path = FOLDER / f"{name}.json"
             path.write_text(
-                json.dumps(make(name, info), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+                json.dumps(make(name, info), ensure_ascii=False) + "\n", encoding="utf-8")
             print(path.relative_to(environment.ROOT), flush=True)
             if not options.no_thumbnails:
                 thumbnail(server, path).save(path.with_suffix(".jpg"), quality=55, optimize=True,

@@ -1,10 +1,10 @@
-"""Everything that knows ComfyUI: the names in its sampler lists, the SAMPLER nodes (names.py), and the
+"""Everything that knows ComfyUI: our names in its sampler lists, the SAMPLER nodes, and the
 nodes that measure and keep what a solver needs to know of a model."""
 import logging
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import store
+from . import folder
 from .compare import CompareSamplers
 from .keeping import NODES as KEEPING
 from .knowledge import NODES as LEARNING
@@ -18,7 +18,7 @@ class LambdaSolvers(ComfyExtension):
                 Threshold, CompareSamplers]
 
 
-store.register()
+folder.register()
 register()
 try:  # what shows, predicts and records needs more of ComfyUI than samplers and nodes, which work without it
     from . import status

@@ -17,9 +17,9 @@ from comfy.patcher_extension import WrappersMP
 from comfy.samplers import KSAMPLER
 from torch import Tensor
 
+from ..hosting import events
 from ..samplers import PATHS, SAMPLERS
 from ..samplers.schedule import Path
-from . import events
 from .host import around, latent_for, path_of, sampler_function
 from .sampling import calibrated, listed
 

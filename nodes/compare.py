@@ -10,12 +10,12 @@ from comfy.samplers import KSAMPLER
 from comfy_api.latest import io, ui
 from comfy_execution.graph_utils import ExecutionBlocker
 
+from ..hosting.events import say
+from ..hosting.measuring import as_long_as, duration
 from . import picture
 from .bench import (MOST_EVALUATIONS, Bench, Cell, Reference, References, grids, measured, parse,
                     parse_budgets, parse_schedulers, plan, solve, start_of)
-from .events import say
 from .host import CATEGORY, advanced
-from .measuring import as_long_as, duration
 
 SAMPLERS = "euler\ndpmpp_2m\nuni_pc_bh2\nlambda_2m\nlambda_fitted"
 references = References()

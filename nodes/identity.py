@@ -15,14 +15,13 @@ from comfy.controlnet import ControlBase
 from comfy.hooks import HookGroup
 from torch import Tensor
 
+from ..hosting import fingerprint as checkpoint
 from ..samplers.learning.storage import plain
 
-TENSORS, VALUES = 16, 64  # what is sampled: the signs of so many values of so many tensors
 LEVELS = (0.05, 0.3, 0.9, 3.0, 10.0)  # at which a sampling class is looked at
 PACK = __name__.rpartition(".nodes.")[0] + "."  # this pack's own modules
 CACHES = ("easycache", "lazycache")  # ComfyUI's wrappers that answer in the model's place, by their keys
 SAME = (*CACHES, "torch.compile")  # wrappers that leave the model what it is
-BESIDE = ("scale", "comfy_quant", "codebook")  # in the names of what stands beside quantised weights
 
 
 def description(guider: Any) -> dict[str, Any]:
@@ -35,41 +34,11 @@ def description(guider: Any) -> dict[str, Any]:
 
 
 def fingerprint(patcher: Any) -> str:
-    """Twelve hex digits for the unpatched checkpoint: its class, its matrices' names and shapes, and signs of
-    their values.
-
-    Signs, because they survive every format: the float32, float16 and float8 file of a checkpoint have one
-    fingerprint, a fine-tune of it another; of packed formats (GGUF, nvfp4) the packed bytes. Matrices,
-    because vectors and the scales of quantised weights have other names in other versions of ComfyUI. Of
-    weights that a loader keeps elsewhere (on the meta device) the shapes alone count.
-    """
-    stored = _stored(patcher.model)
-    weights = {name: value for name, value in stored.items() if name.startswith("diffusion_model.")}
+    """That of the unpatched checkpoint (hosting/fingerprint.py)."""
     originals = {**{name: kept[0] for name, kept in patcher.hook_backup.items()},
                  **{name: kept.weight for name, kept in patcher.backup.items()}}
-    digest = hashlib.sha256(type(patcher.model.model_config).__name__.encode())
-    for part in _network(weights, originals):
-        digest.update(part)
-    return digest.hexdigest()[:12]
-
-
-def _stored(model: torch.nn.Module) -> dict[str, Tensor]:
-    """The parameters, and the buffers that are saved; a state_dict of GGUF has meta tensors instead."""
-    saved = model.state_dict().keys()
-    buffers = {name: value for name, value in model.named_buffers() if name in saved}
-    return {**dict(model.named_parameters()), **buffers}
-
-
-def _network(state: Mapping[str, Tensor], originals: Mapping[str, Tensor]) -> Iterator[bytes]:
-    """The matrices of a network, their originals where they are patched: shapes, and signs of some values."""
-    weights = {name: value for name, value in state.items()
-               if len(value.shape) > 1 and not any(word in name for word in BESIDE)}
-    for name in sorted(weights):
-        yield f"{name}{list(weights[name].shape)}".encode()
-    large = sorted((name for name, value in weights.items() if not value.is_meta),
-                   key=lambda name: (-weights[name].numel(), name))[:256]
-    for name in large[::max(1, len(large) // TENSORS)][:TENSORS]:
-        yield _signs(originals.get(name, weights[name]))
+    name = type(patcher.model.model_config).__name__
+    return checkpoint.of(name, checkpoint.stored(patcher.model), originals)
 
 
 def patches(patcher: Any) -> list[str]:
@@ -85,7 +54,7 @@ def _weights(patcher: Any) -> Iterator[str]:
             digest.update(name.encode())
             for _, content, *_ in patcher.patches[name]:
                 for tensor in _tensors(content):
-                    digest.update(_signs(tensor))
+                    digest.update(checkpoint.signs(tensor))
         yield f"{len(patcher.patches)} weights ({digest.hexdigest()[:8]})"
 
 
@@ -97,7 +66,7 @@ def strengths(patcher: Any) -> list[float]:
 def _patched(patcher: Any) -> list[str]:
     """Some of the weights that are patched, always the same ones."""
     names = sorted(patcher.patches)
-    return names[::max(1, len(names) // TENSORS)]
+    return names[::max(1, len(names) // checkpoint.TENSORS)]
 
 
 def changed(patcher: Any) -> list[str]:
@@ -207,9 +176,7 @@ def _told(content: Any) -> Iterator[bytes]:
     """What a condition says, in a form that does not depend on precision: its numbers, words, and the signs
     of its tensors."""
     if isinstance(content, Tensor):
-        values = _some(content, 4096)
-        mean = values.mean()
-        yield f"{list(content.shape)} {mean:.2g}".encode() + torch.signbit(values - mean).numpy().tobytes()
+        yield checkpoint.text(content)
     elif isinstance(content, (int, float, str)):
         yield str(content).encode()
     elif isinstance(content, (tuple, list)):
@@ -224,7 +191,7 @@ def _told(content: Any) -> Iterator[bytes]:
             frames = [(frame.strength, frame.start_percent, frame.guarantee_steps)
                       for frame in hook.hook_keyframe.keyframes]
             yield from _told([type(hook).__name__, frames, _numbers(hook),
-                              *list(_tensors(getattr(hook, "weights", None)))[:TENSORS]])
+                              *list(_tensors(getattr(hook, "weights", None)))[:checkpoint.TENSORS]])
     elif isinstance(content, ControlBase):
         yield from _told([type(content).__name__, content.strength, content.timestep_percent_range,
                           content.cond_hint_original,
@@ -232,7 +199,8 @@ def _told(content: Any) -> Iterator[bytes]:
         for network in (getattr(content, name, None)
                         for name in ("control_model", "t2i_model", "control_weights")):
             if network is not None:
-                yield from _network(network if isinstance(network, Mapping) else _stored(network), {})
+                yield from checkpoint.network(
+                    network if isinstance(network, Mapping) else checkpoint.stored(network), {})
     elif isinstance(content, comfy.clip_vision.Output):
         yield from _told(vars(content))
     else:
@@ -259,21 +227,6 @@ def _callables(content: Any) -> Iterator[Callable]:
         yield from _callables(content.func)
     elif callable(content):
         yield content
-
-
-def _signs(tensor: Tensor) -> bytes:
-    """The signs of some values; of packed bytes (uint8) all that they say."""
-    values = _some(tensor, VALUES)
-    packed = getattr(tensor, "_qdata", tensor).dtype == torch.uint8
-    return (values if packed else torch.signbit(values)).numpy().tobytes()
-
-
-def _some(tensor: Tensor, values: int) -> Tensor:
-    """So many of a tensor's values, evenly spread; on the CPU, in float32."""
-    held = getattr(tensor, "_qdata", tensor)  # what ComfyUI's quantised tensors hold
-    flat = held.as_subclass(Tensor).detach().reshape(-1)  # GGUF's have rules of their own for tensors
-    places = torch.linspace(0, flat.numel() - 1, min(values, flat.numel()), dtype=torch.float64).long()
-    return flat[places.to(flat.device)].float().cpu()
 
 
 def _tensors(content: Any) -> Iterator[Tensor]:

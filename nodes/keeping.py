@@ -6,13 +6,15 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
+from ..hosting import store
+from ..hosting.events import say
+from ..hosting.kinds import STATISTICS_KIND, kind_of
+from ..hosting.library import file_name
 from ..samplers import fitted_sigmas, load_calibration
-from . import store
-from .events import say
+from . import picture
 from .host import CATEGORY, path_of
-from .kinds import SOCKET, STATISTICS_KIND, kind_of, needed
+from .kinds import SOCKET, needed
 from .knowledge import FITTED, outputs
-from .library import file_name
 
 MADE = "Measure Model, Tune Fitted, Train Hypersolver or Train AMED"
 
@@ -33,7 +35,7 @@ class LoadCalibration(io.ComfyNode):
     @classmethod
     def execute(cls, name: str) -> io.NodeOutput:
         loaded = load_calibration(store.existing(name))
-        return io.NodeOutput(loaded, kind_of(loaded).draw(loaded))
+        return io.NodeOutput(loaded, picture.of(loaded))
 
     @classmethod
     def validate_inputs(cls, name: str) -> bool:

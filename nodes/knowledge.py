@@ -7,16 +7,18 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
+from ..hosting import canonical, library, store
+from ..hosting.events import say
+from ..hosting.kinds import AMED_KIND, STATISTICS_KIND, kind_of
+from ..hosting.library import Kind, file_name, kept, measuring_at
 from ..samplers.learning.amed import BASES
 from ..samplers.learning.measure import INTERVALS
 from ..samplers.learning.refit import FEWEST, LARGEST
 from ..samplers.learning.train_amed import TEACHER
 from ..samplers.learning.train_hypersolver import ITERATIONS, spread
-from . import canonical, identity, library, store, teaching
-from .events import say
+from . import identity, picture, teaching
 from .host import CATEGORY, advanced
-from .kinds import AMED_KIND, SOCKET, STATISTICS_KIND, kind_of, needed
-from .library import Kind, file_name, kept, measuring_at
+from .kinds import SOCKET, needed
 from .measuring import Run, measured
 from .prompts import PROMPTS
 
@@ -67,7 +69,7 @@ def _made(cls: type[io.ComfyNode], result: Any, save: bool) -> io.NodeOutput:
         found = canonical.named(result.about) or any(told.get("prompts", 1) > 1 for told in taught)
         say(f"saved as {store.shown(path)}; samplers find it by themselves" + ("" if found else (
             " where `measure` is every prompt, and this is the prompt")))
-    image = kind.draw(result)
+    image = picture.of(result)
     return io.NodeOutput(result, image, ui=ui.PreviewImage(image, cls=cls))
 
 

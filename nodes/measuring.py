@@ -1,13 +1,9 @@
-"""A run of ComfyUI's in which the model is measured: asked in parts, without caches, counted, cancellable."""
+"""A run of ComfyUI's in which the model is measured: without caches, under its guider's conditions."""
 from __future__ import annotations
 
-import logging
-import math
-import time
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Callable, Iterator, Sequence
 
 import comfy.model_management
 import comfy.samplers
@@ -15,10 +11,9 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ..samplers.model import UnsteadyModel
-from ..samplers.schedule import Level, find_path, levels
-from . import identity
-from .events import say
+from ..hosting import measuring
+from ..samplers.learning.measure import INTERVALS
+from . import canonical, identity
 from .host import following, latent_for, nested, path_of
 from .middle_block import MiddleBlock
 
@@ -27,30 +22,17 @@ NESTED = ("this model's latents are nested (several in one, such as video and so
           "hold for all of them")
 
 
-@dataclass
-class Pace:
-    """What a run comes to while it measures."""
-
-    sigma: float = math.inf  # asked last
-    batch: int = 0           # images at once, after memory did not suffice for the run's own
-    calls: int = 0           # of the model
-    called: Callable[[], None] = lambda: None  # after each of them
-
-
 @dataclass(frozen=True)
-class Run:
-    """What a sampler function was called with; `model` is what ComfyUI hands to it."""
+class Run(measuring.Run):
+    """What ComfyUI calls a sampler function with."""
 
-    model: Any
-    x: Tensor
-    sigmas: Tensor
-    extra_args: dict
-    options: Mapping[str, Any]
-    grid: Sequence[float] = ()         # the levels that a measurement goes over, if they are not the run's
-    prompts: int = 1                   # image k of a measurement has prompt k modulo so many
-    block: MiddleBlock | None = None   # what is watched meanwhile
-    image: int | None = None           # evaluations of one image, where one will be sampled
-    pace: Pace = field(default_factory=Pace)
+    cancelled = comfy.model_management.InterruptProcessingException
+    remedies = {
+        "never": ("add the node Load Calibration or {makes} and connect it to the sampler node, or put Apply "
+                  "Calibration behind the model"),
+        "saved only": ("run {makes} once, or set measure to auto (on the sampler's node; for KSampler in "
+                       "ComfyUI's settings, Lambda Solvers)"),
+    }
 
     @property
     def guider(self) -> Any:
@@ -61,85 +43,53 @@ class Run:
         return self.guider.model_patcher
 
     @property
+    def sampling(self) -> Any:
+        return self.patcher.get_model_object("model_sampling")
+
+    @property
     def path(self) -> str:
-        return path_of(self.patcher.get_model_object("model_sampling"))
+        return path_of(self.sampling)
 
     @property
-    def levels(self) -> list[Level]:
-        return levels(self.sigmas.tolist(), find_path(self.path))
+    def ends(self) -> tuple[float, float]:
+        return float(self.sampling.sigma_max), float(self.sampling.sigma_min)
 
     @property
-    def batch(self) -> int:
-        """How many images the model is asked for at once."""
-        return self.pace.batch or len(self.x)
+    def known(self) -> Sequence[float]:
+        sigmas = getattr(self.sampling, "sigmas", None)
+        return () if sigmas is None or len(sigmas) < 2 * INTERVALS else sigmas.tolist()
 
-    def calls(self, images: int) -> int:
-        """How often the model is called for one evaluation of so many images."""
-        return sum(math.ceil(len(range(prompt, images, self.prompts)) / self.batch)
-                   for prompt in range(self.prompts))
+    @property
+    def precision(self) -> torch.dtype:
+        """float16 or bfloat16 as ComfyUI chose, or float32 for anything finer."""
+        dtype = self.patcher.model.manual_cast_dtype or self.patcher.model.get_dtype()
+        return dtype if dtype in (torch.float16, torch.bfloat16) else torch.float32
 
-    def denoise(self, x: Tensor, sigma: Tensor, images: Sequence[int] | None = None) -> Tensor:
-        """The model function that is being sampled, without its inpainting mask and caches, for any number of
-        images; sigma [B]. images [B]: their numbers, if they are not all from the first on, in order.
+    @property
+    def guided(self) -> str:
+        return f"{type(self.guider).__name__} is {self.guider.cfg!r}"
 
-        ComfyUI has reserved memory for the run's own batch, so the model is asked for just so many images
-        at once, those of one prompt; if there are fewer, they are repeated. Every call is told the levels
-        that are measured.
+    def description(self) -> dict[str, Any]:
+        return canonical.description(self.guider)
 
-        What is learned from many runs begins each of them with the hooks at their first keyframes, which
-        never go back by themselves.
-        """
-        if hooks := self._hooks():
-            if (now := float(sigma.max())) > self.pace.sigma:
-                self._rewind(hooks)
-            self.pace.sigma = now
-        if self.block:
-            self.block.begin()
-        of = [k % self.prompts for k in (range(len(x)) if images is None else images)]
-        rows, answers = [], []
-        for prompt in sorted({*of}):
-            left = [row for row, own in enumerate(of) if own == prompt]
-            while left:
-                few, answer = self._answer(x, sigma, left, prompt)
-                rows += few
-                answers.append(answer)
-                left = left[len(few):]
-                if self.block:
-                    self.block.keep(len(few))
-        found = torch.cat(answers)
-        return found if self.prompts == 1 else found[torch.tensor(rows).argsort()]
+    def changed(self) -> list[str]:
+        return identity.changed(self.patcher)
 
-    def _answer(self, x: Tensor, sigma: Tensor, rows: list[int], prompt: int) -> tuple[list[int], Tensor]:
-        """The first of these rows, as many as one call takes, and what the model says to them."""
-        batch = self.batch
-        few = rows[:batch]
-        asked = (few * batch)[:batch]
-        try:
-            return few, self._ask(x[asked], sigma[asked], prompt)[:len(few)]
-        except Exception as fault:
-            if not out_of_memory(fault):
-                raise
-            if self.pace.batch or batch == 1:
-                raise comfy.model_management.OOM_EXCEPTION(
-                    f"out of memory while measuring the model, {batch} image{'s' * (batch > 1)} at once: "
-                    "measure at a smaller size, which serves larger ones too (a run of a smaller latent, or "
-                    "the node that measures), with a batch of 1, or make room on the device. The fault was: "
-                    f"{fault}") from fault
-        self.pace.batch = batch // 2  # not above, where the fault still holds what did not fit
-        say(f"warning: out of memory while measuring {batch} images at once: going on with {batch // 2}. "
-            "Measure with a smaller batch to avoid this", logging.WARNING)
-        comfy.model_management.soft_empty_cache()
-        return self._answer(x, sigma, rows, prompt)
+    def attached(self, kind: Any) -> Any:
+        return self.patcher.get_attachment(kind.attachment)
 
-    def _ask(self, x: Tensor, sigma: Tensor, prompt: int) -> Tensor:
-        comfy.model_management.throw_exception_if_processing_interrupted()
+    def noised(self, noise: Tensor, sigma: float) -> Tensor:
+        """As ComfyUI makes it of an empty latent."""
+        return self.sampling.noise_scaling(noise.new_tensor([sigma]), noise, torch.zeros_like(noise),
+                                           max_denoise=True)
+
+    def ask(self, x: Tensor, sigma: Tensor, prompt: int) -> Tensor:
+        """Without its inpainting mask and caches; every call is told the levels that are measured."""
+        self.check()
         grid = self.grid or self.sigmas.tolist()
         told = following(self.extra_args, [*grid, *sigma.tolist()])
         options = {**identity.without_caches(told.get("model_options", {})), PROMPT: prompt}
-        answer = self.guider(x, sigma, model_options=options, seed=self.extra_args.get("seed"))
-        self.pace.calls += 1
-        self.pace.called()
-        return answer
+        return self.guider(x, sigma, model_options=options, seed=self.extra_args.get("seed"))
 
     @contextmanager
     def apart(self) -> Iterator[None]:
@@ -154,106 +104,39 @@ class Run:
             yield
         finally:
             self.guider.model_options = options
-            self._rewind(self._hooks())
+            self.rewind()
 
-    def _hooks(self) -> list[Any]:
-        return [hook for conds in self.guider.conds.values() for cond in conds if "hooks" in cond
-                for hook in cond["hooks"].hooks]
+    def at_no_prompt(self) -> AbstractContextManager[None]:
+        return canonical.conditions(self)
 
-    def _rewind(self, hooks: list[Any]) -> None:
+    def check(self) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+    def show(self, done: int, total: int) -> None:
+        if self.pace.bar is None or self.pace.bar.total != total:
+            self.pace.bar = comfy.utils.ProgressBar(total)
+        self.pace.bar.update_absolute(done, total)
+
+    def middle_block(self) -> AbstractContextManager[MiddleBlock | None]:
+        block = MiddleBlock(self.patcher)
+        return block if block.exists else nullcontext()
+
+    def out_of_memory(self, fault: Exception) -> bool:
+        """Newer ComfyUI knows more kinds of it."""
+        known = getattr(comfy.model_management, "is_oom", None)
+        return known(fault) if known else isinstance(fault, comfy.model_management.OOM_EXCEPTION)
+
+    def free_memory(self) -> None:
+        comfy.model_management.soft_empty_cache()
+
+    def rewind(self) -> None:
+        """The hooks to their first keyframes: they never go back by themselves."""
+        hooks = [hook for conds in self.guider.conds.values() for cond in conds if "hooks" in cond
+                 for hook in cond["hooks"].hooks]
         if hooks:
             self.patcher.clean_hooks()  # weights of the last keyframe
         for hook in hooks:
             hook.initialize_timesteps(self.guider.inner_model)
-
-
-def out_of_memory(fault: Exception) -> bool:
-    """Whether a fault says so; newer ComfyUI knows more kinds of it."""
-    known = getattr(comfy.model_management, "is_oom", None)
-    return known(fault) if known else isinstance(fault, comfy.model_management.OOM_EXCEPTION)
-
-
-USUAL = 20  # steps of an image, where none is sampled
-
-
-def as_long_as(calls: float, image: int | None) -> str:
-    """So many calls of the model, in images of `image` evaluations."""
-    count = max(1, round(calls / (image or USUAL)))
-    return f"as long as {count} image{'s' * (count > 1)}" + ("" if image else f" of {USUAL} steps")
-
-
-TIMED = 3  # calls of the model, the first of which may be slow: then its pace is known
-
-
-def duration(seconds: float) -> str:
-    return f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
-
-
-class Progress:
-    """ComfyUI's progress bar and a line on the node, for `progress(done, total, ...)`; a place where Cancel
-    takes hold, as every call of the model is.
-
-    calls: of the model, the most there can be, where all evaluations are not of all images. What they cost is
-    said before the first, and in time as soon as the pace is known. As text: what it took, after the last.
-    """
-
-    def __init__(self, what: str, run: Run, images: int, calls: int = 0) -> None:
-        self.what, self.run, self.images, self.calls = what, run, images, calls
-        self.bar, self.start, self.done, self.total = None, time.monotonic(), 0, 1
-        self.before = run.pace.calls
-        if calls:
-            say(f"{what}: {as_long_as(calls, run.image)}")
-            run.pace.called = self._called
-
-    def __call__(self, done: int, total: int, loss: float = math.nan) -> None:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        self.bar = self.bar or comfy.utils.ProgressBar(total)
-        self.bar.update_absolute(done, total)
-        self.done, self.total = done, total
-        left = self._seconds(total - done)
-        error = "" if math.isnan(loss) else f", error {loss:.3g}"
-        say(f"{self.what}: evaluation {done} of {total}, {self._cost(total)}{error}, "
-            + (f"{left:.0f} s left" if left < 600 else f"{left / 60:.0f} min left"))
-
-    def _called(self) -> None:
-        if self.run.pace.calls - self.before == TIMED:
-            say(f"{self.what}: {self._cost(self.total)}, about {duration(self._seconds(self.total))}")
-
-    def _of(self, evaluations: int) -> float:
-        """In calls of the model."""
-        each = self.calls / self.total if self.calls else self.run.calls(self.images)
-        return evaluations * each
-
-    def _cost(self, evaluations: int) -> str:
-        return as_long_as(self._of(evaluations), self.run.image)
-
-    def _seconds(self, evaluations: int) -> float:
-        """What these take at the pace so far."""
-        made = self.run.pace.calls - self.before
-        return (time.monotonic() - self.start) / max(made, 1) * self._of(evaluations)
-
-    def __str__(self) -> str:
-        return f"{time.monotonic() - self.start:.0f} s, {self._cost(self.done)}"
-
-
-@contextmanager
-def resumable(what: str, partial: Path | None, run: Run) -> Iterator[None]:
-    """Says after Cancel whether the next run goes on from there.
-
-    ValueError for a model that does not answer for itself, naming what other nodes have put around it.
-    """
-    try:
-        yield
-    except UnsteadyModel as fault:
-        named = ", ".join(identity.changed(run.patcher)) or "nothing that ComfyUI knows of"
-        raise ValueError(f"{fault}. Other nodes have put around this model: {named}. Bypass the node that "
-                         "did it and measure; given the result (by the nodes Load and Apply behind the "
-                         "model), a sampler needs no measuring, and the node may be switched on "
-                         "again") from fault
-    except comfy.model_management.InterruptProcessingException:
-        kept = partial is not None and partial.exists()
-        say(f"{what} was cancelled; the next run {'goes on from there' if kept else 'begins anew'}")
-        raise
 
 
 class Measuring(comfy.samplers.Sampler):

@@ -18,6 +18,11 @@ EXPECTED = (3, 4, 5, 6, 8, 10, 12, 15, 20)
 """Evaluations for which the error to expect is drawn."""
 
 
+def of(found: Statistics | Amed) -> Tensor:
+    """The picture of a calibration, [1, H, W, 3]."""
+    return (curves if isinstance(found, Statistics) else training)(found)
+
+
 def curves(statistics: Statistics, width: int = 480, height: int = 300) -> Tensor:
     """l, s, b, gamma and damping over lambda, [1, H, W, 3]; below, where they serve it, Fitted's error.
 

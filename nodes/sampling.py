@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from itertools import starmap
 from typing import Any, Callable
 
@@ -11,16 +10,17 @@ from comfy.k_diffusion import sampling as comfy_sampling
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..hosting import events, library
+from ..hosting.kinds import kind_for
+from ..hosting.library import RULES, Kind
+from ..hosting.names import NAMES, NODES, node_id
 from ..samplers import FAMILIES, SAMPLERS
 from ..samplers.catalogue import Option, Sampler
 from ..samplers.denoisers import threshold
-from . import events, library
+from . import canonical, settings
 from .host import CATEGORY, advanced, around, sampler_function
-from .kinds import KINDS, SOCKET, needed
-from .library import Kind
+from .kinds import SOCKET, needed
 from .measuring import Run
-from .names import NAMES, NODES, node_id
-from .settings import RULES
 
 
 def register() -> None:
@@ -51,7 +51,7 @@ def sampler_nodes() -> list[type[io.ComfyNode]]:
 
 def _node(family: Sampler, title: str) -> type[io.ComfyNode]:
     """The SAMPLER node of one family: a widget for every option, and one call."""
-    kind = kind_of(family)
+    kind = kind_for(family)
 
     class Node(io.ComfyNode):
         @classmethod
@@ -80,14 +80,9 @@ def _node(family: Sampler, title: str) -> type[io.ComfyNode]:
     return Node
 
 
-def kind_of(sampler: Sampler) -> Kind | None:
-    """What a solver needs to know of a model, if it does."""
-    return next((kind for kind in KINDS if kind.option in sampler.options), None)
-
-
 def calibrated(sampler: Sampler, how: str | None = None) -> Callable[..., Tensor]:
     """The sampler's function for KSAMPLER; one that needs a calibration finds or measures it first."""
-    function, kind = sampler_function(sampler), kind_of(sampler)
+    function, kind = sampler_function(sampler), kind_for(sampler)
     if kind is None:
         return _observed(sampler, function, None)
 
@@ -97,14 +92,11 @@ def calibrated(sampler: Sampler, how: str | None = None) -> Callable[..., Tensor
         given = options.pop(kind.option, None)
         defaults = {name: option.default for name, option in sampler.options.items()}
         run = Run(model, x, sigmas, extra_args or {}, {**sampler.fixed, **defaults, **options})
-        run = replace(run, image=kind.sampled(run.options, run.levels))
-        used = library.calibration_for(kind, run, given, how or library.rule())
-        events.use(kind.option, used)
-        with kind.ready(used.suited, run) as ready:
+        with library.provided(kind, run, given, how or settings.rule()) as ready:
             return function(model, x, sigmas, extra_args, callback, disable, **{kind.option: ready},
                             **options)
 
-    return _observed(sampler, sample, library.description)
+    return _observed(sampler, sample, canonical.description)
 
 
 def _observed(sampler: Sampler, function: Callable[..., Tensor],

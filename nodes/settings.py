@@ -4,7 +4,9 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-RULES = ("auto", "every prompt", "saved only", "never")
+from ..hosting import library
+from ..hosting.library import RULES
+
 CALIBRATION = "LambdaSolvers.Calibration"
 PLOT = "LambdaSolvers.Plot"
 PAGE: list[dict[str, Any]] = [
@@ -40,3 +42,8 @@ def read(name: str) -> Any:
     if "default" not in users.users:
         return None
     return users.settings.get_settings(_DefaultUser()).get(name)
+
+
+def rule() -> str:
+    """What a sampler in a list does without a calibration."""
+    return library.rule(read(CALIBRATION), CALIBRATION)

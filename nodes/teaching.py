@@ -6,14 +6,15 @@ import math
 from dataclasses import replace
 from typing import Any, Mapping, Sequence
 
+from ..hosting.events import say
+from ..hosting.kinds import PROMPTS, STATISTICS_KIND, pure_noise
+from ..hosting.library import faults
+from ..hosting.measuring import Progress, resumable
 from ..samplers import Statistics, fit_hypersolver, fitted_sigmas, hypersolver_cost
 from ..samplers.learning.train_hypersolver import ROUNDS
 from ..samplers.schedule import find_path
 from ..samplers.solver import finite
-from .events import say
-from .kinds import PROMPTS, STATISTICS_KIND, precision_of, pure_noise, sigma_max
-from .library import faults
-from .measuring import Progress, Run, resumable
+from .measuring import Run
 
 
 def teach(run: Run, found: Statistics, steps: Sequence[int], images: int, about: Mapping[str, Any],
@@ -22,7 +23,7 @@ def teach(run: Run, found: Statistics, steps: Sequence[int], images: int, about:
     of the run, each at its guidance; as they were if it is of no use at any of them."""
     guidances = run.guider.guidances
     check(found, about, guidances)
-    highest, count = sigma_max(run), images * run.prompts
+    highest, count = run.ends[0], images * run.prompts
     opening = not finite(find_path(run.path).level(highest))
     prompts = [k % run.prompts for k in range(count)]
     plain, counts = replace(found, hypersolver=None), [n - opening for n in steps]
@@ -32,7 +33,7 @@ def teach(run: Run, found: Statistics, steps: Sequence[int], images: int, about:
         result = fit_hypersolver(
             run.denoise, pure_noise(run, count, seed), plain, guidance=[guidances[k] for k in prompts],
             prompts=prompts, steps=counts, path=run.path, start=highest if opening else None,
-            iterations=training, seed=seed, progress=progress, precision=precision_of(run.patcher),
+            iterations=training, seed=seed, progress=progress, precision=run.precision,
             about=about, partial=partial)
     say(summary(result, opening, progress))
     return result if result.hypersolver else found

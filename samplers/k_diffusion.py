@@ -32,8 +32,8 @@ def k_diffusion_sampler(name: str, path: str = "ve", *, sigma_max: float | None 
     floating dtype: the model sees that dtype, the solver works in at least float32, and x is left as it was.
     sigmas strictly decrease. No graph is kept (torch.no_grad), as in k-diffusion. Stochastic solvers take
     their seed from extra_args["seed"], or draw one from torch's generator. The noise of image k of a batch is
-    that of seed + k alone, on purpose: the WebUI's convention. ComfyUI's own samplers draw one noise for the
-    batch.
+    that of seed + k alone (or of the k-th of several seeds), on purpose: the WebUI's convention. ComfyUI's
+    own samplers draw one noise for the batch.
 
     sigma_max is the model's highest level: with it, a first_step that is not evaluated is refused in runs
     that start lower. sigma_min is its lowest above 0: down to there an adaptive run to 0 controls its error
@@ -119,7 +119,8 @@ def _noise(steps: Sequence[Step], x: Tensor, settings: Mapping[str, Any], extra_
     if not any(step.noisy for step in steps):
         return no_noise
     seed = extra_args.get("seed")
-    seed = int(torch.randint(2**63 - 1, ()).item()) if seed is None else int(seed)
+    if seed is None:
+        seed = int(torch.randint(2**63 - 1, ()).item())
     return BrownianNoise(x, seed, x.device if settings["noise_device"] == "gpu" else "cpu", scale)
 
 

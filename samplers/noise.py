@@ -2,6 +2,8 @@
 schedule."""
 from __future__ import annotations
 
+from typing import Sequence
+
 import torch
 import torchsde
 from torch import Tensor
@@ -19,22 +21,28 @@ class BrownianNoise:
 
     W runs in lam, over a fixed range, so it depends neither on the schedule nor on the path of the run: a
     finer schedule refines the same noise, and VE, VP and flow runs of one seed share it. Image k of a batch
-    has a W of its own, keyed by seed + k, drawn in float32 on `device` (the CPU unless told: then no GPU
-    changes the image) and moved to the latents. So it is the image of seed + k alone, on purpose: the WebUI's
-    convention. ComfyUI's own samplers draw one noise for the whole batch.
+    has a W of its own, keyed by seed + k, or by the k-th of several seeds, drawn in float32 on `device` (the
+    CPU unless told: then no GPU changes the image) and moved to the latents. So it is the image of that seed
+    alone, on purpose: the WebUI's convention. ComfyUI's own samplers draw one noise for the whole batch.
 
     W is a tree of halvings (torchsde); times are rounded to its nodes, and the variance is that of the
     rounded interval, so the increments keep unit variance and independence exactly.
     """
 
-    def __init__(self, x: Tensor, seed: int, device: torch.device | str = "cpu", scale: float = 1.0) -> None:
+    def __init__(self, x: Tensor, seed: int | Sequence[int], device: torch.device | str = "cpu",
+                 scale: float = 1.0) -> None:
+        seeds = ([int(own) for own in seed] if isinstance(seed, Sequence) else
+                 [int(seed) + k for k in range(len(x))])
+        if len(seeds) != len(x):
+            raise ValueError(f"{len(seeds)} seeds are given for {len(x)} images: give one for each, or the "
+                             "first one's alone")
         self.like = x
         self.scale = scale
         self.trees = [
             torchsde.BrownianInterval(t0=0.0, t1=2.0 * LAM_LIMIT * CELLS_PER_LAM, size=tuple(x.shape[1:]),
-                                      dtype=torch.float32, device=device, entropy=(seed + k) % 2**64, tol=0.5,
+                                      dtype=torch.float32, device=device, entropy=own % 2**64, tol=0.5,
                                       halfway_tree=True, pool_size=24, cache_size=CACHED)
-            for k in range(len(x))
+            for own in seeds
         ]
 
     def __call__(self, s: Level, t: Level) -> Tensor:

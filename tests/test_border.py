@@ -76,7 +76,7 @@ def test_a_text_has_nothing_that_the_interface_would_take_for_html_and_the_log_h
     """Frontend 1.32.9 puts progress texts into innerHTML; names of patches come from files and from other
     packs."""
     caplog.set_level(logging.INFO)
-    calibration, name = module("library"), '<img src=x onerror="alert(1)">'
+    calibration, name = module("library", "hosting"), '<img src=x onerror="alert(1)">'
     [fault] = calibration.faults({**ABOUT, "patches": [name]}, ABOUT)
     sent = run(ksampler(), "5", 12, monkeypatch, said=fault)[0][0]
     assert "<" not in sent and ">" not in sent and "img src=x onerror" in sent
@@ -91,7 +91,7 @@ def unregistered(monkeypatch):
     pack()
     import comfy.samplers
     from comfy.k_diffusion import sampling
-    ours = list(module("names").NAMES)
+    ours = list(module("names", "hosting").NAMES)
     for name in ours:
         monkeypatch.delattr(sampling, f"sample_{name}")
     for where, name in ((comfy.samplers.KSampler, "SAMPLERS"), (comfy.samplers, "SAMPLER_NAMES"),
@@ -137,8 +137,8 @@ def test_the_pack_loaded_anew_is_there_once(caplog) -> None:
     import comfy.samplers
     importlib.reload(sys.modules[f"{pack().__name__}.nodes"])
     assert [comfy.samplers.SAMPLER_NAMES.count(name)
-            for name in module("names").NAMES] == [1] * len(module("names").NAMES)
-    assert len(module("events").listeners) == 2 and "already" not in caplog.text
+            for name in module("names", "hosting").NAMES] == [1] * len(module("names", "hosting").NAMES)
+    assert len(module("events", "hosting").listeners) == 2 and "already" not in caplog.text
 
 
 def test_what_replaces_a_sampler_of_ours_later_is_not_taken_for_ours(monkeypatch) -> None:
@@ -167,7 +167,7 @@ found = comfy.samplers.sampler_object("lambda_2m").sampler_function(
     comfy_host.Model(denoiser, comfy_host.sampling_of("EPS")), x * 10, torch.tensor([10.0, 2.0, 0.4, 0.0]),
     extra_args={"seed": 3}, disable=True)
 assert found.isfinite().all()
-events = sys.modules[pack.__name__ + ".nodes.events"]
+events = sys.modules[pack.__name__ + ".hosting.events"]
 print("listeners", len(events.listeners), sys.modules[pack.__name__ + ".nodes.settings"].read("x"))
 """
 
@@ -239,7 +239,7 @@ def test_install_goes_on_where_the_folder_cannot_be_made(tmp_path) -> None:
 def test_the_calibration_of_a_run_is_noted_in_the_prompt_that_comfyui_writes_into_the_image(
         monkeypatch, noted, tmp_path) -> None:
     drawn, storage = two_trajectories(), sys.modules[f"{pack().__name__}.samplers.learning.storage"]
-    drawn = module("kinds").Statistics(drawn.lam, **drawn.curves(), root=drawn.root)
+    drawn = module("kinds", "hosting").Statistics(drawn.lam, **drawn.curves(), root=drawn.root)
     digest = storage.digest(drawn.arrays())
     drawn.save(tmp_path / "a.safetensors")
     assert storage.digest(type(drawn).load(
@@ -258,7 +258,7 @@ def test_the_calibration_of_a_run_is_noted_in_the_prompt_that_comfyui_writes_int
 
 
 def test_a_digest_tells_other_names_shapes_and_values_apart() -> None:
-    digest, one = module("events").digest, two_trajectories().arrays()
+    digest, one = module("events", "hosting").digest, two_trajectories().arrays()
     others = [{**one, "l": one["l"] + 1e-9}, {**one, "l": one["l"][:, None]},
               {("k" if name == "l" else name): value for name, value in one.items()}]
     assert len({digest(one), *map(digest, others)}) == 4
@@ -266,7 +266,7 @@ def test_a_digest_tells_other_names_shapes_and_values_apart() -> None:
 
 
 def test_a_node_that_samples_several_times_notes_every_calibration_once(monkeypatch, noted) -> None:
-    graph, first, second = ksampler(), two_trajectories(), module("kinds").Statistics.constant()
+    graph, first, second = ksampler(), two_trajectories(), module("kinds", "hosting").Statistics.constant()
     for used in (first, second, first):
         run(graph, "5", 12, monkeypatch, use={"statistics": used})
     assert len(noted(graph, "5")["calibrations"]) == 2
@@ -290,7 +290,7 @@ def test_a_kept_result_is_noted_anew_in_the_next_prompt_and_what_came_with_a_pro
     again = queued({"prompt": ksampler() | {"20": node("SaveImage", images=["5", 0])}, "number": 3})["prompt"]
     assert noted(again, "5") == {**said, "cached": True}
     # it was not kept after all
-    run(again, "5", 12, monkeypatch, use={"statistics": module("kinds").Statistics.constant()})
+    run(again, "5", 12, monkeypatch, use={"statistics": module("kinds", "hosting").Statistics.constant()})
     assert "cached" not in noted(again, "5") and noted(again, "5")["calibrations"] != said["calibrations"]
     other = json.loads(json.dumps(graph))  # as the image has it, with another model
     other["1"]["inputs"]["ckpt_name"] = "b.safetensors"
@@ -310,10 +310,10 @@ def test_a_prompt_with_strange_metadata_loses_no_image(monkeypatch, caplog) -> N
 @pytest.mark.parametrize("came, name", [("given", "given"), ("attached", "attached"), ("saved", "folder/one"),
                                         ("measured", "model-cfg3"), ("not written", "measured")])
 def test_a_calibration_is_known_by_where_it_came_from(monkeypatch, came: str, name: str, tmp_path) -> None:
-    calibration, store, found = module("library"), module("store"), two_trajectories()
+    calibration, store, found = module("library", "hosting"), module("store", "hosting"), two_trajectories()
     told = {**ABOUT, "model": "model", "any": "any-1"}
-    monkeypatch.setattr(calibration, "description", lambda guider: told)
-    monkeypatch.setattr(calibration.canonical, "conditions", lambda run: contextlib.nullcontext())
+    monkeypatch.setattr(module("canonical"), "description", lambda guider: told)
+    monkeypatch.setattr(module("canonical"), "conditions", lambda run: contextlib.nullcontext())
     monkeypatch.setattr(calibration, "warn", lambda *run: None)
     monkeypatch.setattr(calibration, "choice", lambda *run: ("folder/one.safetensors", found)
                         if came == "saved" else None)

@@ -29,7 +29,7 @@ def test_a_run_is_the_same_whatever_was_measured_before(folder, name: str) -> No
 
 
 def test_near_guidances_are_measured_at_one_that_does_not_depend_on_the_first(folder) -> None:  # noqa: F811
-    guidance = part("nodes.canonical").guidance
+    guidance = part("hosting.canonical").guidance
     assert [guidance(scale)
             for scale in (1.0, 1.1, 1.3, 3.2, 7.0, 7.4, 7.6, 11.1)] == [1, 1, 1.25, 3, 7, 7, 8, 12]
     assert all(guidance(guidance(scale / 7)) == guidance(scale / 7) for scale in range(300))
@@ -84,7 +84,7 @@ def test_a_model_that_asks_for_more_than_a_text_is_refused_with_the_remedy(monke
 
 
 def test_what_every_prompt_measures_is_that_prompt_s_own(folder) -> None:  # noqa: F811
-    library, kinds = part("nodes.library"), part("nodes.kinds")
+    library, kinds = part("hosting.library"), part("hosting.kinds")
     found = {}
     for words in (GHOST, PANDA):
         for how in ("auto", "every prompt"):
@@ -102,7 +102,7 @@ def test_what_every_prompt_measures_is_that_prompt_s_own(folder) -> None:  # noq
 
 
 def test_a_text_of_nearly_the_same_size_is_taken_for_the_same() -> None:
-    text = part("nodes.canonical").Text
+    text = part("hosting.canonical").Text
     spoken = torch.randn(1, 77, 16, generator=torch.Generator().manual_seed(1))
     padded = torch.cat([spoken, torch.zeros(1, 51, 16)], 1)
     assert text.like(spoken, False) == text((1, 77, 16), 1.0) == text.like(1.2 * spoken, False)

@@ -19,7 +19,7 @@ LOW, HIGH, COUNTS = 5.0, 9.0, (4, 5)
 
 
 def kind():
-    return part("nodes.kinds").STATISTICS_KIND
+    return part("hosting.kinds").STATISTICS_KIND
 
 
 def hypersolver(channels: int = 4, size: float = 0.0):
@@ -42,7 +42,7 @@ def statistics(taught=None, **about):
 def chosen(guidance: float = 7.0, steps: int = 5, channels: int = 4, how: str = "auto",
            **about) -> str | None:
     """Which of the saved files a run takes."""
-    library, schedule = part("nodes.library"), part("samplers.schedule")
+    library, schedule = part("hosting.library"), part("samplers.schedule")
     levels = schedule.levels([*np.geomspace(14.0, 0.1, steps).tolist(), 0.0], schedule.find_path("ve"))
     told = {**ABOUT, "guidance": guidance, "channels": channels, "any": "any", **about}
     found = library.choice(kind(), told, how, OPTIONS, "ve", levels)
@@ -135,7 +135,7 @@ def test_a_run_is_given_the_hypersolver_at_its_own_guidance_or_none() -> None:
 def test_a_run_uses_it_says_so_and_warns_only_where_it_does_not_fit(
         folder, monkeypatch, cfg: float, used: bool, denoise: float) -> None:  # noqa: F811
     said = []
-    for name in ("nodes.library", "nodes.kinds"):
+    for name in ("hosting.library", "hosting.kinds"):
         monkeypatch.setattr(part(name), "say", lambda text, level=0: said.append(text))
     made = guider(model(Network()), prompt(0.3), prompt(0.0), cfg)
     identity = part("nodes.identity").description(made)
@@ -159,7 +159,7 @@ def test_a_run_uses_it_says_so_and_warns_only_where_it_does_not_fit(
 
 def test_the_panel_names_it_and_shows_the_levels_it_goes_with(monkeypatch, folder) -> None:  # noqa: F811
     statistics(hypersolver()).save(folder / "taught.safetensors")
-    part("nodes.store").folder_paths.filename_list_cache.pop("solver_calibrations", None)
+    part("nodes.folder").folder_paths.filename_list_cache.pop("solver_calibrations", None)
     run(ksampler(), "5", 12, monkeypatch, describe=lambda guider: {**ABOUT, "any": "any"})
     told = "good: a hypersolver adds what every step misses"
     for cfg, steps, taught in ((8.0, 5, True), (3.0, 5, False), (8.0, 7, False)):
@@ -190,7 +190,7 @@ def test_a_file_keeps_what_it_says_of_its_training_and_is_named_after_it(folder)
     found.save(folder / "taught.safetensors")
     loaded = part("samplers").load_calibration(folder / "taught.safetensors")
     assert loaded.about["hypersolver"] == told and loaded.hypersolver.counts == COUNTS
-    assert part("nodes.library").file_name(kind(), loaded.about).startswith("M-1-hypersolver5-9-cfg6.7")
+    assert part("hosting.library").file_name(kind(), loaded.about).startswith("M-1-hypersolver5-9-cfg6.7")
     plain, drawn = (part("nodes.picture").curves(one) for one in (replace(loaded, about=ABOUT), loaded))
     assert plain.shape == drawn.shape and not torch.equal(plain, drawn)
 
@@ -200,7 +200,8 @@ def test_a_file_keeps_what_it_says_of_its_training_and_is_named_after_it(folder)
 def taught(network: Network, monkeypatch, cancel_after: int = 10**9, **changes):
     """Train Hypersolver on two prompts of the double, and what was said."""
     said = []
-    for name in ("nodes.library", "nodes.kinds", "nodes.teaching", "nodes.measuring", "nodes.knowledge"):
+    for name in ("hosting.library", "hosting.kinds", "hosting.measuring", "nodes.teaching",
+                 "nodes.knowledge"):
         monkeypatch.setattr(part(name), "say", lambda text, level=0: said.append(text))
     node, seen = part("nodes.knowledge").TrainHypersolver, len(network.calls)
     import comfy.model_management

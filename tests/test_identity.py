@@ -298,7 +298,7 @@ def test_at_guidance_1_the_negative_prompt_does_not_matter_and_every_guider_agre
 
 
 def library() -> types.ModuleType:
-    return importlib.import_module(f"{pack().__name__}.nodes.library")
+    return importlib.import_module(f"{pack().__name__}.hosting.library")
 
 
 def faults(made: dict, wanted: dict) -> list[str]:
@@ -345,7 +345,7 @@ def test_the_scale_that_a_distilled_model_is_told_goes_with_the_guidance(tmp_pat
 
 
 def test_two_files_of_two_distilled_scales_have_names_that_say_them() -> None:
-    kind = importlib.import_module(f"{pack().__name__}.nodes.kinds").STATISTICS_KIND
+    kind = importlib.import_module(f"{pack().__name__}.hosting.kinds").STATISTICS_KIND
     assert "-cfg1-guidance3.5-" in library().file_name(kind, flux())
     assert "guidance" not in library().file_name(kind, flux(None))
 

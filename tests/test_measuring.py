@@ -86,7 +86,7 @@ def test_context_windows_work_while_a_video_model_is_measured_and_sampled(name: 
 
 def test_what_does_not_fit_into_memory_is_halved_once_and_then_told_with_the_remedy(monkeypatch) -> None:
     network, said = Network(most=2), []
-    monkeypatch.setattr(part("nodes.measuring"), "say", lambda text, level: said.append(text))
+    monkeypatch.setattr(part("hosting.measuring"), "say", lambda text, level: said.append(text))
 
     def twice(run) -> list[Tensor]:
         first = run.denoise(torch.ones(5, *IMAGE), torch.ones(5))
@@ -199,11 +199,11 @@ def test_the_middle_block_of_an_evaluation_in_several_calls_is_that_of_all_its_i
 
 
 def test_a_predictor_is_trained_on_a_model_that_takes_the_run_s_batch_and_no_more() -> None:
-    network, kind = Network(most=1), part("nodes.kinds").AMED_KIND
+    network, kind = Network(most=1), part("hosting.kinds").AMED_KIND
 
     def measure(run):
         run = replace(run, options={"base": "amed", "first_step": "evaluate"})
-        about = part("nodes.library").described(kind, run)
+        about = part("hosting.library").described(kind, run)
         return kind.measure(run, about, None, samples=3, form="predictor", teacher=2)
 
     trained = in_a_run(made(network), measure, steps=3)
@@ -261,14 +261,14 @@ def test_a_model_that_does_not_answer_for_itself_is_refused_and_what_wraps_it_na
     assert sampled(cached, listed("lambda_2m"), batch).isfinite().all()
     sampled(made(Network()), listed(name), batch)  # measured without, and given
     [file] = folder.glob("*.safetensors")
-    kind = next(kind for kind in part("nodes.kinds").KINDS
+    kind = next(kind for kind in part("hosting.kinds").KINDS
                 if kind.option == ("trained" if "amed" in name else "statistics"))
     patcher.set_attachments(kind.attachment, kind.type.load(file))
     assert sampled(guider(patcher, prompt(0.3), prompt(0.0)), listed(name), batch).isfinite().all()
 
 
 def test_a_refit_refuses_it_too() -> None:
-    kind, identity = part("nodes.kinds").STATISTICS_KIND, part("nodes.identity")
+    kind, identity = part("hosting.kinds").STATISTICS_KIND, part("nodes.identity")
 
     def about(run) -> dict:
         return {**identity.description(run.guider), "fitted": True, "prompts": 1}
@@ -335,8 +335,8 @@ def test_a_guidance_that_changes_from_step_to_step_is_sampled_and_refused_a_cali
     with pytest.raises(ValueError,
                        match="guidance of this ScheduledCFG is .*, and statistics hold for one number"):
         sampled(scheduled(cfg), listed("lambda_v3"))
-    kind = part("nodes.kinds").STATISTICS_KIND
-    described = part("nodes.library").described
+    kind = part("hosting.kinds").STATISTICS_KIND
+    described = part("hosting.library").described
     found = in_a_run(made(Network()), lambda run: kind.measure(run, described(kind, run), None))
     given = sampled(scheduled(cfg), listed("lambda_v3"), statistics=found)
     assert given.isfinite().all()

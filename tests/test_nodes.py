@@ -213,16 +213,16 @@ def test_scaled_noise_of_newer_flow_models_scales_what_stochastic_solvers_add() 
 
 def test_the_environment_says_what_a_listed_sampler_does_without_statistics(monkeypatch) -> None:
     pack()
-    library = sys.modules["custom_nodes_x_lambda-solvers.nodes.library"]
-    assert library.rule() == "auto"
+    settings = sys.modules["custom_nodes_x_lambda-solvers.nodes.settings"]
+    assert settings.rule() == "auto"
     monkeypatch.setenv("LAMBDA_SOLVERS_CALIBRATION", "")  # as if it were not set
-    assert library.rule() == "auto"
+    assert settings.rule() == "auto"
     monkeypatch.setenv("LAMBDA_SOLVERS_CALIBRATION", "saved only")
-    assert library.rule() == "saved only"
+    assert settings.rule() == "saved only"
     monkeypatch.setenv("LAMBDA_SOLVERS_CALIBRATION", "sometimes")
     with pytest.raises(ValueError,
                        match="LAMBDA_SOLVERS_CALIBRATION is 'sometimes': choose one of auto, every prompt"):
-        library.rule()
+        settings.rule()
 
 
 def test_an_empty_latent_gets_the_shape_that_comfyui_gives_it_newer_ones_by_their_ratio(monkeypatch) -> None:

@@ -35,7 +35,7 @@ PLANNED = {  # solvers of the SDE, and the weak order of each
 EVERY_PLANNED = pytest.mark.parametrize("solver", [solver for solver, _ in PLANNED.values()], ids=PLANNED)
 
 
-def run(name: str, x, sigmas, seed: int | None, path: str = "ve", **options):
+def run(name: str, x, sigmas, seed: int | list[int] | None, path: str = "ve", **options):
     return k_diffusion_sampler(name, path, **needed(name), **options)(
         Gaussian(path), x, sigmas, disable=True, extra_args={} if seed is None else {"seed": seed})
 
@@ -49,6 +49,15 @@ def test_image_k_is_the_same_alone_and_in_any_batch(name: str, path: str) -> Non
     for k in range(4):
         torch.testing.assert_close(run(name, x[k:k + 1], sigmas, seed=11 + k, path=path), batch[k:k + 1],
                                    rtol=0, atol=1e-6)
+
+
+def test_every_image_may_have_a_seed_of_its_own() -> None:
+    x, sigmas = torch.ones(3, 3, 8, 8) * 5, torch.tensor([5.0, 1.0, 0.3, 0.0])
+    batch = run("dpmpp_2m_sde", x, sigmas, [21, 4, 21])
+    torch.testing.assert_close(batch[1:2], run("dpmpp_2m_sde", x[:1], sigmas, 4), rtol=0, atol=1e-6)
+    assert torch.equal(batch[0], batch[2])
+    with pytest.raises(ValueError, match="2 seeds are given for 3 images"):
+        run("dpmpp_2m_sde", x, sigmas, [21, 4])
 
 
 @EVERY_STOCHASTIC

@@ -26,8 +26,8 @@ NODES = ("multistep", "singlestep", "adaptive", "sde", "analytic", "v3", "fitted
 PROMPT = "prompt"
 
 
-def module(name: str) -> types.ModuleType:
-    return importlib.import_module(f"{pack().__name__}.nodes.{name}")
+def module(name: str, folder: str = "nodes") -> types.ModuleType:
+    return importlib.import_module(f"{pack().__name__}.{folder}.{name}")
 
 
 @pytest.fixture(autouse=True)
@@ -270,7 +270,7 @@ def run(graph: dict, name: str, steps: int, monkeypatch, describe=None, said: st
         client: str | None = "me", made_by: str = "", send: Exception | None = None, **options) -> list:
     """One run of a sampler of ours as the server does it; what was sent to the interface, unless that
     cannot be."""
-    events, catalogue, sent = module("events"), module("sampling"), []
+    events, catalogue, sent = module("events", "hosting"), module("sampling"), []
     from comfy_execution.graph import DynamicPrompt
     from comfy_execution.progress import reset_progress_state
     from comfy_execution.utils import CurrentNodeContext
@@ -355,10 +355,10 @@ ABOUT = {"model": "M-1", "fingerprint": "1", "patches": [], "strengths": [], "gu
 def saved(tmp_path, monkeypatch):
     """A folder of calibrations, and statistics of model 1 at guidance 3 in it."""
     import folder_paths
-    store = module("store")
+    store = module("store", "hosting")
     monkeypatch.setitem(folder_paths.folder_names_and_paths, store.FOLDER, ([str(tmp_path)], {store.ENDING}))
     folder_paths.filename_list_cache.pop(store.FOLDER, None)
-    statistics = module("kinds").Statistics
+    statistics = module("kinds", "hosting").Statistics
     made = smooth_statistics()
     statistics(made.lam, **made.curves(), about=ABOUT).save(tmp_path / "one.safetensors")
     yield
@@ -406,10 +406,10 @@ def test_a_solver_that_chooses_its_levels_shows_them_once_the_model_is_measured(
     assert unknown in lines(graph) and f"{MEASURED}{images(77, 16, 5)}, {SMALL}" in lines(graph)
 
     drawn = two_trajectories()
-    found = module("kinds").Statistics(drawn.lam, **drawn.curves(), root=drawn.root,
-                                       about={**ABOUT, "guidance": 5.0})
+    found = module("kinds", "hosting").Statistics(drawn.lam, **drawn.curves(), root=drawn.root,
+                                                  about={**ABOUT, "guidance": 5.0})
     found.save(tmp_path / "fitted.safetensors")
-    module("store").folder_paths.filename_list_cache.pop(module("store").FOLDER, None)
+    module("folder").folder_paths.filename_list_cache.pop(module("folder").FOLDER, None)
     nodes = [
         f"{s:.3g}" for s in fitted_sigmas(drawn, 5, float(module("status.plan").usual("ve").sigma_max))[:-1]
     ]
@@ -449,7 +449,7 @@ def test_a_connected_file_is_compared_with_the_model(monkeypatch, saved) -> None
 @pytest.fixture
 def trained(saved, tmp_path):
     """AMED of model 1 at guidance 3 on karras, 3 steps, in the folder; how to make others there."""
-    plan, kinds = module("status.plan"), module("kinds")
+    plan, kinds = module("status.plan"), module("kinds", "hosting")
 
     def make(name: str, first_step: str = "evaluate", **about) -> None:
         sampling = plan.usual("ve")
@@ -593,8 +593,8 @@ def test_the_variable_goes_before_the_setting_and_the_setting_before_auto(monkey
     import folder_paths
     from app.user_manager import UserManager
     from server import PromptServer
-    calibration = module("library")
-    monkeypatch.delenv(calibration.VARIABLE, raising=False)
+    calibration, variable = module("settings"), module("library", "hosting").VARIABLE
+    monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(folder_paths, "user_directory", str(tmp_path))
     users = UserManager()
     monkeypatch.setattr(PromptServer, "instance", types.SimpleNamespace(user_manager=users), raising=False)
@@ -602,9 +602,9 @@ def test_the_variable_goes_before_the_setting_and_the_setting_before_auto(monkey
     request = types.SimpleNamespace(headers={})
     users.settings.save_settings(request, {"LambdaSolvers.Calibration": "saved only"})
     assert calibration.rule() == "saved only"
-    monkeypatch.setenv(calibration.VARIABLE, "never")
+    monkeypatch.setenv(variable, "never")
     assert calibration.rule() == "never"
-    monkeypatch.delenv(calibration.VARIABLE)
+    monkeypatch.delenv(variable)
     users.settings.save_settings(request, {"LambdaSolvers.Calibration": "often"})
     with pytest.raises(ValueError, match="LambdaSolvers.Calibration is 'often': choose one of auto"):
         calibration.rule()

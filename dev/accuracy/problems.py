@@ -155,7 +155,7 @@ class Emoji:
     def cond(self, prompts: Sequence[str | None], negative: bool = False) -> list:
         """A cond with one prompt for each image; None: nobody's, as `auto` measures at."""
         if None in prompts:
-            canonical = sys.modules[f"{comfy_host.pack().__name__}.nodes.canonical"]
+            canonical = sys.modules[f"{comfy_host.pack().__name__}.hosting.canonical"]
             made = canonical.Text.like(self.cond([""])[0][0], negative).made(int(not negative))
             return [[made.repeat(len(prompts), 1, 1), {}]]
         each = [self.clip.encode_from_tokens_scheduled(self.clip.tokenize(words))[0][0] for words in prompts]

@@ -3,7 +3,7 @@
 plan foresees a run from a workflow, runs keeps what the last ones did, panel says both, web serves it to the
 interface, and metadata notes in the image which calibration made it. A run tells events.listeners.
 """
-from .. import events
+from ...hosting import events
 from . import metadata, runs, web
 
 

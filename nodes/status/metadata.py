@@ -19,7 +19,7 @@ from typing import Any
 
 from server import PromptServer
 
-from .. import events
+from ...hosting import events
 from .plan import Graph
 from .runs import running
 

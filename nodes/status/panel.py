@@ -6,9 +6,9 @@ from contextlib import suppress
 from typing import Any, Callable, Mapping
 
 from ...samplers import load_calibration
-from .. import library, store
-from ..library import Kind
-from ..sampling import kind_of
+from ...hosting import library, store
+from ...hosting.kinds import kind_for
+from ...hosting.library import Kind
 from . import plan, runs
 from .plan import Graph, Job, Linked, Plan
 
@@ -85,7 +85,7 @@ def answer(graph: Graph, node_id: str, rule: Callable[[], str], say: Say) -> dic
         if job is None:
             return result
         result["runs"] = job.runs or node_id
-        kind = kind_of(job.sampler)
+        kind = kind_for(job.sampler)
         how = (graph[job.node]["inputs"].get("measure") or rule()) if kind else ""
         if run := runs.last(graph, job.runs):
             if kind:

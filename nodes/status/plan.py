@@ -18,6 +18,7 @@ from comfy_api.latest import io
 from nodes import NODE_CLASS_MAPPINGS
 from torch import Tensor
 
+from ...hosting.names import NODES, node_id
 from ...samplers import FAMILIES
 from ...samplers.catalogue import Sampler
 from ...samplers.denoisers import FULL
@@ -25,7 +26,6 @@ from ...samplers.learning.fitted import Unmeasured
 from ...samplers.schedule import Level, find_path, levels
 from ...samplers.solver import Adaptive, Step
 from ..host import path_of
-from ..names import NODES, node_id
 from ..sampling import listed
 
 Graph = Mapping[str, Mapping[str, Any]]

@@ -10,7 +10,7 @@ from comfy_execution.progress import get_progress_state
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
-from .. import events
+from ...hosting import events
 from .plan import UNTOLD, Graph, model_chain
 
 EVENT = "lambda_solvers.run"

@@ -14,8 +14,8 @@ from typing import Any
 from aiohttp import web
 from server import PromptServer
 
-from .. import library, settings
-from ..names import NAMES
+from ...hosting.names import NAMES
+from .. import settings
 from ..sampling import listed
 from . import panel, plan
 from .metadata import ROOT, version
@@ -42,7 +42,7 @@ async def show(request: web.Request) -> web.Response:
     except (ValueError, RecursionError) as fault:  # a JSONDecodeError is a ValueError
         return web.json_response({"error": str(fault)}, status=400)
     say = functools.partial(text, locale)
-    return web.json_response(await asyncio.to_thread(panel.answer, graph, node, library.rule, say))
+    return web.json_response(await asyncio.to_thread(panel.answer, graph, node, settings.rule, say))
 
 
 def about() -> dict[str, Any]:

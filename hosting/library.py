@@ -6,18 +6,18 @@ import hashlib
 import logging
 import math
 import os
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Iterator, Mapping, Protocol, Sequence
 
-from torch import Tensor
-
 from ..samplers.schedule import Level
-from . import canonical, identity, settings, store
+from . import canonical, events, store
 from .events import Used, say
 from .measuring import Run, as_long_as
-from .settings import RULES
 
+RULES = ("auto", "every prompt", "saved only", "never")
+"""What a sampler may do that needs a calibration and was given none."""
 VARIABLE = "LAMBDA_SOLVERS_CALIBRATION"
 TAUGHT = 3  # how well something serves that was taught for a range of guidances
 
@@ -27,7 +27,7 @@ class Kind(Protocol):
 
     option: str         # the solver's option that takes it
     type: type          # what it is: it has `about`, arrays(), save(path, overwrite) and load(path)
-    attachment: str     # its name on a MODEL
+    attachment: str     # its name on a model
     noun: str           # in sentences
     makes: str          # the node that measures it
 
@@ -50,24 +50,33 @@ class Kind(Protocol):
         """As much of one as holds for a run of this description, and for its guidance where that is told."""
     def ready(self, found: Any, run: Run) -> AbstractContextManager[Any]:
         """It, as the solver needs it while it runs."""
-    def draw(self, found: Any) -> Tensor: """Its picture, [1, H, W, 3]."""
 
 
-def rule() -> str:
-    """What a sampler in a list does without a calibration: the environment variable, else ComfyUI's settings,
-    else auto."""
+def rule(setting: str | None, name: str) -> str:
+    """What a sampler in a list does without a calibration: the environment variable, else the host's setting
+    of this name, else auto."""
     value, where = os.environ.get(VARIABLE), f"the environment variable {VARIABLE}"
     if not value:
-        value, where = settings.read(settings.CALIBRATION) or RULES[0], f"the setting {settings.CALIBRATION}"
+        value, where = setting or RULES[0], f"the setting {name}"
     if value not in RULES:
         raise ValueError(f"{where} is {value!r}: choose one of {', '.join(RULES)}")
     return value
 
 
+@contextmanager
+def provided(kind: Kind, run: Run, given: Any, how: str) -> Iterator[Any]:
+    """What the solver of a run needs to know of the model, ready for it; the run's notes are told."""
+    run = replace(run, image=kind.sampled(run.options, run.levels))
+    used = calibration_for(kind, run, given, how)
+    events.use(kind.option, used)
+    with kind.ready(used.suited, run) as ready:
+        yield ready
+
+
 def calibration_for(kind: Kind, run: Run, given: Any, how: str) -> Used:
     """What to sample `run` with, and where it came from.
 
-    In this order: what was given to the node; what is attached to the MODEL; a saved file that `choice`
+    In this order: what was given to the node; what is attached to the model; a saved file that `choice`
     takes; and, if `how` is auto or every prompt, a new one, measured on this very model function and saved:
     for auto at nobody's prompt (canonical.py).
     """
@@ -76,16 +85,15 @@ def calibration_for(kind: Kind, run: Run, given: Any, how: str) -> Used:
     def used(name: str, found: Any) -> Used:
         return Used(name, found, kind.suited(found, own))
 
-    for where, found in (("given", given), ("attached", run.patcher.get_attachment(kind.attachment))):
+    for where, found in (("given", given), ("attached", run.attached(kind))):
         if found is not None:
             warn(kind, found, run, own)
             return used(where, found)
     if how == "never":
-        raise ValueError(f"this sampler needs {kind.noun}, and measuring is switched off: add the node Load "
-                         f"Calibration or {kind.makes} and connect it to the sampler node, or put Apply "
-                         "Calibration behind the model")
+        raise ValueError(f"this sampler needs {kind.noun}, and measuring is switched off: "
+                         + run.remedies[how].format(makes=kind.makes))
     if math.isnan(own["guidance"]):
-        raise ValueError(f"the guidance of this {type(run.guider).__name__} is {run.guider.cfg!r}, and "
+        raise ValueError(f"the guidance of this {run.guided}, and "
                          f"{kind.noun} hold for one number: set one, give the sampler what {kind.makes} made "
                          "at a number, or choose a sampler that needs none, such as lambda_2m")
     saved = choice(kind, own, how, run.options, run.path, run.levels)
@@ -96,9 +104,8 @@ def calibration_for(kind: Kind, run: Run, given: Any, how: str) -> Used:
     sought = wanted(own, how)
     of = f"{sought['model']} at guidance {sought['guidance']:g}"
     if how == "saved only":
-        raise ValueError(f"no saved {kind.noun} for {of} in {store.directory()} serves this run: run "
-                         f"{kind.makes} once, or set measure to auto (on the sampler's node; for KSampler in "
-                         "ComfyUI's settings, Lambda Solvers)")
+        raise ValueError(f"no saved {kind.noun} for {of} in {store.directory()} serves this run: "
+                         + run.remedies[how].format(makes=kind.makes))
     calls = kind.cost(run.options, run.path, run.levels) * run.calls(kind.images(run.options, run.x.shape))
     say(f"no saved {kind.noun} for {of} serves this run: measuring once, {as_long_as(calls, run.image)}")
     with run.apart(), measuring_at(kind, run, how) as about:
@@ -112,9 +119,9 @@ def calibration_for(kind: Kind, run: Run, given: Any, how: str) -> Used:
 
 @contextmanager
 def measuring_at(kind: Kind, run: Run, how: str) -> Iterator[dict[str, Any]]:
-    """The guider of a run under the conditions that `how` measures at; what its description says then."""
+    """The model of a run under the conditions that `how` measures at; what its description says then."""
     about = dict(wanted(described(kind, run), how))
-    with canonical.conditions(run) if how == "auto" else nullcontext():
+    with run.at_no_prompt() if how == "auto" else run.at_its_prompt():
         yield about
 
 
@@ -129,11 +136,6 @@ def kept(kind: Kind, result: Any) -> Path | None:
             "again", logging.WARNING)
         return None
     return path
-
-
-def description(guider: Any) -> dict[str, Any]:
-    """Which model a guider samples, and at what; and what `auto` would measure at in place of its prompt."""
-    return {**identity.description(guider), "any": canonical.digest(guider)}
 
 
 def choice(kind: Kind, about: Mapping[str, Any], how: str, options: Mapping[str, Any], path: str,
@@ -171,7 +173,7 @@ def wanted(about: Mapping[str, Any], how: str) -> Mapping[str, Any]:
 
 def described(kind: Kind, run: Run) -> dict[str, Any]:
     """The description of a run, with the channels of its latents and what the kind adds."""
-    return {**description(run.guider), "channels": run.x.shape[1], **kind.about(run)}
+    return {**run.description(), "channels": run.x.shape[1], **kind.about(run)}
 
 
 def at(found: Any) -> dict[str, Any]:
@@ -220,7 +222,7 @@ def of_one_model(about: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
 
 
 def faults(about: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Why a calibration made for `about` may not serve `wanted`, both as `identity.description` has them; the
+    """Why a calibration made for `about` may not serve `wanted`, both as `Run.description` has them; the
     prompt apart."""
     found = []
     if about.get("fingerprint", "") != wanted["fingerprint"]:

@@ -1,4 +1,4 @@
-"""What a user can choose: the names in KSampler's list, and the families that have a node."""
+"""What a user can choose, in every host: names in lists of samplers, and the families that have a node."""
 
 NAMES = {
     "lambda_2m": "dpmpp_2m",

@@ -1,13 +1,10 @@
-"""Calibration files: their places in models/solver_calibrations."""
+"""Calibration files: their names, and their places in the folder of the host."""
 from __future__ import annotations
 
 import itertools
 import logging
-import os
 from pathlib import Path
-from typing import Any, Callable
-
-import folder_paths
+from typing import Any, Callable, Protocol
 
 from ..samplers.learning.storage import Damaged, OtherKind, digest
 
@@ -17,16 +14,29 @@ NONE = "[none saved yet]"
 LONGEST = 200  # bytes of a name: with what is added while it is written, file systems take 255
 
 
-def register() -> None:
-    """Make the folder known to ComfyUI, for safetensors files only, beside any the user has configured."""
-    folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
-    folder_paths.folder_names_and_paths[FOLDER] = (folder_paths.folder_names_and_paths[FOLDER][0], {ENDING})
+class Folder(Protocol):
+    """The calibrations of a host."""
+
+    def directory(self) -> Path:
+        """Where files are written."""
+    def names(self) -> list[str]:
+        """Of all files, with the folders below it that they are in; OSError if it cannot be read."""
+    def path(self, name: str) -> Path | None:
+        """The file of such a name, if there is one."""
+
+
+_folder: Folder
+
+
+def use(folder: Folder) -> None:
+    """Keep calibrations there. A process has one host."""
+    global _folder
+    _folder = folder
     listed()
 
 
 def directory() -> Path:
-    """Where files are written: the first of the folder's places."""
-    return Path(folder_paths.get_folder_paths(FOLDER)[0])
+    return _folder.directory()
 
 
 def listed() -> list[str]:
@@ -34,7 +44,7 @@ def listed() -> list[str]:
     nothing."""
     try:
         directory().mkdir(parents=True, exist_ok=True)
-        return folder_paths.get_filename_list(FOLDER)
+        return _folder.names()
     except OSError:
         return []
 
@@ -48,11 +58,11 @@ def existing(name: str) -> Path:
     if name == NONE:
         raise ValueError("no calibration is chosen: run Measure Model first, or put a file into "
                          f"{directory()}; then refresh the node definitions (key R) and choose it")
-    path = folder_paths.get_full_path(FOLDER, name)
+    path = _folder.path(name)
     if path is None:
         raise ValueError(f"there is no calibration {name!r} in {directory()}: run Measure Model first, or "
                          "put a file there and reload the page")
-    return Path(path)
+    return path
 
 
 def place(name: str) -> Path:

@@ -1,0 +1,21 @@
+"""Everything that knows Stable Diffusion WebUI (Forge, reForge, A1111): our names in its lists, their options
+in a panel, in the infotext and as axes of the X/Y/Z plot, and how a model is measured there."""
+from __future__ import annotations
+
+from modules import script_callbacks
+
+from ..hosting import events, store
+from . import axes, folder, measuring, registration, schedule, settings
+from .panel import Panel
+
+__all__ = ["Panel", "register"]
+
+
+def register() -> None:
+    """Tell the WebUI of everything that is here; again after every reload of its interface."""
+    registration.samplers()
+    schedule.append()
+    script_callbacks.on_ui_settings(settings.add)
+    script_callbacks.on_before_ui(axes.append)
+    store.use(folder.Folder())
+    events.listeners[:] = [measuring.Listener()]

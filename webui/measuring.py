@@ -1,0 +1,143 @@
+"""A job of the WebUI's in which the model is measured, and everything else left as it was."""
+from __future__ import annotations
+
+import math
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Iterator, Sequence
+
+import torch
+from modules import devices, sd_samplers_common, shared
+from torch import Tensor
+
+from ..hosting import canonical, measuring
+from ..samplers.learning.measure import INTERVALS
+from . import identity
+
+KEPT = {"model": ("step",), "sampler": ("last_latent",),
+        "state": ("sampling_step", "current_latent", "current_image", "current_image_sampling_step")}
+"""What every call of the model moves."""
+
+
+@dataclass(frozen=True)
+class Run(measuring.Run):
+    """What the WebUI calls a sampler function with; `model` is its CFGDenoiser."""
+
+    sampler: Any = None
+
+    cancelled = sd_samplers_common.InterruptedException
+    remedies = {
+        "never": ("set Lambda calibration to auto in the panel Lambda Solvers, or choose a sampler that "
+                  "needs none, such as Lambda 2M"),
+        "saved only": ("set Lambda calibration to auto once, in the panel Lambda Solvers, or put a file "
+                       "there that was made by ComfyUI's node {makes}"),
+    }
+
+    @property
+    def path(self) -> str:
+        return self.sampler.path
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        sigmas = self.sampler.model_wrap.sigmas
+        return float(sigmas[-1]), float(sigmas[0])
+
+    @property
+    def known(self) -> Sequence[float]:
+        sigmas = self.sampler.model_wrap.sigmas
+        return sigmas.tolist() if len(sigmas) >= 2 * INTERVALS else ()
+
+    @property
+    def precision(self) -> torch.dtype:
+        """float16 or bfloat16 as the WebUI chose, or float32 for anything finer."""
+        own = getattr(getattr(identity.unet(), "model", None), "computation_dtype", None)
+        dtype = own or devices.dtype_unet
+        return dtype if dtype in (torch.float16, torch.bfloat16) else torch.float32
+
+    @property
+    def guided(self) -> str:
+        return f"job is {identity.guidance(self.sampler.p, self.extra_args)}"
+
+    def description(self) -> dict[str, Any]:
+        return identity.description(self.sampler.p, self.extra_args)
+
+    def changed(self) -> list[str]:
+        return identity.changed()
+
+    def noised(self, noise: Tensor, sigma: float) -> Tensor:
+        return noise * (sigma if self.path == "flow" else math.hypot(1.0, sigma))
+
+    def ask(self, x: Tensor, sigma: Tensor, prompt: int) -> Tensor:
+        """At the first step, where no prompt has changed yet."""
+        self.check()
+        self.model.step = 0
+        return self.model(x, sigma, **{**self.extra_args, **identity.few(self.extra_args, len(x))})
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Also torch's random numbers: with masks and prompts that change the picture would else be another
+        one than without a measurement."""
+        refuse(self.sampler.p, self.model)
+        holders = {"model": self.model, "sampler": self.sampler, "state": shared.state}
+        before = [(holders[of], name, getattr(holders[of], name))
+                  for of, names in KEPT.items() for name in names if hasattr(holders[of], name)]
+        devices_used = [self.x.device] if self.x.device.type == "cuda" else []
+        try:
+            with torch.random.fork_rng(devices_used):
+                yield
+        finally:
+            for holder, name, value in before:
+                setattr(holder, name, value)
+
+    @contextmanager
+    def at_no_prompt(self) -> Iterator[None]:
+        p, extra, before = self.sampler.p, self.extra_args, dict(self.extra_args)
+        second = {"hr_cfg": p.hr_cfg} if hasattr(p, "hr_cfg") else {}
+        scale = canonical.guidance(identity.guidance(p, extra))
+        extra.update(identity.nobody(extra), cond_scale=scale)
+        for name in second:
+            setattr(p, name, scale)
+        try:
+            yield
+        finally:
+            extra.update(before)
+            for name, value in second.items():
+                setattr(p, name, value)
+
+    @contextmanager
+    def at_its_prompt(self) -> Iterator[None]:
+        if identity.scheduled(self.extra_args):
+            raise ValueError("the model is not measured at a prompt that changes from step to step, or at "
+                             "several joined by AND: set Lambda calibration to auto, which measures at "
+                             "nobody's")
+        yield
+
+    def check(self) -> None:
+        if shared.state.interrupted or shared.state.skipped:
+            raise self.cancelled
+
+    def show(self, done: int, total: int) -> None:
+        """The lines say it (hosting/events.py): the WebUI's bar is the picture's."""
+
+
+def refuse(p: Any, model: Any) -> None:
+    """ValueError for a job in which the model does not answer for itself alone."""
+    faults = {
+        "a mask (inpainting)": model.mask is not None,
+        "a refiner": bool(getattr(p, "refiner_checkpoint_info", None)),
+        "Negative Guidance minimum sigma": getattr(p, "s_min_uncond", 0) > 0,
+        "Ignore negative prompt during early sampling": getattr(shared.opts, "skip_early_cond", 0) > 0,
+    }
+    if found := [what for what, there in faults.items() if there]:
+        raise ValueError(f"the model is not measured in a job with {' and '.join(found)}: make one picture "
+                         "with the same model, guidance and LoRAs without, which saves what is measured, or "
+                         "choose a sampler that measures nothing, such as Lambda 2M")
+
+
+class Listener:
+    """Shows at the progress bar what samplers say."""
+
+    def said(self, text: str) -> None:
+        shared.state.textinfo = text
+
+    def ran(self, run: Any) -> None: """Nothing is kept of a run."""
