@@ -20,6 +20,7 @@ import environment
 from problems import Gaussian
 from comfyui_server import free_port
 from samplers import fitted_sigmas, k_diffusion_sampler, load_calibration
+from samplers.learning.train_hypersolver import USUAL
 from test_nodes import NAMES
 from webui_host import (PACK, Composable, Entry, Host, Multicond, SamplerData,
                         prompt)
@@ -270,9 +271,9 @@ def test_a_file_with_a_hypersolver_is_taken_and_used_at_its_guidances(bent) -> N
     network = made.Network(4)
     network.leave.bias.data += 3.0
     weights = network.state_dict()
-    weights["sizes"][0, 0], weights["sizes"][1:, 0] = -1.0, 0.0
+    weights["sizes"][1, 0] = -1.0
     bounds = np.array([[-9.0] * 7 + [0.0], [9.0] * 7 + [np.log(3.0)]])  # guidance 1 to 3
-    taught = replace(found, hypersolver=made.Hypersolver(weights, bounds, (5,)))
+    taught = replace(found, hypersolver=made.Hypersolver(weights, bounds, np.array(USUAL), (5,)))
     taught.save(bent.models / "solver_calibrations" / "taught.safetensors")
     told: list[str] = []
     bent.called = lambda: told.append(bent.state.textinfo)
