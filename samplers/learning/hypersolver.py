@@ -6,8 +6,8 @@
     v  y_s / sqrt(1 + varsigma_s^2),  D_s,  D_s - D_-1,  D_-1 - D_-2      (0 where there is none)
     c  what is known of the step before it is made: `Conditions`
     w  a number for each part of v: better weights for this step
-    g  u -> 3x3 -> + 3x3 -> + 3x3 of every second place -> 3x3, of 32 channels with SiLU, each with a factor
-       and a shift that c tells:  c -> 64 -> 2 x 32 for every layer
+    g  u -> 3x3 -> + 3x3 -> + 3x3 of every second place -> 3x3, of 48 channels with SiLU, each with a factor
+       and a shift that c tells:  c -> 64 -> 2 x 48 for every layer
 
 w is a polynomial in c; so are the logs of whole, rho and scale, the sizes of all that is missed, of what w
 leaves, and of the parts of v: the network sees and answers numbers near 1. It sees 11 x 11 places, so it
