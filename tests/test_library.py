@@ -24,7 +24,7 @@ noise = comfy.sample.prepare_noise(latent, 7)
 with torch.inference_mode():
     for name in ("lambda_2m", "lambda_v3", "lambda_fitted", "lambda_amed"):
         for _ in range(2):
-            found = comfy.sample.sample(emoji.model, noise, 2, 3.0, name, "karras", positive, negative,
+            found = comfy.sample.sample(emoji.model, noise, 3, 3.0, name, "karras", positive, negative,
                                         latent, seed=7, disable_pbar=True)
             assert found.isfinite().all() and 0.2 < found.std() < 1.5, name
 """
