@@ -245,8 +245,8 @@ def test_the_first_step_is_skipped_by_a_node_or_an_option_and_refused_for_img2im
         graph = Graph("panda").counted()
         family = graph.add(
             "LambdaSamplerMultistep", **{
-                **dict(order=2, prediction="data", rule="midpoint", lower_order_final="auto",
-                       first_step="evaluate"),
+                **dict(order=2, prediction="data", rule="midpoint", corrector="off",
+                       lower_order_final="auto", first_step="evaluate"),
                 **options
             })
         sampler = [graph.add("LambdaFirstStep", sampler=[family, 0], mode=mode), 0] if mode else [family, 0]
