@@ -2,8 +2,8 @@
 
 overhead     time, peak memory and operations per step without the model's own, ours against ComfyUI's; and
              what the hypersolver adds to a step of Stable Diffusion XL
-stochastic   distance of 10^4 images to the data, ours against ComfyUI's SDE samplers: 2 minutes
-hypersolver  trains the emoji model's anew: about half an hour
+stochastic   distance of 10^4 images to the data, ours against ComfyUI's SDE samplers: minutes
+hypersolver  trains the emoji model's anew: an hour or more
 the others   error to the converged solution at equal model evaluations (see accuracy/__init__.py)
 """
 from __future__ import annotations

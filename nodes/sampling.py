@@ -64,8 +64,7 @@ def _node(family: Sampler, title: str) -> type[io.ComfyNode]:
                 category=CATEGORY,
                 description=f"{family.help}\n\n{family.citation}",
                 inputs=[*(_calibration(kind) if kind else []), *starmap(_input, options.items())],
-                outputs=[io.Sampler.Output(display_name="SAMPLER",
-                                           tooltip="For SamplerCustom or SamplerCustomAdvanced")],
+                outputs=[_output()],
             )
 
         @classmethod
@@ -135,6 +134,10 @@ def _input(name: str, option: Option) -> io.Input:
     return advanced(widget) if option.advanced else widget
 
 
+def _output() -> io.Output:
+    return io.Sampler.Output(display_name="SAMPLER", tooltip="For SamplerCustom or SamplerCustomAdvanced")
+
+
 class FirstStep(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -151,8 +154,7 @@ class FirstStep(io.ComfyNode):
                     "second seed of a prompt on, by the mean of what the model said to the first; kept in "
                     "memory, for one prompt, guidance and size")),
             ],
-            outputs=[io.Sampler.Output(display_name="SAMPLER",
-                                       tooltip="For SamplerCustom or SamplerCustomAdvanced")])
+            outputs=[_output()])
 
     @classmethod
     def execute(cls, sampler: Any, mode: str) -> io.NodeOutput:
@@ -185,8 +187,7 @@ class Threshold(io.ComfyNode):
                     "What the image is kept within, from -floor to floor: 1 for pixels. Latents have no "
                     "known range")),
             ],
-            outputs=[io.Sampler.Output(display_name="SAMPLER",
-                                       tooltip="For SamplerCustom or SamplerCustomAdvanced")])
+            outputs=[_output()])
 
     @classmethod
     def execute(cls, sampler: Any, quantile: float, floor: float) -> io.NodeOutput:

@@ -64,9 +64,7 @@ def midpoint(n: int, z: float) -> list[float]:
     This is k-diffusion's and ComfyUI's dpmpp_2m, and the authors' solver_type "dpmsolver".
     """
     moments = published(n, z)
-    if n == 2:
-        moments[1] = moments[0] / 2.0
-    return moments
+    return _half(moments, moments[0])
 
 
 def bh1(n: int, z: float) -> list[float]:
@@ -74,18 +72,18 @@ def bh1(n: int, z: float) -> list[float]:
 
     Their B(h) cancels wherever the weights are solved for; it is left where one weight is set to 1 / 2.
     """
-    moments = taylor(n, z)
-    if n == 2:
-        moments[1] = z / 2.0
-    return moments
+    return _half(taylor(n, z), z)
 
 
 def bh2(n: int, z: float) -> list[float]:
     """`taylor`, but with M_1 = M_0 / 2 for two nodes, as in `midpoint`: UniPC with B(h) = e^h - 1."""
     moments = taylor(n, z)
-    if n == 2:
-        moments[1] = moments[0] / 2.0
-    return moments
+    return _half(moments, moments[0])
+
+
+def _half(moments: list[float], whole: float) -> list[float]:
+    """The same, but with M_1 = whole / 2 for two nodes."""
+    return [moments[0], whole / 2.0] if len(moments) == 2 else moments
 
 
 RULES: Mapping[str, Rule] = {"midpoint": midpoint, "taylor": taylor, "published": published, "bh1": bh1,

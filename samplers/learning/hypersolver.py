@@ -116,8 +116,12 @@ class Network(Module):
         for k, layer in enumerate(self.middle, 1):
             h = h + silu(layer(h) * (1.0 + factors[:, k]) + shifts[:, k])
         easy, rest = (over(by.weights, u) * u).sum(1), self.leave(h)
-        return sum(over(size, rest) * BOUND * torch.tanh(answer / BOUND)
-                   for size, answer in ((by.whole, easy), (by.rho, rest)))
+        return over(by.whole, easy) * bounded(easy) + over(by.rho, rest) * bounded(rest)
+
+
+def bounded(answer: Tensor) -> Tensor:
+    """Within -BOUND .. BOUND."""
+    return BOUND * torch.tanh(answer / BOUND)
 
 
 def over(number: Tensor, like: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from ..integrand import DataPrediction
 from ..model import PROBE, latents
 from ..sample import Place, combine, on_device, onward, sample
 from ..schedule import Level, Path, find_path
-from ..solver import Step, ddim
+from ..solver import ddim
 from .course import Course
 from .fitted import check, fit_nodes, nodes_to
 from .gauss_newton import FLOOR, typical
@@ -248,8 +248,7 @@ class School:
     @cached_property
     def grid(self) -> list[Level]:
         """The teacher's levels, and sigma = 0."""
-        lams = np.linspace(*self.calibration.lam[[0, -1]], TEACHER).tolist()
-        return [*map(self.path.at, lams), self.path.level(0.0)]
+        return [*self.over(np.linspace(*self.calibration.lam[[0, -1]], TEACHER).tolist())]
 
     def teach(self, i: int, found: Found) -> None:
         """One step of the teacher. Its answers are kept, in half precision: they tell its whole way."""
@@ -314,7 +313,10 @@ class School:
         return self.to(lesson.n, start, last)
 
     def to(self, n: int, start: float, last: float) -> tuple[Level, ...]:
-        nodes = nodes_to(self.calibration, n, start, last)
+        return self.over(nodes_to(self.calibration, n, start, last))
+
+    def over(self, nodes: Sequence[float]) -> tuple[Level, ...]:
+        """Levels at these lam, and sigma = 0."""
         return (*map(self.path.at, nodes), self.path.level(0.0))
 
     def attend(self, k: int, j: int, found: Found) -> None:
@@ -343,7 +345,7 @@ class School:
         """The same, where the solver's own run is; and how far from the truth it ends."""
         denoise = bound(self.course.denoise, images=list(images))
         place, went = Place(0, found["begin"][images]), []
-        for step in self.steps(levels, images, found):
+        for step in self.guided(images, found).steps(levels, self.path):
             here, place = onward(denoise, place, on_device(step, place.x), 2)
             answers = [here.values[0], *here.past][:len(went) + 1]
             went.append((self.crop(here.x, images), [self.crop(answer, images) for answer in answers]))
@@ -353,10 +355,9 @@ class School:
             for image, square in zip(images, error.tolist())], dtype=torch.float64)
         return went
 
-    def steps(self, levels: Sequence[Level], images: Sequence[int], found: Found) -> list[Step]:
-        """The hypersolver's, with what the network has learned so far."""
-        guided = replace(self.learned(found), guidance=[self.guidances[image] for image in images])
-        return guided.steps(levels, self.path)
+    def guided(self, images: Sequence[int], found: Found) -> Hypersolver:
+        """What was learned so far, at the guidances of these images."""
+        return replace(self.learned(found), guidance=[self.guidances[image] for image in images])
 
     def train(self, k: int, found: Found) -> None:
         """The network, on all that was seen so far."""
@@ -374,10 +375,9 @@ class School:
                 self.iterations // (1 if k == len(self.rounds) - 1 else 2), self.seed + k, self._tell)
         found |= {f"net.{name}": value.cpu() for name, value in network.state_dict().items()}
         found["bounds"] = torch.stack([c.amin(0), c.amax(0)]).double()
-        ends = [found[name] for name in found if name.startswith("ends.")]
-        found["end"] = torch.tensor(USUAL, dtype=torch.float64)
-        if ends:
-            found["end"] = ending(torch.cat(ends), float(self.calibration.lam[0]))
+        ends = [found[f"ends.{name}"] for name in names[len(self.rounds[0]):]]  # of the solver's own runs
+        found["end"] = (ending(torch.cat(ends), float(self.calibration.lam[0])) if ends else
+                        torch.tensor(USUAL, dtype=torch.float64))
 
     def _tell(self, loss: float) -> None:
         self.course.loss = loss
@@ -392,15 +392,14 @@ class School:
         """The mean squared errors of the images that select, without the network and with it, each on its
         levels."""
         n, (low, high), errors = self.counts[k], map(float, self.calibration.lam[[0, -1]]), []
+        plain = SOLVER.steps(self.over(fit_nodes(self.calibration, n)), self.path)
         for images in _together(_held(self.prompts)[:COMPARED], self.prompts):
-            guided = replace(self.learned(found), guidance=[self.guidances[image] for image in images])
-            own = self.to(n, low, guided.last(n, low, high))
-            plain = (*map(self.path.at, fit_nodes(self.calibration, n)), self.path.level(0.0))
-            denoise, end = bound(self.course.denoise, images=images), self.truth(images, found)(own[-1])[0]
-            errors.append(torch.stack([
-                (self.crop(sample(denoise, found["begin"][images], steps), images) - end)
-                .flatten(1).square().mean(1)
-                for steps in (SOLVER.steps(plain, self.path), guided.steps(own, self.path))]))
+            guided, denoise = self.guided(images, found), bound(self.course.denoise, images=images)
+            own = guided.steps(self.to(n, low, guided.last(n, low, high)), self.path)
+            ends = [self.crop(sample(denoise, found["begin"][images], steps), images)
+                    for steps in (plain, own)]
+            true = found["answers"][-1, images].to(self.x.dtype)
+            errors.append(torch.stack([(end - true).flatten(1).square().mean(1) for end in ends]))
         found[f"errors.{k}"] = torch.cat(errors, 1).double()
 
 
