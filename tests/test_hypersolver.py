@@ -232,6 +232,31 @@ def test_it_goes_on_from_wherever_it_was_cut_short_and_ends_alike(tmp_path, monk
         np.testing.assert_array_equal(found.arrays()[name], value, err_msg=name)
 
 
+def test_the_ends_of_runs_are_in_one_order_whatever_was_kept(tmp_path, monkeypatch) -> None:
+    """Of more lessons than ten, whose names a file sorts in another order."""
+    seen, original = [], train_hypersolver.ending
+    monkeypatch.setattr(train_hypersolver, "TEACHER", 8)
+    monkeypatch.setattr(train_hypersolver, "LESSON", 2)
+    monkeypatch.setattr(train_hypersolver, "ending",
+                        lambda runs, start: seen.append(runs) or original(runs, start))
+    how, calls = {"prompts": [k // 2 for k in range(24)], "iterations": 2}, 0
+
+    def progress(done: int, total: int, loss: float) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == last:
+            raise Stop
+
+    last = -1
+    fitted(progress=progress, **how)
+    whole, last, calls = seen[-1], calls - 30, 0  # the comparison of 4 images is behind
+    with pytest.raises(Stop):
+        fitted(partial=tmp_path / "partial", progress=progress, **how)
+    seen.clear()
+    fitted(partial=tmp_path / "partial", **how)
+    assert len(seen) == 1 and torch.equal(seen[0], whole)
+
+
 def test_the_teacher_is_exact_between_its_levels(monkeypatch) -> None:
     """On normal data, whose solution is known."""
     seen, model, x = [], Gaussian(), noise(24, seed=21)
