@@ -4,7 +4,8 @@ Makes the environment (environment.py), starts ComfyUI with this pack and the ti
 the example workflows once with each of our samplers and with two of ComfyUI's own beside them, and writes
     .dev/demo/few_steps.png       what so few evaluations make at guidance 7, with the hypersolver in
                                   dev/tiny_emoji too, and how far each is from the converged image
-    .dev/demo/contact_sheet.png   every sampler: a row a sampler, a column a prompt
+    .dev/demo/contact_sheet.png   every sampler: a row a sampler, a column a prompt. AMED, which is trained for
+                                  minutes first, with --amed only
     .dev/demo/table.md            sampler, steps, model evaluations, seconds
 COMFYUI_PATH names an existing ComfyUI to use instead; its own folders are left alone.
 """
@@ -35,6 +36,7 @@ HYPERSOLVER = environment.ROOT / "dev" / "tiny_emoji" / "hypersolver.safetensors
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=12, help="intervals of the schedule (default 12)")
+    parser.add_argument("--amed", action="store_true", help="AMED too: minutes more, since it is trained")
     parser.add_argument("--keep", action="store_true", help="leave the server running and print its address")
     options = parser.parse_args()
     if options.steps < 1:
@@ -50,7 +52,8 @@ def main() -> None:
     found.unlink(missing_ok=True)
     with Server(place, base, log=home / "server.log") as server:
         print(f"ComfyUI runs at {server.url}", flush=True)
-        rows = [produce(server, job, steps_of(job, options.steps)) for job in jobs(server)]
+        rows = [produce(server, job, steps_of(job, options.steps)) for job in jobs(server)
+                if options.amed or not trained(job)]
         contact_sheet(rows).save(home / "contact_sheet.png")
         (home / "table.md").write_text(table(rows))
         print(f"\n{table(rows)}", flush=True)
@@ -104,12 +107,16 @@ def jobs(server) -> list[tuple[str, str | None, dict]]:
     return result
 
 
-def steps_of(job: tuple[str, str | None, dict], steps: int) -> int:
-    """Half as many for AMED, which evaluates twice in each, and is trained for at most 10."""
+def trained(job: tuple[str, str | None, dict]) -> bool:
+    """Whether the sampler is AMED."""
     from samplers import SAMPLERS
 
-    amed = job[1] is not None and "trained" in SAMPLERS[job[1]].options
-    return min(10, (steps + 1) // 2) if amed else steps
+    return job[1] is not None and "trained" in SAMPLERS[job[1]].options
+
+
+def steps_of(job: tuple[str, str | None, dict], steps: int) -> int:
+    """Half as many for AMED, which evaluates twice in each, and is trained for at most 10."""
+    return min(10, (steps + 1) // 2) if trained(job) else steps
 
 
 def ksampler(server, sampler: str, scheduler: str = "karras") -> dict:
