@@ -94,7 +94,7 @@ def of_node(ui, kind: str, info: dict):
     ui.open()  # nothing of the last node is kept, and lists have the files that were saved
     ui.load(workflow)
     ui.run()
-    if kind == "LambdaFirstStep":  # the second seed is the first to use the mean
+    if kind == "LambdaOptions":  # its mean: the second seed is the first to use the mean
         ui.put(ui.node("SamplerCustom"), "noise_seed", demo.SEED + 1)
         ui.run()
     ui.page.wait_for_timeout(1500)
@@ -110,7 +110,8 @@ def laid(kind: str, info: dict) -> tuple[dict, int, int | None]:
     for node, text in zip(texts, (demo.PROMPTS[1], "")):
         node["widgets_values"] = [text]
     amed = "Amed" in kind
-    chosen = {"cfg": demo.GUIDANCE, "fitted": True, "noise_seed": demo.SEED, "mode": "mean",
+    chosen = {"cfg": demo.GUIDANCE, "fitted": True, "noise_seed": demo.SEED,
+              "first_step": "mean" if kind == "LambdaOptions" else "evaluate",
               "scheduler": "karras", "seed": [*info].index(kind),  # one's own: nothing comes from a cache
               "steps": 3 if amed else STEPS, "sampler_name": "lambda_amed" if amed else "lambda_v3",
               "name": f"{'amed' if amed else 'statistics'}-panda{'.safetensors' if 'Load' in kind else ''}"}

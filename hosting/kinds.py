@@ -265,9 +265,9 @@ def _first_step(options: Mapping[str, Any]) -> str:
 STATISTICS_KIND, AMED_KIND = KINDS = (StatisticsKind(), AmedKind())
 
 
-def kind_for(sampler: Sampler) -> Kind | None:
-    """What a solver needs to know of a model, if it does."""
-    return next((kind for kind in KINDS if kind.option in sampler.options), None)
+def kind_for(sampler: Sampler, options: Mapping[str, Any] | None = None) -> Kind | None:
+    """What a solver needs to know of a model, if it does with these options; or may, if they are not told."""
+    return next((kind for kind in KINDS if sampler.uses(kind.option, options)), None)
 
 
 def kind_of(found: Any) -> Kind:

@@ -17,7 +17,6 @@ NODES = {
     "singlestep": "Singlestep",
     "adaptive": "Adaptive",
     "sde": "SDE",
-    "analytic": "Analytic-DPM",
     "v3": "DPM-Solver-v3",
     "fitted": "Fitted",
     "amed": "AMED",

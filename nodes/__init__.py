@@ -8,14 +8,13 @@ from . import folder
 from .compare import CompareSamplers
 from .keeping import NODES as KEEPING
 from .knowledge import NODES as LEARNING
-from .sampling import FirstStep, Threshold, register, sampler_nodes
+from .sampling import SamplerOptions, register, sampler_nodes
 from .scheduling import LambdaScheduler
 
 
 class LambdaSolvers(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [*sampler_nodes(), *LEARNING, *KEEPING, LambdaScheduler, FirstStep,
-                Threshold, CompareSamplers]
+        return [*sampler_nodes(), *LEARNING, *KEEPING, LambdaScheduler, SamplerOptions, CompareSamplers]
 
 
 folder.register()

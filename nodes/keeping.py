@@ -1,20 +1,19 @@
-"""Nodes that load, save, attach and use what was learned of a model."""
+"""Nodes that load, save and attach what was learned of a model."""
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from comfy_api.latest import io
 
 from ..hosting import store
 from ..hosting.events import say
-from ..hosting.kinds import STATISTICS_KIND, kind_of
+from ..hosting.kinds import kind_of
 from ..hosting.library import file_name
-from ..samplers import fitted_sigmas, load_calibration
+from ..samplers import load_calibration
 from . import picture
-from .host import CATEGORY, path_of
-from .kinds import SOCKET, needed
-from .knowledge import FITTED, outputs
+from .host import CATEGORY
+from .kinds import SOCKET
+from .knowledge import outputs
 
 MADE = "Measure Model, Tune Fitted, Train Hypersolver or Train AMED"
 
@@ -100,36 +99,4 @@ class ApplyCalibration(io.ComfyNode):
         return io.NodeOutput(patched)
 
 
-class FittedScheduler(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="LambdaFittedScheduler",
-            display_name="Fitted Scheduler",
-            category=CATEGORY,
-            description="The noise levels where so few steps leave the least error on your model, as SIGMAS "
-                        "for any sampler. It does for any checkpoint that was measured what the tables of "
-                        "Align Your Steps, GITS and OptimalSteps do for a few. Chosen for DPM-Solver-v3's "
-                        "own steps.",
-            inputs=[
-                io.Model.Input("model", tooltip="The model that will be sampled: its noise levels are used"),
-                SOCKET.Input("calibration", tooltip=FITTED),
-                io.Int.Input("steps", default=6, min=1, max=1000, tooltip="Intervals of the schedule, the "
-                                                                          "last one to 0"),
-                io.Float.Input("denoise", default=1.0, min=0.01, max=1.0, step=0.01, tooltip=(
-                    "Below 1 the schedule begins where this share of the model's timesteps is left, for "
-                    "image to image")),
-            ],
-            outputs=[io.Sigmas.Output(display_name="SIGMAS",
-                                      tooltip="For SamplerCustom, SamplerCustomAdvanced or Train AMED")],
-        )
-
-    @classmethod
-    def execute(cls, model, calibration, steps, denoise) -> io.NodeOutput:
-        found = needed(STATISTICS_KIND, calibration, "Fitted Scheduler")
-        sampling = model.get_model_object("model_sampling")
-        start = float(sampling.percent_to_sigma(1.0 - denoise) if denoise < 1.0 else sampling.sigma_max)
-        return io.NodeOutput(torch.tensor(fitted_sigmas(found, steps, start, path_of(sampling))))
-
-
-NODES: list[type[io.ComfyNode]] = [LoadCalibration, SaveCalibration, ApplyCalibration, FittedScheduler]
+NODES: list[type[io.ComfyNode]] = [LoadCalibration, SaveCalibration, ApplyCalibration]

@@ -108,7 +108,7 @@ class MeasureModel(io.ComfyNode):
                 _save(),
                 _for("more exact for that, and for others a part of it is left out"),
                 advanced(io.Boolean.Input("fitted", default=True, tooltip=(
-                    "Measure what Fitted and Fitted Scheduler need too: half as long again, and two "
+                    "Measure what Fitted and the clock fitted need too: half as long again, and two "
                     "trajectories or more"))),
                 _seed("of the measuring trajectories"),
                 advanced(io.Int.Input("intervals", default=INTERVALS, min=4, max=500, tooltip=(

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from itertools import starmap
 from typing import Any, Callable
 
@@ -16,7 +17,7 @@ from ..hosting.library import RULES, Kind
 from ..hosting.names import NAMES, NODES, node_id
 from ..samplers import FAMILIES, SAMPLERS
 from ..samplers.catalogue import Option, Sampler
-from ..samplers.denoisers import threshold
+from ..samplers.denoisers import FIRST_STEPS, THRESHOLDS
 from . import canonical, settings
 from .host import CATEGORY, advanced, around, sampler_function
 from .kinds import SOCKET, needed
@@ -58,12 +59,14 @@ def _node(family: Sampler, title: str) -> type[io.ComfyNode]:
         def define_schema(cls) -> io.Schema:
             options = {name: option for name, option in family.options.items() if not kind
                        or name != kind.option}
+            condition = _condition(family.options[kind.option]) if kind else ""
             return io.Schema(
                 node_id=node_id(family.name),
                 display_name=f"{title} (Lambda)",
                 category=CATEGORY,
                 description=f"{family.help}\n\n{family.citation}",
-                inputs=[*(_calibration(kind) if kind else []), *starmap(_input, options.items())],
+                inputs=[*(_sockets(kind, condition) if kind else []), *starmap(_input, options.items()),
+                        *(_measure(kind, condition) if kind else [])],
                 outputs=[_output()],
             )
 
@@ -80,12 +83,12 @@ def _node(family: Sampler, title: str) -> type[io.ComfyNode]:
 
 
 def calibrated(sampler: Sampler, how: str | None = None) -> Callable[..., Tensor]:
-    """The sampler's function for KSAMPLER; one that needs a calibration finds or measures it first."""
-    function, kind = sampler_function(sampler), kind_for(sampler)
-    if kind is None:
-        return _observed(sampler, function, None)
+    """The sampler's function for KSAMPLER, known as ours and telling of its runs; one that needs a
+    calibration finds or measures it first."""
+    function = sampler_function(sampler)
 
-    def sample(model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
+    def prepared(model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
+        kind = kind_for(sampler, options)
         if len(sigmas) < 2:
             return x  # nothing to do, so nothing to measure
         given = options.pop(kind.option, None)
@@ -95,28 +98,32 @@ def calibrated(sampler: Sampler, how: str | None = None) -> Callable[..., Tensor
             return function(model, x, sigmas, extra_args, callback, disable, **{kind.option: ready},
                             **options)
 
-    return _observed(sampler, sample, canonical.description)
+    plain, measuring = events.observed(function, None), events.observed(prepared, canonical.description)
 
+    def sample(*arguments, **options):
+        return (measuring if kind_for(sampler, options) else plain)(*arguments, **options)
 
-def _observed(sampler: Sampler, function: Callable[..., Tensor],
-              describe: Callable | None) -> Callable[..., Tensor]:
-    """The function, telling of its runs, and known as ours."""
-    sample = events.observed(function, describe)
     sample.lambda_solvers = sampler
     return sample
 
 
-def _calibration(kind: Kind) -> list[io.Input]:
-    """The inputs of a node whose solver needs a calibration, beside the solver's own options."""
-    return [
-        SOCKET.Input("calibration", optional=True, tooltip=(
-            f"From {kind.makes} or Load Calibration. Without: what is attached to the model, or as `measure` "
-            "says")),
-        io.Combo.Input("measure", options=list(RULES), default=RULES[0], tooltip=(
-            f"Without {kind.noun} connected or attached: auto takes a saved file of this model and guidance, "
-            "or measures and saves one once, at no prompt in particular; every prompt measures each new "
-            "prompt, which is more exact; saved only never measures; never uses none but given ones")),
-    ]
+def _condition(option: Option) -> str:
+    """When an option counts, before what it does."""
+    return "For {} {} alone. ".format(*option.where) if option.where else ""
+
+
+def _sockets(kind: Kind, condition: str) -> list[io.Input]:
+    """The socket of a node whose solver needs a calibration, beside the solver's own options."""
+    return [SOCKET.Input("calibration", optional=True, tooltip=(
+        f"{condition}From {kind.makes} or Load Calibration. Without: what is attached to the model, or as "
+        "`measure` says"))]
+
+
+def _measure(kind: Kind, condition: str) -> list[io.Input]:
+    return [io.Combo.Input("measure", optional=True, options=list(RULES), default=RULES[0], tooltip=(
+        f"{condition}Without {kind.noun} connected or attached: auto takes a saved file of this model and "
+        "guidance, or measures and saves one once, at no prompt in particular; every prompt measures each "
+        "new prompt, which is more exact; saved only never measures; never uses none but given ones"))]
 
 
 def _input(name: str, option: Option) -> io.Input:
@@ -138,60 +145,56 @@ def _output() -> io.Output:
     return io.Sampler.Output(display_name="SAMPLER", tooltip="For SamplerCustom or SamplerCustomAdvanced")
 
 
-class FirstStep(io.ComfyNode):
+class SamplerOptions(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="LambdaFirstStep",
-            display_name="First Step",
+            node_id="LambdaOptions",
+            display_name="Sampler Options",
             category=CATEGORY,
-            description="Leaves out a sampler's first evaluation, where x is nothing but noise. afs: "
-                        "Dockhorn et al. 2022 (arXiv:2210.05475). Not for img2img.",
+            description="Changes what a sampler gets for the model's answers: the first one left out (afs: "
+                        "Dockhorn et al. 2022, arXiv:2210.05475), or all kept within bounds (dynamic: "
+                        "Saharia et al. 2022, Imagen, arXiv:2205.11487).",
             inputs=[
-                io.Sampler.Input("sampler", tooltip="A sampler of this pack"),
-                io.Combo.Input("mode", options=["afs", "mean"], default="afs", tooltip=(
-                    "afs: answered analytically, worth it where sigma_max is very high. mean: from the "
-                    "second seed of a prompt on, by the mean of what the model said to the first; kept in "
-                    "memory, for one prompt, guidance and size")),
+                io.Sampler.Input("sampler", tooltip="Any sampler; first_step is for those of this pack"),
+                io.Combo.Input("first_step", options=list(FIRST_STEPS), default="evaluate", tooltip=(
+                    "The first evaluation, where x is nothing but noise. evaluate: as the sampler is set; "
+                    "afs: answered analytically, worth it where sigma_max is very high; mean: from the "
+                    "second seed of a prompt on, by the mean of what the model said to the first, kept in "
+                    "memory. Not for img2img")),
+                io.Combo.Input("threshold", options=list(THRESHOLDS), default="off", tooltip=(
+                    "Keeps the denoised image of every step within bounds, for models of pixels at high "
+                    "guidance. dynamic: what goes beyond the quantile is cut off, and the image scaled "
+                    "down to bound; static: it is clamped to bound")),
+                io.Float.Input("quantile", default=0.995, min=0.01, max=1.0, step=0.001, round=False,
+                               tooltip=("Of the dynamic threshold: the share of an image's values that is "
+                                        "kept, where it goes beyond bound")),
+                io.Float.Input("bound", default=1.0, min=0.01, max=1000.0, step=0.01, round=False, tooltip=(
+                    "What a threshold keeps the image within, from -bound to bound: 1 for pixels. Latents "
+                    "have no known range")),
             ],
             outputs=[_output()])
 
     @classmethod
-    def execute(cls, sampler: Any, mode: str) -> io.NodeOutput:
-        function = getattr(sampler, "sampler_function", None)
-        if not hasattr(function, "lambda_solvers"):
-            raise ValueError("First Step wraps samplers of this pack, and this is "
-                             f"{getattr(function, '__name__', sampler)}: connect one of the Lambda Solvers "
-                             "nodes, or KSamplerSelect with one of our names")
-        options = {**sampler.extra_options, "first_step": mode}
-        function.lambda_solvers.settings({**function.lambda_solvers.stand_ins, **options})
-        return io.NodeOutput(comfy.samplers.KSAMPLER(function, extra_options=options,
-                                                     inpaint_options=sampler.inpaint_options))
-
-
-class Threshold(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="LambdaThreshold",
-            display_name="Threshold",
-            category=CATEGORY,
-            description="Keeps the denoised image of every step within bounds, for models of pixels at high "
-                        "guidance. Dynamic thresholding: Saharia et al. 2022, Imagen (arXiv:2205.11487).",
-            inputs=[
-                io.Sampler.Input("sampler", tooltip="Any sampler, ComfyUI's own included"),
-                io.Float.Input("quantile", default=0.995, min=0.0, max=1.0, step=0.001, round=False, tooltip=(
-                    "Share of an image's values that is kept, where it goes beyond floor: the rest is cut "
-                    "off, and the image scaled down to floor. 0: it is clamped to floor, without a scale")),
-                io.Float.Input("floor", default=1.0, min=0.01, max=1000.0, step=0.01, round=False, tooltip=(
-                    "What the image is kept within, from -floor to floor: 1 for pixels. Latents have no "
-                    "known range")),
-            ],
-            outputs=[_output()])
-
-    @classmethod
-    def execute(cls, sampler: Any, quantile: float, floor: float) -> io.NodeOutput:
+    def execute(cls, sampler: Any, first_step: str, threshold: str, quantile: float,
+                bound: float) -> io.NodeOutput:
         if not isinstance(sampler, comfy.samplers.KSAMPLER):
-            raise ValueError(f"Threshold wraps ComfyUI's KSAMPLER, and this is a {type(sampler).__name__}: "
-                             "connect KSamplerSelect or the node of a sampler")
-        return io.NodeOutput(around(sampler, lambda denoised: threshold(denoised, quantile, floor)))
+            raise ValueError("Sampler Options wraps ComfyUI's KSAMPLER, and this is a "
+                             f"{type(sampler).__name__}: connect KSamplerSelect or the node of a sampler")
+        if first_step != "evaluate":
+            sampler = _skipping(sampler, first_step)
+        bounded = THRESHOLDS[threshold]
+        return io.NodeOutput(around(sampler, partial(bounded, quantile=quantile, bound=bound))
+                             if bounded else sampler)
+
+
+def _skipping(sampler: Any, first_step: str) -> Any:
+    """The same sampler of ours, with its first evaluation answered so."""
+    function = sampler.sampler_function
+    if not hasattr(function, "lambda_solvers"):
+        raise ValueError(f"first_step = {first_step!r} is for samplers of this pack, and this is "
+                         f"{getattr(function, '__name__', sampler)}: connect one of the Lambda Solvers "
+                         "nodes, or KSamplerSelect with one of our names; or set first_step to evaluate")
+    options = {**sampler.extra_options, "first_step": first_step}
+    function.lambda_solvers.settings({**function.lambda_solvers.stand_ins, **options})
+    return comfy.samplers.KSAMPLER(function, options, sampler.inpaint_options)

@@ -1,4 +1,4 @@
-"""Schedules as SIGMAS, without a calibration."""
+"""Schedules as SIGMAS."""
 from __future__ import annotations
 
 import math
@@ -8,13 +8,17 @@ from typing import Any
 import torch
 from comfy_api.latest import io, ui
 
+from ..hosting.kinds import STATISTICS_KIND
+from ..samplers import fitted_sigmas
 from ..samplers.clocks import CLOCKS, evenly
 from ..samplers.schedule import Level, Path, find_path, levels
 from ..samplers.solver import finite
 from . import picture
 from .host import CATEGORY, advanced, path_of
+from .kinds import SOCKET, needed
+from .knowledge import FITTED
 
-LISTS = ("list of sigmas", "list of lambdas")
+LISTS, FIT = ("list of sigmas", "list of lambdas"), "fitted"
 
 
 class LambdaScheduler(io.ComfyNode):
@@ -25,24 +29,32 @@ class LambdaScheduler(io.ComfyNode):
             display_name="Lambda Scheduler",
             category=CATEGORY,
             description="Noise levels at even distances on a clock of your choice, over the model's range, "
-                        "as SIGMAS for any sampler; or your own list of levels. With a picture and a table "
-                        "of them. Discrete, EDM and flow models.",
+                        "as SIGMAS for any sampler; or your own list of levels. Or fitted: the levels where "
+                        "so few steps leave the least error on your model, once it was measured, which is "
+                        "for any checkpoint what the tables of Align Your Steps, GITS and OptimalSteps are "
+                        "for a few. With a picture and a table.",
             inputs=[
                 io.Model.Input("model", tooltip="The model that will be sampled: its noise levels are used"),
-                io.Combo.Input("clock", options=[*CLOCKS, *LISTS], default="lambda", tooltip=(
+                SOCKET.Input("calibration", optional=True, tooltip=f"For the clock fitted alone. {FITTED}"),
+                io.Combo.Input("clock", options=[*CLOCKS, FIT, *LISTS], default="lambda", tooltip=(
                     "What is divided evenly. lambda: half the log of the signal-to-noise ratio; sigma: sigma "
                     "/ alpha, with rho 7 that of karras; t: the model's own time, with rho 2 DDIM's "
-                    "quadratic; linear, cosine: the time of the continuous VP schedules. Or the levels in "
+                    "quadratic; linear, cosine: the time of the continuous VP schedules. fitted: chosen for "
+                    "the model that was measured, and for DPM-Solver-v3's own steps. Or the levels in "
                     "values, as they are")),
                 io.Int.Input("steps", default=20, min=1, max=1000, tooltip=(
                     "Intervals of the schedule. A list has its own")),
                 io.Float.Input("rho", default=1.0, min=0.1, max=100.0, step=0.1, round=False, tooltip=(
                     "The clock is divided after its root of this degree: above 1 levels come closer where it "
                     "shows little. 7 for sigma is EDM's")),
+                io.Float.Input("denoise", default=1.0, min=0.01, max=1.0, step=0.01, round=False, tooltip=(
+                    "Below 1 the schedule begins where this share of the model's timesteps is left, for "
+                    "image to image. Not of a list")),
                 advanced(io.Float.Input("sigma_max", default=0.0, min=0.0, max=1e5, step=0.01, round=False,
-                                        tooltip="First level; 0 is the model's highest")),
+                                        tooltip="First level; 0 leaves it to denoise")),
                 advanced(io.Float.Input("sigma_min", default=0.0, min=0.0, max=1e5, step=0.001, round=False,
-                                        tooltip="Last level above 0; 0 is the model's lowest")),
+                                        tooltip="Last level above 0; 0 is the model's lowest. fitted chooses "
+                                                "its own")),
                 advanced(io.Boolean.Input("to_zero", default=True, tooltip=(
                     "End with a step to sigma = 0. Off: end at sigma_min, with noise left over"))),
                 io.String.Input("values", default="", tooltip=(
@@ -57,12 +69,18 @@ class LambdaScheduler(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: Any, clock: str, steps: int, rho: float, sigma_max: float, sigma_min: float,
-                to_zero: bool, values: str) -> io.NodeOutput:
+    def execute(cls, model: Any, clock: str, steps: int, rho: float, denoise: float, sigma_max: float,
+                sigma_min: float, to_zero: bool, values: str, calibration: Any = None) -> io.NodeOutput:
         sampling = model.get_model_object("model_sampling")
         path = find_path(path_of(sampling))
-        chosen = (listed(values, clock, path) if clock in LISTS else
-                  spaced(sampling, path, clock, steps + (not to_zero), rho, sigma_max, sigma_min))
+        if not sigma_max and denoise < 1.0:
+            sigma_max = float(sampling.percent_to_sigma(1.0 - denoise))
+        n = steps + (not to_zero)  # above 0
+        if clock == FIT:
+            chosen = fitted(calibration, path_of(sampling), n, sigma_max or float(sampling.sigma_max))
+        else:
+            chosen = (listed(values, clock, path) if clock in LISTS else
+                      spaced(sampling, path, clock, n, rho, sigma_max, sigma_min))
         if to_zero and chosen[-1].sigma > 0.0:
             chosen.append(path.level(0.0))
         sigmas = torch.tensor([level.sigma for level in chosen])
@@ -87,6 +105,15 @@ def spaced(sampling: Any, path: Path, name: str, n: int, rho: float, sigma_max: 
     second = min(filter(finite, map(path.level, table)))  # by lam
     rest = evenly(second, end, max(2, n - 1), clock, rho)
     return [start, *rest[len(rest) - n + 1:]]
+
+
+def fitted(calibration: Any, path: str, n: int, start: float) -> list[Level]:
+    """The n levels above 0 that the fitted solver would choose. ValueError without a calibration."""
+    if calibration is None:
+        raise ValueError(f"clock is {FIT}, and no calibration is connected: connect what "
+                         f"{STATISTICS_KIND.makes} makes or Load Calibration, or choose another clock")
+    found = needed(STATISTICS_KIND, calibration, "the clock fitted")
+    return levels(fitted_sigmas(found, n, start, path)[:-1], find_path(path))
 
 
 def listed(text: str, unit: str, path: Path) -> list[Level]:

@@ -9,7 +9,7 @@ import inspect
 import typing
 from dataclasses import dataclass, replace
 from numbers import Integral
-from typing import Any, Callable, Mapping, NamedTuple, Sequence
+from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
 
 import numpy as np
 
@@ -35,6 +35,7 @@ class Option:
     kind: type = str
     default: Any = None
     stand_in: Any = None  # for planning without running, where a value must be given to run
+    where: tuple[str, str] | None = None  # it counts only where this other option has this value
 
     @property
     def range(self) -> str:
@@ -93,11 +94,19 @@ class Sampler:
             if name not in self.options:
                 raise ValueError(
                     f"{self.name} has no option {name!r}: choose from {', '.join(self.options) or 'none'}")
-        free = {
-            name: option.check(name, options.get(name, option.default))
-            for name, option in self.options.items()
-        }
-        return {**self.fixed, **free}
+        given = {name: options.get(name, option.default) for name, option in self.options.items()}
+        return {**self.fixed, **{
+            name: option.check(name, given[name]) if option.stand_in is None or self.uses(name, given)
+            else given[name] for name, option in self.options.items()}}
+
+    def uses(self, name: str, options: Mapping[str, Any] | None = None) -> bool:
+        """Whether this is an option of the sampler's that counts beside the others; or, if they are not told,
+        may count."""
+        option = self.options.get(name)
+        if option is None or option.where is None or options is None:
+            return option is not None
+        other, value = option.where
+        return options.get(other, self.options[other].default) == value
 
     def solver(self, **options: Any) -> Solver:
         return self.solver_of(self.settings(options))
@@ -139,12 +148,14 @@ class Sampler:
 
 
 class Preset(NamedTuple):
-    """A name in a family: the options it stands for, other defaults, and when to reach for it."""
+    """A name in a family: the options it stands for, other defaults, when to reach for it, and whose it is
+    if not all of the family's."""
 
     title: str
     when: str
     fixed: Mapping[str, Any]
     defaults: Mapping[str, Any] = {}
+    citation: str = ""
 
 
 FIRST_STEP = Option(
@@ -171,14 +182,23 @@ def family(title: str, citation: str,
         paragraphs = [" ".join(part.split()) for part in inspect.getdoc(build).split("\n\n")]
         whole = Sampler(build.__name__, title, "\n\n".join(paragraphs), title, citation, options, {}, build)
         FAMILIES[whole.name] = whole
-        for name, (preset_title, when, fixed, defaults) in presets.items():
-            free = {key: replace(option, default=defaults.get(key, option.default))
-                    for key, option in options.items() if key not in fixed}
-            SAMPLERS[name] = replace(whole, name=name, title=preset_title, help=when, options=free,
-                                     fixed=fixed)
+        for name, preset in presets.items():
+            SAMPLERS[name] = replace(whole, name=name, title=preset.title, help=preset.when,
+                                     options=dict(_free(options, preset)), fixed=preset.fixed,
+                                     citation=preset.citation or citation)
         return build
 
     return enter
+
+
+def _free(options: Mapping[str, Option], preset: Preset) -> Iterator[tuple[str, Option]]:
+    """The options that a preset leaves open: not those that never count with what it fixes."""
+    for name, option in options.items():
+        other, value = option.where or ("", "")
+        if name in preset.fixed or preset.fixed.get(other, value) != value:
+            continue
+        where = option.where if other not in preset.fixed else None
+        yield name, replace(option, default=preset.defaults.get(name, option.default), where=where)
 
 
 def find(name: str) -> Sampler:

@@ -103,20 +103,30 @@ def check_full_noise(start: Level, sigma_max: float | None) -> None:
         )
 
 
-def threshold(denoised: Tensor, quantile: float, floor: float) -> Tensor:
+def dynamic(denoised: Tensor, quantile: float, bound: float) -> Tensor:
     """Dynamic thresholding, of each image by itself:
 
-        clip(D, -s, s) floor / s,     s = max(floor, the quantile of |D|)
+        clip(D, -s, s) bound / s,     s = max(bound, the quantile of |D|)
 
-    Saharia et al. 2022, Imagen (arXiv:2205.11487), section 2.3: quantile 0.995, floor 1 for pixels from -1 to
-    1. With quantile 0 it is the static clamp to -floor .. floor. The quantile is the value of that rank, from
-    below, so nothing is interpolated; images of any size, and no wait for the device.
+    Saharia et al. 2022, Imagen (arXiv:2205.11487), section 2.3: quantile 0.995, bound 1 for pixels from -1 to
+    1. The quantile is the value of that rank, from below, so nothing is interpolated; images of any size, and
+    no wait for the device.
     """
     size = denoised[0].numel()
     rank = min(size, max(1, math.ceil(quantile * size)))
-    bound = denoised.flatten(1).abs().kthvalue(rank, dim=1).values.clamp(min=floor)
-    bound = bound.view(-1, *[1] * (denoised.ndim - 1))
-    return denoised.maximum(-bound).minimum(bound) * (floor / bound)
+    s = denoised.flatten(1).abs().kthvalue(rank, dim=1).values.clamp(min=bound)
+    s = s.view(-1, *[1] * (denoised.ndim - 1))
+    return denoised.maximum(-s).minimum(s) * (bound / s)
+
+
+def static(denoised: Tensor, quantile: float, bound: float) -> Tensor:
+    """clip(D, -bound, bound), whatever the quantile."""
+    return denoised.clamp(-bound, bound)
+
+
+THRESHOLDS: Mapping[str, Callable[[Tensor, float, float], Tensor] | None] = {
+    "off": None, "dynamic": dynamic, "static": static}
+"""How an answer may be kept within bounds."""
 
 
 def limited(denoise: Denoiser, solver: Adaptive) -> Denoiser:

@@ -155,22 +155,33 @@ def adaptive(
     return Adaptive(PREDICTIONS[prediction], TABLEAUX[order, rule], rtol, atol, h_init, theta)
 
 
+SDE = f"{DPM_SOLVER_PP}, SDE-DPM-Solver++"
 DDIM = "Song et al. 2021, DDIM (arXiv:2010.02502)"
-LAWS = {"sde": DataPrediction, "ddim": AncestralPrediction}
+DDPM = "Ho et al. 2020, DDPM (arXiv:2006.11239)"
+ANALYTIC_DPM = "Bao et al. 2022, Analytic-DPM (arXiv:2201.06503)"
+LAWS = {"sde": lambda eta, s_noise, *measured: DataPrediction(eta, s_noise),
+        "ddim": lambda eta, s_noise, *measured: AncestralPrediction(eta, s_noise),
+        "analytic": AnalyticPrediction}
+OF_ANALYTIC = ("law", "analytic")
 
 
-@family("DPM-Solver++ SDE", f"{DPM_SOLVER_PP}, SDE-DPM-Solver++; {DDIM}", {
+@family("DPM-Solver++ SDE", f"{SDE}; {DDIM}; {ANALYTIC_DPM}", {
     "dpmpp_sde": Preset("SDE-DPM-Solver++(1)",
-                        "stochastic, of first order: needs the most steps", {"order": 1}),
+                        "stochastic, of first order: needs the most steps", {"order": 1, "law": "sde"},
+                        citation=SDE),
     "dpmpp_2m_sde": Preset("SDE-DPM-Solver++(2M)",
-                           "stochastic: an image of its own for every seed and eta", {"order": 2}),
-    "dpmpp_3m_sde": Preset("SDE-DPM-Solver++(3M)", "as dpmpp_2m_sde, of higher order", {"order": 3},
-                           {"rule": "published"}),
+                           "stochastic: an image of its own for every seed and eta",
+                           {"order": 2, "law": "sde"}, citation=SDE),
+    "dpmpp_3m_sde": Preset("SDE-DPM-Solver++(3M)", "as dpmpp_2m_sde, of higher order",
+                           {"order": 3, "law": "sde"}, {"rule": "published"}, SDE),
     "ddim": Preset("DDIM(eta)", "dpmpp_1m with a share of noise, as ComfyUI's euler_ancestral",
-                   {"order": 1, "law": "ddim"}, {"eta": 0.0}),
+                   {"order": 1, "law": "ddim"}, {"eta": 0.0}, DDIM),
     "ddpm": Preset("DDPM, ancestral",
                    "the first diffusion sampler, for hundreds of steps: dpmpp_sde at eta 1",
-                   {"order": 1, "law": "ddim"}),
+                   {"order": 1, "law": "ddim"}, citation=DDPM),
+    "analytic_dpm": Preset("Analytic-DPM",
+                           "noise of the right size in long steps, once the model was measured",
+                           {"order": 1, "law": "analytic"}, citation=ANALYTIC_DPM),
 })
 def sde(
     order: Annotated[int, Option(ORDER_HELP, 1, 3)] = 2,
@@ -182,43 +193,26 @@ def sde(
     lower_order_final: LowerOrderFinal = "auto",
     law: Annotated[str, Option(
         "What eta is a share of. sde: of the SDE's noise in every stretch of lambda; ddim: of the ancestral "
-        "noise of a step, at most 1, as in DDIM and ComfyUI's euler_ancestral. At 0 and 1 they are the "
-        "same", choices=tuple(LAWS), advanced=True)] = "sde",
+        "noise of a step, at most 1, as in DDIM and ComfyUI's euler_ancestral, and at 0 and 1 as sde; "
+        "analytic: as ddim, and noise for what the denoised image is off on average, measured once "
+        "(Analytic-DPM, of order 1)", choices=tuple(LAWS), advanced=True)] = "sde",
+    statistics: Annotated[Statistics, Option(
+        "the model's statistics: samplers.estimate_statistics(...), or Statistics.load(path)",
+        stand_in=Statistics.constant(), where=OF_ANALYTIC)] = None,
+    half_range: Annotated[float, Option(
+        "Of law analytic: half the range of the data, which bounds how far the denoised image may be off. 1 "
+        "for pixels from -1 to 1, large for latents, whose range is not known", 0.0, 1000.0, 0.1,
+        advanced=True, where=OF_ANALYTIC)] = 1000.0,
     noise_device: NoiseDevice = "cpu",
 ) -> Solver:
     """DPM-Solver++ multistep on the diffusion SDE: fresh noise in every step forgets earlier errors, given
-    enough steps.
+    enough steps. DDIM, DDPM and Analytic-DPM are laws of its noise.
 
     Image k of a batch gets the noise of seed + k alone, as in the WebUI, so it can be made again by itself.
     ComfyUI's own samplers draw one noise for the whole batch.
     """
-    return Multistep(LAWS[law](eta, s_noise), order, RULES[rule], lower_order_final, corrector=corrector,
-                     corrector_rule=CORRECTING[rule])
-
-
-@family("Analytic-DPM", "Bao et al. 2022, Analytic-DPM (arXiv:2201.06503)", {
-    "analytic_dpm": Preset("Analytic-DPM",
-                           "noise of the right size in long steps, once the model was measured", {}),
-})
-def analytic(
-    statistics: Annotated[Statistics, Option(
-        "the model's statistics: samplers.estimate_statistics(...), or Statistics.load(path)",
-        stand_in=Statistics.constant())] = None,
-    eta: Annotated[float, Option(
-        "Share of the ancestral noise that the measured variance is added to: 1 is Analytic-DPM on DDPM, 0 "
-        "on DDIM, which is not without noise", 0.0, 1.0, 0.01)] = 1.0,
-    half_range: Annotated[float, Option(
-        "Half the range of the data, which bounds how far the denoised image may be off: 1 for pixels from "
-        "-1 to 1, large for latents, whose range is not known", 0.0, 1000.0, 0.1, advanced=True)] = 1000.0,
-    s_noise: SNoise = 1.0,
-    noise_device: NoiseDevice = "cpu",
-) -> Solver:
-    """DDPM and DDIM with noise of the variance that is best on average, from what was measured of the model.
-
-    The same statistics as DPM-Solver-v3's. Guidance is not foreseen by the theory: what is measured with it
-    is used all the same.
-    """
-    return Multistep(AnalyticPrediction(eta, s_noise, statistics, half_range), 1)
+    return Multistep(LAWS[law](eta, s_noise, statistics, half_range), order, RULES[rule], lower_order_final,
+                     corrector=corrector, corrector_rule=CORRECTING[rule])
 
 
 @family("DPM-Solver-v3", "Zheng et al. 2023, DPM-Solver-v3 (arXiv:2310.13268)", {

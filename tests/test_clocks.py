@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from comfy_host import comfy_sampling, pack, sampling_of
-from samplers import PATHS
+from problems import fitted_statistics
+from samplers import PATHS, fitted_sigmas
 from samplers.clocks import CLOCKS, evenly
 from samplers.schedule import levels
 
@@ -96,8 +97,8 @@ def node():
 
 
 def made(model: str, clock: str, **changes) -> torch.Tensor:
-    inputs = {"steps": 8, "rho": 1.0, "sigma_max": 0.0, "sigma_min": 0.0, "to_zero": True, "values": "",
-              **changes}
+    inputs = {"steps": 8, "rho": 1.0, "denoise": 1.0, "sigma_max": 0.0, "sigma_min": 0.0,
+              "to_zero": True, "values": "", **changes}
     return node().execute(Patcher(model), clock, **inputs).result[0]
 
 
@@ -146,7 +147,38 @@ def test_the_range_may_be_given() -> None:
     np.testing.assert_allclose(sigmas, [0.9, 0.5, 0.1, 0.0], atol=1e-6)
 
 
+@EVERY_MODEL
+@EVERY_CLOCK
+def test_with_denoise_it_begins_where_that_share_of_the_timesteps_is_left(name: str, model: str) -> None:
+    sampling = Patcher(model).sampling
+    start = float(sampling.percent_to_sigma(0.5))
+    assert start < 0.8 * float(sampling.sigma_max)
+    torch.testing.assert_close(made(model, name, denoise=0.5)[0], torch.tensor(start))
+    torch.testing.assert_close(made(model, name, denoise=0.5, sigma_max=0.9)[0], torch.tensor(0.9))
+
+
+@pytest.mark.parametrize("model", ["discrete", "flow"])
+def test_the_fitted_clock_shows_the_levels_of_the_fitted_solver(model: str) -> None:
+    found = own_statistics()
+    for changes, start in (({}, 14.6146 if model == "discrete" else 1.0), ({"sigma_max": 0.8}, 0.8)):
+        expected = fitted_sigmas(fitted_statistics(), 6, start, "flow" if model == "flow" else "ve")
+        sigmas = made(model, "fitted", steps=6, calibration=found, **changes)
+        torch.testing.assert_close(sigmas, torch.tensor(expected), rtol=1e-4, atol=1e-6)
+        stopped = made(model, "fitted", steps=5, calibration=found, to_zero=False, **changes)
+        assert torch.equal(stopped, sigmas[:-1])
+
+
+def own_statistics():
+    """fitted_statistics(), in the class of the pack as ComfyUI loads it."""
+    import sys
+    found = fitted_statistics()
+    own = sys.modules["custom_nodes_x_lambda-solvers.samplers"].Statistics
+    return own(**{field: getattr(found, field) for field in ("lam", "l", "s", "b", "gamma", "damping", "root",
+                                                             "about")})
+
+
 @pytest.mark.parametrize(("changes", "message"), [
+    ({"clock": "fitted"}, "clock is fitted, and no calibration is connected: connect what Measure Model"),
     ({"clock": "list of sigmas"}, "clock is list of sigmas, and values is empty: give the levels"),
     ({"clock": "list of sigmas", "values": "1, x"}, "values = '1, x': could not.*Give numbers between"),
     ({"clock": "list of sigmas", "values": "1, 2"}, "sigmas must strictly decrease"),
@@ -160,6 +192,6 @@ def test_what_makes_no_schedule_is_refused_with_a_remedy(changes: dict, message:
 
 
 def test_the_picture_has_a_row_for_every_level_and_leaves_out_the_middle_of_many() -> None:
-    heights = [node().execute(Patcher("flow"), "t", steps, 1.0, 0.0, 0.0, True, "").result[1].shape[1]
+    heights = [node().execute(Patcher("flow"), "t", steps, 1.0, 1.0, 0.0, 0.0, True, "").result[1].shape[1]
                for steps in (4, 5, 40, 400)]
     assert heights[1] - heights[0] == 20 and heights[2] == heights[3] > heights[1]

@@ -17,12 +17,12 @@ NAMES = [
     "lambda_2m", "lambda_3m", "lambda_2m_sde", "lambda_3m_sde", "lambda_v3", "lambda_amed", "lambda_amed_2m",
     "lambda_fitted"
 ]
-SHOWN = ["multistep", "singlestep", "adaptive", "sde", "analytic", "v3", "fitted", "amed"]
+SHOWN = ["multistep", "singlestep", "adaptive", "sde", "v3", "fitted", "amed"]
 SAMPLER_NODES = ["LambdaSampler" + name.capitalize() for name in SHOWN]
 NODES = {
     *SAMPLER_NODES, "LambdaMeasureModel", "LambdaTrainAmed", "LambdaTuneFitted", "LambdaTrainHypersolver",
-    "LambdaLoadCalibration", "LambdaSaveCalibration", "LambdaApplyCalibration", "LambdaFittedScheduler",
-    "LambdaScheduler", "LambdaFirstStep", "LambdaThreshold", "LambdaCompareSamplers"
+    "LambdaLoadCalibration", "LambdaSaveCalibration", "LambdaApplyCalibration",
+    "LambdaScheduler", "LambdaOptions", "LambdaCompareSamplers"
 }
 
 
@@ -82,9 +82,9 @@ def test_ksampler_s_function_is_ours(name: str) -> None:
     assert result.isfinite().all() and result.dtype == x.dtype
 
 
-def test_there_are_twenty_nodes_in_one_category() -> None:
+def test_there_are_seventeen_nodes_in_one_category() -> None:
     found = nodes()
-    assert set(found) == NODES and len(found) == 20
+    assert set(found) == NODES and len(found) == 17
     assert {node.GET_SCHEMA().category for node in found.values()} == {"Lambda Solvers"}
 
 
@@ -132,10 +132,9 @@ def test_a_calibration_of_the_wrong_kind_is_refused_by_what_it_is_and_what_is_ne
             ValueError,
             match="is statistics of a model, and AMED .Lambda. needs AMED: connect what Train AMED makes"):
         found["LambdaSamplerAmed"].execute(calibration=statistics)
-    for node in ("LambdaFittedScheduler", "LambdaTuneFitted"):
-        names = [entry.id for entry in found[node].GET_SCHEMA().inputs]
-        with pytest.raises(ValueError, match="is AMED of a model.*needs statistics"):
-            found[node].execute(**{**dict.fromkeys(names), "calibration": trained})
+    names = [entry.id for entry in found["LambdaTuneFitted"].GET_SCHEMA().inputs]
+    with pytest.raises(ValueError, match="is AMED of a model.*needs statistics"):
+        found["LambdaTuneFitted"].execute(**{**dict.fromkeys(names), "calibration": trained})
     [sampler] = found["LambdaSamplerV3"].execute(calibration=statistics, **options).args
     assert sampler.extra_options["statistics"] is statistics
 

@@ -22,7 +22,7 @@ NAMES = {
     "lambda_3m_sde": "dpmpp_3m_sde", "lambda_v3": "dpm_solver_v3", "lambda_amed": "amed",
     "lambda_amed_2m": "amed_dpmpp_2m", "lambda_fitted": "fitted_chosen"
 }
-NODES = ("multistep", "singlestep", "adaptive", "sde", "analytic", "v3", "fitted", "amed")
+NODES = ("multistep", "singlestep", "adaptive", "sde", "v3", "fitted", "amed")
 PROMPT = "prompt"
 
 
@@ -195,7 +195,7 @@ def test_too_few_steps_for_the_order_are_named() -> None:
 def test_a_skipped_first_step_is_not_counted_nor_drawn_and_warned_of_where_the_run_is_refused(
         first_step: str) -> None:
     """Set on the node, or by a node that wraps its sampler."""
-    wrapped = custom() | {"8": node("LambdaFirstStep", sampler=["5", 0], mode=first_step)}
+    wrapped = custom() | {"8": options_node("5", first_step)}
     wrapped["9"]["inputs"]["sampler"] = ["8", 0]
     warning = "the first step can be skipped at full noise only, and this run starts at sigma"
     for graph in (custom(first_step=first_step), wrapped):
@@ -208,24 +208,41 @@ def test_a_skipped_first_step_is_not_counted_nor_drawn_and_warned_of_where_the_r
         assert any(line.startswith("warn") and warning in line for line in lines(graph))
 
 
+def options_node(of: str, first_step: str = "evaluate", threshold: str = "off") -> dict:
+    return node("LambdaOptions", sampler=[of, 0], first_step=first_step, threshold=threshold, quantile=0.995,
+                bound=1.0)
+
+
 def test_a_threshold_is_looked_through() -> None:
-    """Alone, and around or behind First Step."""
-    bounded = {"quantile": 0.995, "floor": 1.0}
-    graph = custom() | {"8": node("LambdaThreshold", sampler=["5", 0], **bounded)}
+    """Alone, and around or behind a first step that is left out, by a node or an option."""
+    graph = custom() | {"8": options_node("5", threshold="dynamic")}
     graph["9"]["inputs"]["sampler"] = ["8", 0]
     assert ask(graph) == ask(custom()) and ask(graph)["runs"] == "9"
+    graph["5"]["inputs"]["first_step"] = "afs"
+    assert lines(graph)[0] == "count: model evaluations: 9"
+    graph["5"]["inputs"]["first_step"] = "evaluate"
     for inner, outer in (("8", "10"), ("10", "8")):
         graph["8"]["inputs"]["sampler"] = ["5", 0] if inner == "8" else ["10", 0]
-        graph["10"] = node("LambdaFirstStep", sampler=["5" if inner == "10" else "8", 0], mode="afs")
+        graph["10"] = options_node("5" if inner == "10" else "8", "afs")
         graph["9"]["inputs"]["sampler"] = [outer, 0]
         assert lines(graph)[0] == "count: model evaluations: 9"
 
 
+def test_the_sde_needs_a_calibration_by_the_law_analytic_alone() -> None:
+    def about(**options) -> list[str]:
+        return [line for line in lines(custom("sde", **options)) if "calibration" in line]
+
+    assert about() == about(law="ddim", measure="never") == []
+    assert "one is measured first" in about(law="analytic")[0]
+    assert about(law="analytic", measure="never") == [
+        "warn: warning: no calibration is connected and measuring is switched off, so the run will stop"]
+
+
 def test_wrappers_that_wrap_each_other_run_nothing() -> None:
-    graph = {"5": custom()["5"], "8": node("LambdaFirstStep", sampler=["8", 0], mode="mean")}
+    graph = {"5": custom()["5"], "8": options_node("8", "mean")}
     assert "Connect it to SamplerCustom" in lines(graph)[0]
     graph["8"]["inputs"]["sampler"] = ["10", 0]
-    graph["10"] = node("LambdaFirstStep", sampler=["5", 0], mode="mean")
+    graph["10"] = options_node("5", "mean")
     assert "Connect it to SamplerCustom" in lines(graph)[0]
 
 

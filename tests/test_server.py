@@ -21,7 +21,7 @@ NAMES = {
 }
 LISTED = [*NAMES, "lambda_v3", "lambda_amed", "lambda_amed_2m", "lambda_fitted"]
 EVERY_NAME = pytest.mark.parametrize("name", NAMES)
-SHOWN = ["multistep", "singlestep", "adaptive", "sde", "analytic", "v3", "fitted", "amed"]
+SHOWN = ["multistep", "singlestep", "adaptive", "sde", "v3", "fitted", "amed"]
 EVERY_FAMILY = pytest.mark.parametrize("family", SHOWN[:4])  # the others: test_server_v3, _amed
 STEPS = 8
 
@@ -155,22 +155,24 @@ def test_every_sampler_node_makes_an_image_with_the_promised_evaluations(server,
                                             ("cosine", 1.0), ("list of sigmas", 1.0)])
 def test_the_lambda_scheduler_serves_any_sampler(server, clock: str, rho: float) -> None:
     graph = Graph("doughnut").counted()
-    sigmas = [graph.add("LambdaScheduler", model=graph.model, clock=clock, steps=12, rho=rho, sigma_max=0.0,
-                        sigma_min=0.0, to_zero=True, values="14.6 9 5 3 2 1.3 .9 .6 .4 .2 .1 .03"), 0]
+    sigmas = [graph.add("LambdaScheduler", model=graph.model, clock=clock, steps=12, rho=rho, denoise=1.0,
+                        sigma_max=0.0, sigma_min=0.0, to_zero=True,
+                        values="14.6 9 5 3 2 1.3 .9 .6 .4 .2 .1 .03"), 0]
     sampler = [graph.add("KSamplerSelect", sampler_name="euler"), 0]
     samples, run = graph.custom(sampler, sigmas).run(server)
     assert run.status == "success", run.error
     assert looks_like_an_image(samples) and len(graph.evaluations(server)) == 12
 
 
-@pytest.mark.parametrize("quantile", [0.0, 0.9])
+@pytest.mark.parametrize("how", ["static", "dynamic"])
 @pytest.mark.parametrize("name", ["dpmpp_2m", "lambda_2m"])
-def test_a_threshold_bounds_the_images_of_any_sampler(server, name: str, quantile: float) -> None:
+def test_a_threshold_bounds_the_images_of_any_sampler(server, name: str, how: str) -> None:
     def made(threshold: bool) -> torch.Tensor:
         graph = Graph("doughnut").counted()
         sampler = [graph.add("KSamplerSelect", sampler_name=name), 0]
         if threshold:
-            sampler = [graph.add("LambdaThreshold", sampler=sampler, quantile=quantile, floor=0.8), 0]
+            sampler = [graph.add("LambdaOptions", sampler=sampler, first_step="evaluate", threshold=how,
+                                 quantile=0.9, bound=0.8), 0]
         sigmas = [graph.add("BasicScheduler", model=graph.model, scheduler="karras", steps=8, denoise=1.0), 0]
         samples, run = graph.custom(sampler, sigmas).run(server)
         assert run.status == "success", run.error

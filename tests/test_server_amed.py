@@ -241,6 +241,8 @@ def test_half_precision_is_trained_and_sampled(servers, folder, flag: str) -> No
 
 def test_the_first_step_is_skipped_by_a_node_or_an_option_and_refused_for_img2img(
         server, folder) -> None:
+    bounds = dict(threshold="off", quantile=0.995, bound=1.0)
+
     def wrapped(mode: str | None, denoise: float = 1.0, **options):
         graph = Graph("panda").counted()
         family = graph.add(
@@ -249,7 +251,8 @@ def test_the_first_step_is_skipped_by_a_node_or_an_option_and_refused_for_img2im
                        lower_order_final="auto", first_step="evaluate"),
                 **options
             })
-        sampler = [graph.add("LambdaFirstStep", sampler=[family, 0], mode=mode), 0] if mode else [family, 0]
+        node = graph.add("LambdaOptions", sampler=[family, 0], first_step=mode, **bounds) if mode else family
+        sampler = [node, 0]
         sigmas = [
             graph.add("BasicScheduler", model=graph.model, scheduler="karras", steps=6, denoise=denoise), 0
         ]
@@ -272,7 +275,7 @@ def test_the_first_step_is_skipped_by_a_node_or_an_option_and_refused_for_img2im
     assert counts == [6, 5, 5]  # the first run fills the mean
     graph = Graph()
     core = graph.add("KSamplerSelect", sampler_name="euler")
-    node = graph.add("LambdaFirstStep", sampler=[core, 0], mode="afs")
+    node = graph.add("LambdaOptions", sampler=[core, 0], first_step="afs", **bounds)
     sigmas = schedule(graph)
     graph.latent = [
         graph.add("SamplerCustom", model=graph.model, add_noise=True, noise_seed=7, cfg=3.0,
@@ -280,7 +283,7 @@ def test_the_first_step_is_skipped_by_a_node_or_an_option_and_refused_for_img2im
                   latent_image=graph.latent), 0
     ]
     _, run = graph.run(server)
-    assert run.status == "error" and "wraps samplers of this pack, and this is sample_euler" in run.error[
+    assert run.status == "error" and "is for samplers of this pack, and this is sample_euler" in run.error[
         "exception_message"]
 
 

@@ -65,7 +65,7 @@ def test_from_nothing_it_is_measured_once_saved_and_found_again(server, folder) 
 
 
 def test_analytic_dpm_takes_what_v3_measured_and_the_other_way_round(server, folder) -> None:
-    graph = Graph("panda").counted().family("analytic", steps=20, measure="auto")
+    graph = Graph("panda").counted().family("sde", law="analytic", order=1, steps=20, measure="auto")
     samples, run = graph.run(server)
     assert run.status == "success", run.error
     assert looks_like_an_image(samples)
@@ -73,7 +73,7 @@ def test_analytic_dpm_takes_what_v3_measured_and_the_other_way_round(server, fol
     spent = IMAGES * Statistics.load(folder / name).about["evaluations"]
     assert len(graph.evaluations(server)) == spent + 20
     for again in (Graph("panda").counted().ksampler(NAME),
-                  Graph("ghost").counted().family("analytic", measure="auto")):
+                  Graph("ghost").counted().family("sde", law="analytic", order=1, measure="auto")):
         samples, run = again.run(server)
         assert run.texts == [f"statistics: {name}"] and len(again.evaluations(server)) == STEPS
 
@@ -98,11 +98,15 @@ def test_the_fitted_solver_measures_a_file_of_its_own_beside_v3_s_once(server, f
     assert looks_like_an_image(graph.samples(server)) and len(graph.evaluations(server)) == STEPS
 
 
+FITTED_CLOCK = dict(clock="fitted", rho=1.0, denoise=1.0, sigma_max=0.0, sigma_min=0.0, to_zero=True,
+                    values="")
+
+
 def test_fitted_sigmas_are_a_schedule_for_any_sampler(server, folder) -> None:
     graph = Graph("panda").counted()
     statistics = measure(graph, fitted=True)
     sigmas = [
-        graph.add("LambdaFittedScheduler", model=graph.model, calibration=statistics, steps=5, denoise=1.0), 0
+        graph.add("LambdaScheduler", model=graph.model, calibration=statistics, steps=5, **FITTED_CLOCK), 0
     ]
     graph.add("LambdaSaveCalibration", calibration=statistics, name="fit", overwrite=False)
     samples, run = graph.custom([graph.add("KSamplerSelect", sampler_name="dpmpp_2m"), 0], sigmas).run(server)
@@ -112,7 +116,8 @@ def test_fitted_sigmas_are_a_schedule_for_any_sampler(server, folder) -> None:
     part = Graph("panda").counted()
     loaded = [part.add("LambdaLoadCalibration", name="fit.safetensors"), 0]
     sigmas = [
-        part.add("LambdaFittedScheduler", model=part.model, calibration=loaded, steps=3, denoise=0.5), 0
+        part.add("LambdaScheduler", model=part.model, calibration=loaded, steps=3,
+                 **{**FITTED_CLOCK, "denoise": 0.5}), 0
     ]
     part.custom([part.add("KSamplerSelect", sampler_name="euler"), 0], sigmas).samples(server)
     seen = part.evaluations(server)

@@ -8,7 +8,7 @@ import torch
 
 from comfy_host import Model, comfy_sampling, pack, sampling_of
 from problems import reference_mixture
-from samplers.denoisers import threshold
+from samplers.denoisers import dynamic, static
 
 WIDE = torch.randn(3, 4, 10, 10, generator=torch.Generator().manual_seed(0)) * torch.tensor(
     [0.2, 1.0, 5.0]).view(3, 1, 1, 1)
@@ -17,7 +17,7 @@ WIDE = torch.randn(3, 4, 10, 10, generator=torch.Generator().manual_seed(0)) * t
 @pytest.mark.parametrize("quantile", [0.5, 0.9, 0.995, 1.0])
 def test_it_is_imagen_s_equation(quantile: float) -> None:
     """With the quantile of that rank; numpy's is on either side of it."""
-    result = threshold(WIDE, quantile, 1.0)
+    result = dynamic(WIDE, quantile, 1.0)
     for image, found in zip(WIDE, result):
         bound = max(1.0, float(image.abs().flatten().quantile(quantile, interpolation="lower")))
         above = max(1.0, float(image.abs().flatten().quantile(quantile, interpolation="higher")))
@@ -26,26 +26,26 @@ def test_it_is_imagen_s_equation(quantile: float) -> None:
 
 
 def test_an_image_within_the_bounds_is_left_as_it_is_and_each_is_judged_by_itself() -> None:
-    result = threshold(WIDE, 0.995, 1.0)
+    result = dynamic(WIDE, 0.995, 1.0)
     assert torch.equal(result[:1], WIDE[:1]) and not torch.equal(result[2:], WIDE[2:])
     for k in range(3):
-        assert torch.equal(threshold(WIDE[k:k + 1], 0.995, 1.0), result[k:k + 1])
+        assert torch.equal(dynamic(WIDE[k:k + 1], 0.995, 1.0), result[k:k + 1])
 
 
-@pytest.mark.parametrize("floor", [0.01, 0.7, 3.0])
-def test_with_quantile_0_it_is_the_clamp_even_where_all_is_beyond(floor: float) -> None:
+@pytest.mark.parametrize("bound", [0.01, 0.7, 3.0])
+def test_the_static_one_is_a_clamp_to_which_a_quantile_of_nothing_comes_down(bound: float) -> None:
     for image in (WIDE, WIDE.sign() * (1.0 + WIDE.abs())):
-        expected = image.clamp(-floor, floor)
-        torch.testing.assert_close(threshold(image, 0.0, floor), expected, rtol=0, atol=1e-6)
+        assert static(image, 0.9, bound).abs().max() <= bound
+        torch.testing.assert_close(dynamic(image, 0.0, bound), static(image, 0.9, bound), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 3, 5), (1, 4, 2, 8, 8)])
 def test_shapes_and_precisions_are_kept_and_no_number_is_asked_of_the_device(shape: tuple[int, ...]) -> None:
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         given = torch.full(shape, 2.0, dtype=dtype)
-        assert threshold(given, 0.995, 1.0).dtype == dtype and given.eq(2.0).all()
-        assert threshold(given, 0.995, 1.0).eq(1.0).all()
-    assert threshold(torch.empty(shape, device="meta"), 0.995, 1.0).shape == shape
+        assert dynamic(given, 0.995, 1.0).dtype == dtype and given.eq(2.0).all()
+        assert dynamic(given, 0.995, 1.0).eq(1.0).all()
+    assert dynamic(torch.empty(shape, device="meta"), 0.995, 1.0).shape == shape
 
 
 def nodes() -> dict:
@@ -59,9 +59,14 @@ def run(sampler, denoiser) -> torch.Tensor:
                                     callback=None, disable=True, **sampler.extra_options)
 
 
+def wrapped(sampler, first_step: str = "evaluate", threshold: str = "off"):
+    return nodes()["LambdaOptions"].execute(sampler, first_step, threshold, 0.9, 0.3).result[0]
+
+
+@pytest.mark.parametrize(("threshold", "bounded"), [("dynamic", dynamic), ("static", static)])
 @pytest.mark.parametrize("name", ["euler", "dpm_fast", "uni_pc", "dpmpp_2m_sde", "lambda_2m",
                                   "lambda_2m_sde"])
-def test_any_sampler_takes_the_bounded_answer_for_the_model_s(name: str) -> None:
+def test_any_sampler_takes_the_bounded_answer_for_the_model_s(name: str, threshold: str, bounded) -> None:
     comfy_sampling(), pack()
     import comfy.samplers
     mixture = reference_mixture("ve")[0]
@@ -70,33 +75,33 @@ def test_any_sampler_takes_the_bounded_answer_for_the_model_s(name: str) -> None
         return mixture(x, sigma).float()
 
     plain = comfy.samplers.sampler_object(name)
-    [wrapped] = nodes()["LambdaThreshold"].execute(plain, 0.9, 0.3).result
-    expected = run(plain, lambda x, sigma, **extra: threshold(denoiser(x, sigma), 0.9, 0.3))
-    assert torch.equal(run(wrapped, denoiser), expected)
+    expected = run(plain, lambda x, sigma, **extra: bounded(denoiser(x, sigma), 0.9, 0.3))
+    assert torch.equal(run(wrapped(plain, threshold=threshold), denoiser), expected)
     assert not torch.equal(run(plain, denoiser), expected)
+    assert torch.equal(run(wrapped(plain), denoiser), run(plain, denoiser))
 
 
-def test_it_and_first_step_wrap_each_other_in_either_order() -> None:
+def test_it_goes_with_a_first_step_in_one_node_or_in_two_in_either_order() -> None:
     pack()
     import comfy.samplers
-    found, plain = nodes(), comfy.samplers.sampler_object("lambda_2m")
-
-    def bounded(sampler):
-        return found["LambdaThreshold"].execute(sampler, 0.9, 0.3).result[0]
-
-    def skipped(sampler):
-        return found["LambdaFirstStep"].execute(sampler, "afs").result[0]
-
+    plain = comfy.samplers.sampler_object("lambda_2m")
     mixture, calls = reference_mixture("ve")[0], []
 
     def denoiser(x, sigma, **extra):
         calls.append(sigma)
         return mixture(x, sigma).float()
 
-    results = [run(sampler, denoiser) for sampler in (bounded(skipped(plain)), skipped(bounded(plain)))]
-    assert torch.equal(*results) and len(calls) == 4
+    results = [run(sampler, denoiser) for sampler in (
+        wrapped(plain, "afs", "dynamic"), wrapped(wrapped(plain, "afs"), threshold="dynamic"),
+        wrapped(wrapped(plain, threshold="dynamic"), "afs"))]
+    assert torch.equal(*results[:2]) and torch.equal(*results[1:]) and len(calls) == 6
 
 
-def test_what_is_no_ksampler_is_refused() -> None:
-    with pytest.raises(ValueError, match="Threshold wraps ComfyUI's KSAMPLER, and this is a object: connect"):
-        nodes()["LambdaThreshold"].execute(object(), 0.9, 1.0)
+def test_what_cannot_be_wrapped_is_refused() -> None:
+    pack()
+    import comfy.samplers
+    with pytest.raises(ValueError, match="wraps ComfyUI's KSAMPLER, and this is a object: connect"):
+        wrapped(object())
+    with pytest.raises(ValueError, match="first_step = 'afs' is for samplers of this pack, and this is "
+                                         "sample_euler: connect"):
+        wrapped(comfy.samplers.sampler_object("euler"), "afs")

@@ -85,7 +85,7 @@ def answer(graph: Graph, node_id: str, rule: Callable[[], str], say: Say) -> dic
         if job is None:
             return result
         result["runs"] = job.runs or node_id
-        kind = kind_for(job.sampler)
+        kind = kind_for(job.sampler, job.options)
         how = (graph[job.node]["inputs"].get("measure") or rule()) if kind else ""
         if run := runs.last(graph, job.runs):
             if kind:

@@ -30,8 +30,9 @@ from ..sampling import listed
 
 Graph = Mapping[str, Mapping[str, Any]]
 NODE_IDS = {node_id(name): name for name in NODES}
-WRAPPERS = {"LambdaFirstStep": {"first_step": "mode"}, "LambdaThreshold": {}}
-"""Nodes from a sampler to one that still is that sampler -> the options they set, by their own widgets."""
+WRAPPERS = {"LambdaOptions": {"first_step": "evaluate"}}
+"""Nodes from a sampler to one that still is that sampler -> the options they set, and by which value they do
+not."""
 SCHEDULERS = [f"comfy_extras.nodes_{name}" for name in (  # in ComfyUI
     "custom_sampler", "align_your_steps", "gits", "optimalsteps")]
 HOSTS = ("KSampler", "KSamplerAdvanced", "KSamplerSelect")  # ComfyUI's nodes that may name a sampler of ours
@@ -124,7 +125,9 @@ def consumer(graph: Graph, node_id: str) -> tuple[str, dict[str, Any]]:
         node = graph.get(node_id)
         if not node or node["class_type"] not in WRAPPERS:
             return node_id, sets
-        sets |= {option: value(node, widget, str) for option, widget in WRAPPERS[node["class_type"]].items()}
+        said = {option: (value(node, option, str), none)
+                for option, none in WRAPPERS[node["class_type"]].items()}
+        sets |= {option: chosen for option, (chosen, none) in said.items() if chosen != none}
     return "", sets
 
 

@@ -96,7 +96,7 @@ function from(link, graph, where, depth, host) {
   return node.isVirtualNode ? null : { node, slot: link.origin_slot }
 }
 
-// The nodes that take a node's sampler, and those that take it from them (First Step wraps a sampler).
+// The nodes that take a node's sampler, and those that take it from them (Sampler Options wraps a sampler).
 function users(start, where) {
   const direct = [...where.keys()].filter((node) => node.mode !== MUTED && node.mode !== BYPASSED && node.inputs?.some(
     (input, slot) => input.name === "sampler" && node.isInputConnected(slot) && origin(node, slot, where)?.node === start))
