@@ -67,7 +67,8 @@ class Server:
             str(self.environment.comfyui / "main.py"), "--port",
             str(port), "--base-directory",
             str(self.base), "--disable-auto-launch", "--preview-method", "latent2rgb", "--database-url",
-            "sqlite:///:memory:", *([] if _accelerator() else ["--cpu"]), *self.arguments
+            "sqlite:///:memory:", "--disable-api-nodes", *([] if _accelerator() else ["--cpu"]),
+            *self.arguments
         ]
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(

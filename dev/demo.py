@@ -4,8 +4,8 @@ Makes the environment (environment.py), starts ComfyUI with this pack and the ti
 the example workflows once with each of our samplers and with two of ComfyUI's own beside them, and writes
     .dev/demo/few_steps.png       what so few evaluations make at guidance 7, with the hypersolver in
                                   dev/tiny_emoji too, and how far each is from the converged image
-    .dev/demo/contact_sheet.png   every sampler: a row a sampler, a column a prompt. AMED, which is trained for
-                                  minutes first, with --amed only
+    .dev/demo/contact_sheet.png   every sampler: a row a sampler, a column a prompt. AMED, which is trained
+                                  for minutes first, with --amed only
     .dev/demo/table.md            sampler, steps, model evaluations, seconds
 COMFYUI_PATH names an existing ComfyUI to use instead; its own folders are left alone.
 """

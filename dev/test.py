@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import environment  # noqa: E402
 
 PARTS = {"the README's tests": "not slow and not thorough", "the slow rest": "slow"}
-TWO = ["-q", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]  # in the order of tests/conftest.py
+TWO = ["-q", "-n", "2", "--dist", "loadgroup", "--no-loadscope-reorder"]  # see tests/conftest.py
 
 
 def run(*arguments: str) -> int:

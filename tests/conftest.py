@@ -25,6 +25,8 @@ LONGEST = [
     "server_metadata", "server", "workflows", "amed", "calibrate"
 ]
 """Where the most time goes. Two processes end together if what takes longest is begun first."""
+TOGETHER = {"browser", "package", "webui", "refit"}
+"""In one process, for a fixture that takes long to make. All other tests go to whichever process is free."""
 
 
 def pytest_configure(config) -> None:
@@ -32,6 +34,7 @@ def pytest_configure(config) -> None:
     config.addinivalue_line("markers", "thorough: runs only when named, as in dev/test.py tests/browser")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list) -> None:
     def group(item) -> str:
         return "browser" if item.path.parent.name == "browser" else item.path.stem.removeprefix("test_")
@@ -39,6 +42,8 @@ def pytest_collection_modifyitems(items: list) -> None:
     for item in items:
         if (of := part(item.name, group(item) == "browser")) != QUICK:
             item.add_marker(of)
+        if group(item) in TOGETHER:
+            item.add_marker(pytest.mark.xdist_group(group(item)))
     items.sort(key=lambda item: LONGEST.index(group(item)) if group(item) in LONGEST else len(LONGEST))
 
 

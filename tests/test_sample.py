@@ -54,16 +54,31 @@ def run(name: str, schedule, x=None, model=None, **how):
 
 @EVERY_SCHEDULE
 @pytest.mark.parametrize("name", EVERY)
-def test_every_solver_runs_every_kind_of_schedule_and_lands_on_the_data(name: str, schedule) -> None:
+def test_every_solver_lands_on_the_data_and_the_callback_sees_every_interval_once(name: str,
+                                                                                  schedule) -> None:
+    """In k-diffusion's form."""
     path, sigmas = schedule
-    model = Counting(path)
-    result = run(name, schedule, model=model)
+    model, seen = Counting(path), []
+    result = run(name, schedule, model=model, callback=seen.append)
     assert result.isfinite().all()
     if sigmas[-1] == 0.0 and len(sigmas) > 2:
         assert abs(float(result.mean()) - 0.7) < 0.3 and result.std() < 1.0
     planned = nfe(name, sigmas, path)
     assert planned is None or planned == len(model.sigmas)
     assert all(max(sigmas[-1] - 1e-6, 1e-3) < sigma <= sigmas[0] + 1e-6 for sigma in model.sigmas)
+
+    assert all(set(info) == {"x", "i", "sigma", "sigma_hat", "denoised"} for info in seen)
+    indexes = [info["i"] for info in seen]
+    if name in FIXED:
+        assert indexes == list(range(len(sigmas) - 1))
+        if SAMPLERS[name].fixed.get("nodes") != "chosen":  # of a schedule it keeps the range only
+            torch.testing.assert_close(torch.tensor([float(info["sigma"]) for info in seen]),
+                                       torch.tensor(sigmas[:-1]))
+    else:
+        assert indexes == sorted(indexes) and set(indexes) <= set(range(len(sigmas) - 1))
+    for info in seen:
+        assert info["x"].shape == info["denoised"].shape == (2, 3, 4, 4)
+        assert info["sigma"].shape == () and float(info["sigma"]) == float(info["sigma_hat"])
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -94,26 +109,6 @@ def test_nfe_of_a_step_count_needs_no_statistics_that_cover_it() -> None:
         nfe("dpm_solver_v3", [14.6, 1.0, 0.0], statistics=few)
     with pytest.raises(ValueError, match="statistics = 3: give the model's statistics"):
         nfe("dpm_solver_v3", 5, statistics=3)
-
-
-@EVERY_SCHEDULE
-@pytest.mark.parametrize("name", EVERY)
-def test_the_callback_sees_every_interval_once_in_k_diffusion_s_form(name: str, schedule) -> None:
-    path, sigmas = schedule
-    seen = []
-    run(name, schedule, callback=seen.append)
-    assert all(set(info) == {"x", "i", "sigma", "sigma_hat", "denoised"} for info in seen)
-    indexes = [info["i"] for info in seen]
-    if name in FIXED:
-        assert indexes == list(range(len(sigmas) - 1))
-        if SAMPLERS[name].fixed.get("nodes") != "chosen":  # of a schedule it keeps the range only
-            torch.testing.assert_close(torch.tensor([float(info["sigma"]) for info in seen]),
-                                       torch.tensor(sigmas[:-1]))
-    else:
-        assert indexes == sorted(indexes) and set(indexes) <= set(range(len(sigmas) - 1))
-    for info in seen:
-        assert info["x"].shape == info["denoised"].shape == (2, 3, 4, 4)
-        assert info["sigma"].shape == () and float(info["sigma"]) == float(info["sigma_hat"])
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -34,7 +34,7 @@ def server(request, executable, tmp_path_factory):
     base = environment.base_directory(tmp_path_factory.mktemp(request.param))
     workflows.doughnut(base / "input" / "example.png")
     arguments = ["--front-end-root", str(environment.newest_frontend())] if request.param == "newest" else []
-    with Server(environment.ensure(), base, "--disable-api-nodes", *arguments) as running:
+    with Server(environment.ensure(), base, *arguments) as running:
         running.frontend = request.param
         yield running
 
