@@ -2,6 +2,7 @@
 
 overhead     time, peak memory and operations per step without the model's own, ours against ComfyUI's; and
              what the hypersolver adds to a step of Stable Diffusion XL
+gpu          kernels, waits, time and memory of a step on a graphics card: see card.py
 stochastic   distance of 10^4 images to the data, ours against ComfyUI's SDE samplers: minutes
 hypersolver  trains the emoji model's anew: an hour or more
 the others   error to the converged solution at equal model evaluations (see accuracy/__init__.py)
@@ -31,10 +32,12 @@ ROUNDS = 15  # timed, in turn
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["overhead", "stochastic", "hypersolver", "quick", "steps", "ours",
-                                         "few", "hyper", "accuracy", "best"])
+    parser.add_argument("what", choices=["overhead", "gpu", "stochastic", "hypersolver", "quick", "steps",
+                                         "ours", "few", "hyper", "accuracy", "best"])
     parser.add_argument("--out", type=Path, default=environment.HOME / "accuracy",
                         help="a folder (default .dev/accuracy)")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda",
+                        help="of gpu; cpu is its dry run")
     parser.add_argument("--against", type=Path,
                         help="the folder of a run of the same size: print how far they are apart")
     options = parser.parse_args()
@@ -42,12 +45,16 @@ def main() -> None:
     sys.path += [str(environment.ROOT), str(environment.ROOT / "tests")]
     if options.what == "overhead":
         overhead()
+    elif options.what == "gpu":
+        import card
+        card.report(options.device)
+        hypersolver()
     elif options.what == "stochastic":
         from accuracy.stochastic import stochastic
         stochastic()
     elif options.what == "hypersolver":
-        from accuracy import hypersolver
-        hypersolver.train(options.out)
+        from accuracy.hypersolver import train
+        train(options.out)
     else:
         from accuracy import accuracy
         accuracy(options.what, options.out, options.against)

@@ -1,9 +1,12 @@
-"""What a piece of PyTorch code does: its operations on large tensors, and the memory they need at most."""
+"""What a piece of PyTorch code does: operations, their memory, and how often it waits for a device."""
 from __future__ import annotations
 
 import weakref
+from typing import Callable, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -39,3 +42,57 @@ class Trace(TorchDispatchMode):
 
     def _gone(self, size: int) -> None:
         self.alive -= size
+
+
+class Work(NamedTuple):
+    """What a piece of code asks of a device: kernels launched, and times that the host waits for it."""
+
+    launches: int
+    waits: int
+
+
+READS = (Tensor.tolist, Tensor.numpy, Tensor.cpu)
+"""What reads a tensor and never passes the dispatcher on the CPU."""
+NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh",
+             "promote_types", "resize_", "set_"}
+
+
+class Operators(TorchDispatchMode):
+    """On the CPU: operators that compute something stand for kernels, reads of a number for waits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches = self.waits = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name == "_local_scalar_dense":
+            self.waits += 1
+        elif not function.is_view and name not in NO_KERNEL:
+            self.launches += 1
+        return function(*args, **(kwargs or {}))
+
+
+class Reads(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.waits += function in READS
+        return function(*args, **(kwargs or {}))
+
+
+def work(run: Callable[[], object], device: str) -> Work:
+    """Of one run, whose own end is not waited for."""
+    if device != "cuda":
+        with Reads() as reads, Operators() as operators:
+            run()
+        return Work(operators.launches, operators.waits + reads.waits)
+    activities = torch.profiler.ProfilerActivity
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[activities.CPU, activities.CUDA]) as seen:
+        run()
+    names = [event.name for event in seen.events()]
+    return Work(sum("LaunchKernel" in name or name.startswith(("cudaMemcpyAsync", "cudaMemsetAsync"))
+                    for name in names), sum("Synchronize" in name or name == "cudaMemcpy" for name in names))

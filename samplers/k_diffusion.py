@@ -82,7 +82,7 @@ def k_diffusion_function(sampler: Sampler, path: str, options: Mapping[str, Any]
             check_full_noise(schedule[0], sigma_max)
         answering = FIRST_STEPS[first_step](denoise, schedule[0], mean)
         with tqdm(total=len(schedule) - 1, disable=disable) as bar:
-            observe = _observer(bar, callback)
+            observe = _observer(bar, callback, dict(zip((level.sigma for level in schedule), sigmas)))
             with denoise:
                 if isinstance(solver, Adaptive):
                     denoise.follow([level.sigma for level in schedule], follow)
@@ -101,13 +101,14 @@ def k_diffusion_function(sampler: Sampler, path: str, options: Mapping[str, Any]
     return fn
 
 
-def _observer(bar: tqdm, callback: Callable[[dict], None] | None) -> Observer:
-    """What moves the bar, and tells the callback."""
+def _observer(bar: tqdm, callback: Callable[[dict], None] | None, known: Mapping[float, Any]) -> Observer:
+    """What moves the bar, and tells the callback; of a level that is `known` the schedule's own number."""
 
     def observe(i: int, sigma: float, x: Tensor, denoised: Tensor) -> None:
         bar.update(i - bar.n)
         if callback is not None:
-            level = x.new_full((), sigma)
+            level = known.get(sigma)
+            level = level if isinstance(level, Tensor) else x.new_full((), sigma)
             callback({"x": x, "i": i, "sigma": level, "sigma_hat": level, "denoised": denoised})
 
     return observe
