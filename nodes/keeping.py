@@ -12,7 +12,7 @@ from ..hosting.library import file_name
 from ..samplers import load_calibration
 from . import picture
 from .host import CATEGORY
-from .kinds import SOCKET
+from .calibration_socket import SOCKET
 from .knowledge import outputs
 
 MADE = "Measure Model, Tune Fitted, Train Hypersolver or Train AMED"

@@ -18,8 +18,8 @@ from ..samplers.learning.train_amed import TEACHER
 from ..samplers.learning.train_hypersolver import ITERATIONS, spread
 from . import identity, picture, teaching
 from .host import CATEGORY, advanced
-from .kinds import SOCKET, needed
-from .measuring import Run, measured
+from .calibration_socket import SOCKET, needed
+from .guided_run import Run, measured
 from .prompts import PROMPTS
 
 FITTED = f"From {STATISTICS_KIND.makes} with fitted on, or a file of it"

@@ -18,10 +18,10 @@ from ..hosting.names import NAMES, NODES, node_id
 from ..samplers import FAMILIES, SAMPLERS
 from ..samplers.catalogue import Option, Sampler
 from ..samplers.denoisers import FIRST_STEPS, THRESHOLDS
-from . import canonical, settings
+from . import nobody, settings
 from .host import CATEGORY, advanced, around, sampler_function
-from .kinds import SOCKET, needed
-from .measuring import Run
+from .calibration_socket import SOCKET, needed
+from .guided_run import Run
 
 
 def register() -> None:
@@ -98,7 +98,7 @@ def calibrated(sampler: Sampler, how: str | None = None) -> Callable[..., Tensor
             return function(model, x, sigmas, extra_args, callback, disable, **{kind.option: ready},
                             **options)
 
-    plain, measuring = events.observed(function, None), events.observed(prepared, canonical.description)
+    plain, measuring = events.observed(function, None), events.observed(prepared, nobody.description)
 
     def sample(*arguments, **options):
         return (measuring if kind_for(sampler, options) else plain)(*arguments, **options)

@@ -15,7 +15,7 @@ from ..samplers.schedule import Level, Path, find_path, levels
 from ..samplers.solver import finite
 from . import picture
 from .host import CATEGORY, advanced, path_of
-from .kinds import SOCKET, needed
+from .calibration_socket import SOCKET, needed
 from .knowledge import FITTED
 
 LISTS, FIT = ("list of sigmas", "list of lambdas"), "fitted"

@@ -14,7 +14,7 @@ from ..samplers import Statistics, fit_hypersolver, fitted_sigmas, hypersolver_c
 from ..samplers.learning.train_hypersolver import ROUNDS
 from ..samplers.schedule import find_path
 from ..samplers.solver import finite
-from .measuring import Run
+from .guided_run import Run
 
 
 def teach(run: Run, found: Statistics, steps: Sequence[int], images: int, about: Mapping[str, Any],

@@ -89,7 +89,7 @@ def in_a_run(made: Any, use: Callable[[Any], Any], batch: int = 1, shape: tuple[
     found = []
 
     def function(model, x, sigmas, extra_args, callback, disable, **options):
-        found.append(use(part("nodes.measuring").Run(model, x, sigmas, extra_args, {})))
+        found.append(use(part("nodes.guided_run").Run(model, x, sigmas, extra_args, {})))
         return x
 
     sampled(made, function, batch, shape, steps)

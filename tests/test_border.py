@@ -312,8 +312,8 @@ def test_a_prompt_with_strange_metadata_loses_no_image(monkeypatch, caplog) -> N
 def test_a_calibration_is_known_by_where_it_came_from(monkeypatch, came: str, name: str, tmp_path) -> None:
     calibration, store, found = module("library", "hosting"), module("store", "hosting"), two_trajectories()
     told = {**ABOUT, "model": "model", "any": "any-1"}
-    monkeypatch.setattr(module("canonical"), "description", lambda guider: told)
-    monkeypatch.setattr(module("canonical"), "conditions", lambda run: contextlib.nullcontext())
+    monkeypatch.setattr(module("nobody"), "description", lambda guider: told)
+    monkeypatch.setattr(module("nobody"), "conditions", lambda run: contextlib.nullcontext())
     monkeypatch.setattr(calibration, "warn", lambda *run: None)
     monkeypatch.setattr(calibration, "choice", lambda *run: ("folder/one.safetensors", found)
                         if came == "saved" else None)
@@ -327,8 +327,8 @@ def test_a_calibration_is_known_by_where_it_came_from(monkeypatch, came: str, na
                                  measure=lambda *run: found)
     model = Model(lambda x, sigma: x, sampling_of("EPS"))
     model.inner_model.model_patcher.get_attachment = lambda name: found if came == "attached" else None
-    monkeypatch.setattr(module("measuring").Run, "apart", lambda self: contextlib.nullcontext())
-    asked = module("measuring").Run(model, torch.zeros(1, 3), torch.tensor([1.0, 0.0]), {}, {})
+    monkeypatch.setattr(module("guided_run").Run, "apart", lambda self: contextlib.nullcontext())
+    asked = module("guided_run").Run(model, torch.zeros(1, 3), torch.tensor([1.0, 0.0]), {}, {})
     assert calibration.calibration_for(kind, asked, found if came == "given" else None,
                                        "auto") == (name, found, (found, 3))
 

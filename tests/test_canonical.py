@@ -44,7 +44,7 @@ def test_near_guidances_are_measured_at_one_that_does_not_depend_on_the_first(fo
 def test_the_model_is_asked_at_nobody_s_prompt_and_the_guider_is_as_it_was() -> None:
     network = Network()
     made = guider(model(network), prompt(PANDA, pooled_output=torch.full((1, 8), PANDA)), prompt(0.1), 7.4)
-    canonical = part("nodes.canonical")
+    canonical = part("nodes.nobody")
 
     def use(run) -> tuple:
         before = run.guider.conds, run.guider.cfg
@@ -76,7 +76,7 @@ def test_a_model_that_asks_for_more_than_a_text_is_refused_with_the_remedy(monke
         monkeypatch.setattr(run.guider.inner_model, "extra_conds", lacking)
         before = run.guider.conds, run.guider.cfg
         with pytest.raises(ValueError,
-                           match="KeyError: 'lyrics'.*every prompt"), part("nodes.canonical").conditions(run):
+                           match="KeyError: 'lyrics'.*every prompt"), part("nodes.nobody").conditions(run):
             pass
         assert (run.guider.conds, run.guider.cfg) == before
 
@@ -94,7 +94,7 @@ def test_what_every_prompt_measures_is_that_prompt_s_own(folder) -> None:  # noq
             found[words, how] = in_a_run(
                 made, lambda run: library.calibration_for(
                     kinds.STATISTICS_KIND,
-                    part("nodes.measuring").Run(run.model, run.x, run.sigmas, run.extra_args, options), None,
+                    part("nodes.guided_run").Run(run.model, run.x, run.sigmas, run.extra_args, options), None,
                     how))[1]
     assert (found[GHOST, "auto"].l == found[PANDA, "auto"].l).all()
     assert (found[GHOST, "every prompt"].l != found[PANDA, "every prompt"].l).any()

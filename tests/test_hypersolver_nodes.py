@@ -79,7 +79,7 @@ def test_some_of_the_images_are_asked_under_their_own_prompts_and_guidances(batc
         assert run.guider.guidances == scales
         return run.denoise(x, torch.full((5,), 0.5), images=numbers)
 
-    answers = part("nodes.measuring").measured(
+    answers = part("nodes.guided_run").measured(
         model(network), positives, prompt(-3.0), 2.0, {"samples": torch.zeros(batch, *IMAGE)}, 0, None, asked,
         [scale / 2.0 for scale in scales])
     assert [call.context[0 if len(call.context) == batch else -1] for call in network.calls] == calls

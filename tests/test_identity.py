@@ -272,7 +272,7 @@ def described(positive: list, negative: list | None, cfg: float, kind: str = "CF
     """What a guider of ComfyUI's samples, or the manual nodes' own."""
     patcher = model(Network())
     if kind == "measured":
-        measuring = importlib.import_module(f"{pack().__name__}.nodes.measuring")
+        measuring = importlib.import_module(f"{pack().__name__}.nodes.guided_run")
         latent = {"samples": torch.zeros(1, *IMAGE)}
         return measuring.measured(patcher, [positive], negative, cfg, latent, 0, None,
                                     lambda run: identity().description(run.guider))
@@ -425,7 +425,7 @@ def test_a_file_whose_numbers_are_none_is_not_taken(odd) -> None:
 
 
 def test_a_run_from_a_higher_level_begins_with_the_hooks_at_their_first_keyframes() -> None:
-    measuring = importlib.import_module(f"{pack().__name__}.nodes.measuring")
+    measuring = importlib.import_module(f"{pack().__name__}.nodes.guided_run")
     group, told = hooks(1.0, (0.0, 0.0), (0.5, 0.5), (1.0, 1.0)), []
     group.hooks[0].initialize_timesteps = lambda model: told.append("first")
 

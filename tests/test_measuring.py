@@ -62,7 +62,7 @@ def test_images_that_have_conditions_of_their_own_keep_them(batch: int) -> None:
 def test_every_image_is_evaluated_under_its_own_prompt(batch: int, asked: list[int]) -> None:
     network = Network(most=batch)
     x = torch.randn(5, *IMAGE)
-    answers = part("nodes.measuring").measured(
+    answers = part("nodes.guided_run").measured(
         model(network), [prompt(0.0), prompt(10.0), prompt(20.0)], prompt(0.0), 1.0,
         {"samples": torch.zeros(batch, *IMAGE)}, 0, None, lambda run: run.denoise(x, torch.full((5,), 0.5)))
     assert [call.context for call in network.calls] == [[value] * batch for value in asked]
@@ -292,7 +292,7 @@ def test_latents_of_several_kinds_are_refused_by_name_where_a_model_is_measured(
     import comfy.nested_tensor
     latents = comfy.nested_tensor.NestedTensor([torch.zeros(1, *VIDEO), torch.zeros(1, 4, 8)])
     with pytest.raises(ValueError, match="latents are nested"):
-        part("nodes.measuring").measured(model(Network()), [prompt(0.0)], prompt(0.0), 1.0,
+        part("nodes.guided_run").measured(model(Network()), [prompt(0.0)], prompt(0.0), 1.0,
                                          {"samples": latents}, 0, None, lambda run: None)
     network = Network()
     patcher = model(network)

@@ -296,19 +296,19 @@ def test_a_checkpoint_and_nobody_s_prompt_have_the_names_that_comfyui_gives_them
     text = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(2))
     guider = comfy_models.guider(patcher, [[text, {"pooled_output": text[:, -1]}]],
                                  comfy_models.prompt(0.0), 2.0)
-    told = comfy_models.part("nodes.canonical").description(guider)
+    told = comfy_models.part("nodes.nobody").description(guider)
     patcher.lora_loader = types.SimpleNamespace(backup={})
     bent.forge_objects = types.SimpleNamespace(unet=patcher)
     bent.model_config = patcher.model.model_config
     cond = Multicond((1,), [[Composable([Entry(100, text[0])])]])
     p = bent.job(cond=cond)
-    own = bent.part("webui.identity").description(p, {"cond": cond, "uncond": p.uncond, "cond_scale": 2.0})
+    own = bent.part("webui.checkpoint").description(p, {"cond": cond, "uncond": p.uncond, "cond_scale": 2.0})
     for key in ("model", "fingerprint", "patches", "strengths", "guidance", "distilled", "any"):
         assert own[key] == told[key], key
     network = patcher.model.diffusion_model
     patcher.lora_loader.backup["diffusion_model.weight"] = network.weight.clone()
     network.weight.neg_()  # as a LoRA may
-    assert bent.part("webui.identity").checkpoint()[1] == told["fingerprint"]
+    assert bent.part("webui.checkpoint").checkpoint()[1] == told["fingerprint"]
 
 
 # --- options ------------------------------------------------------------------------------------------------

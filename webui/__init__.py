@@ -5,7 +5,7 @@ from __future__ import annotations
 from modules import script_callbacks
 
 from ..hosting import events, store
-from . import axes, folder, measuring, registration, schedule, settings
+from . import axes, folder, job, registration, schedule_type, settings_page
 from .panel import Panel
 
 __all__ = ["Panel", "register"]
@@ -14,8 +14,8 @@ __all__ = ["Panel", "register"]
 def register() -> None:
     """Tell the WebUI of everything that is here; again after every reload of its interface."""
     registration.samplers()
-    schedule.append()
-    script_callbacks.on_ui_settings(settings.add)
+    schedule_type.append()
+    script_callbacks.on_ui_settings(settings_page.add)
     script_callbacks.on_before_ui(axes.append)
     store.use(folder.Folder())
-    events.listeners[:] = [measuring.Listener()]
+    events.listeners[:] = [job.Listener()]

@@ -6,14 +6,14 @@ from pathlib import Path
 from modules import paths, shared
 
 from ..hosting.store import ENDING, FOLDER
-from . import settings
+from . import settings_page
 
 
 class Folder:
     """What the settings name, or models/solver_calibrations."""
 
     def directory(self) -> Path:
-        return Path(getattr(shared.opts, settings.FOLDER, "") or Path(paths.models_path) / FOLDER)
+        return Path(getattr(shared.opts, settings_page.FOLDER, "") or Path(paths.models_path) / FOLDER)
 
     def names(self) -> list[str]:
         found = self.directory()

@@ -6,7 +6,7 @@ from typing import Any
 import gradio as gr
 from modules import scripts
 
-from . import options, schedule
+from . import options, schedule_type
 from .options import PANEL, Setting
 
 
@@ -27,7 +27,7 @@ class Panel(scripts.Script):
         return [*widgets.values()]
 
     def process(self, p: Any, *values: Any) -> None:
-        schedule.begin(p)
+        schedule_type.begin(p)
         options.choose(p, dict(zip(PANEL, values)))
 
     def _widget(self, name: str, setting: Setting) -> Any:

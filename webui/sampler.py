@@ -10,8 +10,8 @@ from ..hosting import events, library
 from ..hosting.kinds import kind_for
 from ..samplers.catalogue import Sampler
 from ..samplers.k_diffusion import k_diffusion_function
-from . import identity, options, settings
-from .measuring import Run
+from . import checkpoint, options, settings_page
+from .job import Run
 
 
 class LambdaSampler(KDiffusionSampler):
@@ -23,7 +23,7 @@ class LambdaSampler(KDiffusionSampler):
 
     @property
     def path(self) -> str:
-        return identity.path(self.model_wrap)
+        return checkpoint.path(self.model_wrap)
 
     def run(self, model: Any, x: Tensor, sigmas: Tensor, extra_args: Mapping[str, Any],
             callback: Callable | None = None, disable: bool | None = None) -> Tensor:
@@ -45,7 +45,7 @@ class LambdaSampler(KDiffusionSampler):
         defaults = {name: option.default for name, option in self.solver.options.items()}
         run = Run(model, x.float(), sigmas, dict(extra_args), {**self.solver.fixed, **defaults, **chosen},
                   sampler=self)
-        how = options.rule(self.p) or settings.rule()
+        how = options.rule(self.p) or settings_page.rule()
         with events.noting() as used, library.provided(kind, run, None, how) as ready:
             options.note_calibration(self.p, how, used[kind.option].told())
             return sample(**{kind.option: ready})

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..hosting import canonical, measuring
 from ..samplers.learning.measure import INTERVALS
-from . import identity
+from . import checkpoint
 
 KEPT = {"model": ("step",), "sampler": ("last_latent",),
         "state": ("sampling_step", "current_latent", "current_image", "current_image_sampling_step")}
@@ -50,19 +50,19 @@ class Run(measuring.Run):
     @property
     def precision(self) -> torch.dtype:
         """float16 or bfloat16 as the WebUI chose, or float32 for anything finer."""
-        own = getattr(getattr(identity.unet(), "model", None), "computation_dtype", None)
+        own = getattr(getattr(checkpoint.unet(), "model", None), "computation_dtype", None)
         dtype = own or devices.dtype_unet
         return dtype if dtype in (torch.float16, torch.bfloat16) else torch.float32
 
     @property
     def guided(self) -> str:
-        return f"job is {identity.guidance(self.sampler.p, self.extra_args)}"
+        return f"job is {checkpoint.guidance(self.sampler.p, self.extra_args)}"
 
     def description(self) -> dict[str, Any]:
-        return identity.description(self.sampler.p, self.extra_args)
+        return checkpoint.description(self.sampler.p, self.extra_args)
 
     def changed(self) -> list[str]:
-        return identity.changed()
+        return checkpoint.changed()
 
     def noised(self, noise: Tensor, sigma: float) -> Tensor:
         return noise * (sigma if self.path == "flow" else math.hypot(1.0, sigma))
@@ -71,7 +71,7 @@ class Run(measuring.Run):
         """At the first step, where no prompt has changed yet."""
         self.check()
         self.model.step = 0
-        return self.model(x, sigma, **{**self.extra_args, **identity.few(self.extra_args, len(x))})
+        return self.model(x, sigma, **{**self.extra_args, **checkpoint.few(self.extra_args, len(x))})
 
     @contextmanager
     def apart(self) -> Iterator[None]:
@@ -93,8 +93,8 @@ class Run(measuring.Run):
     def at_no_prompt(self) -> Iterator[None]:
         p, extra, before = self.sampler.p, self.extra_args, dict(self.extra_args)
         second = {"hr_cfg": p.hr_cfg} if hasattr(p, "hr_cfg") else {}
-        scale = canonical.guidance(identity.guidance(p, extra))
-        extra.update(identity.nobody(extra), cond_scale=scale)
+        scale = canonical.guidance(checkpoint.guidance(p, extra))
+        extra.update(checkpoint.nobody(extra), cond_scale=scale)
         for name in second:
             setattr(p, name, scale)
         try:
@@ -106,7 +106,7 @@ class Run(measuring.Run):
 
     @contextmanager
     def at_its_prompt(self) -> Iterator[None]:
-        if identity.scheduled(self.extra_args):
+        if checkpoint.scheduled(self.extra_args):
             raise ValueError("the model is not measured at a prompt that changes from step to step, or at "
                              "several joined by AND: set Lambda calibration to auto, which measures at "
                              "nobody's")

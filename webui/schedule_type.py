@@ -11,7 +11,7 @@ from ..hosting import library
 from ..hosting.kinds import STATISTICS_KIND
 from ..samplers import fitted_sigmas
 from ..samplers.schedule import find_path, levels
-from . import identity
+from . import checkpoint
 
 NAME, LABEL = "lambda_fitted", "Lambda Fitted"
 _running: list[Any] = []
@@ -41,7 +41,7 @@ def begin(p: Any) -> None:
 def sigmas(n: int, sigma_min: float, sigma_max: float, inner_model: Any, device: Any) -> torch.Tensor:
     """n levels and 0, as the WebUI's schedules are; ValueError where no saved file serves the model at the
     job's guidance."""
-    path, about = identity.path(inner_model), identity.of_job(_running[0])
+    path, about = checkpoint.path(inner_model), checkpoint.of_job(_running[0])
     usual = levels([*torch.linspace(float(sigma_max), float(sigma_min), n).tolist(), 0.0], find_path(path))
     options = {"nodes": "chosen", "order": 2}
     found = library.choice(STATISTICS_KIND, about, "saved only", options, path, usual)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..hosting import measuring
 from ..samplers.learning.measure import INTERVALS
-from . import canonical, identity
+from . import identity, nobody
 from .host import following, latent_for, nested, path_of
 from .middle_block import MiddleBlock
 
@@ -70,7 +70,7 @@ class Run(measuring.Run):
         return f"{type(self.guider).__name__} is {self.guider.cfg!r}"
 
     def description(self) -> dict[str, Any]:
-        return canonical.description(self.guider)
+        return nobody.description(self.guider)
 
     def changed(self) -> list[str]:
         return identity.changed(self.patcher)
@@ -107,7 +107,7 @@ class Run(measuring.Run):
             self.rewind()
 
     def at_no_prompt(self) -> AbstractContextManager[None]:
-        return canonical.conditions(self)
+        return nobody.conditions(self)
 
     def check(self) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
