@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Sequence
+from itertools import cycle
+from typing import Mapping, NamedTuple, Sequence
 
 import numpy as np
 import torch
@@ -259,67 +260,88 @@ def errors(lines: Sequence[Line], good: float, doubt: float, width: int = 1000,
     image = Image.new("RGB", (width * z, height * z), "white")
     draw = ImageDraw.Draw(image)
     small, large = ImageFont.load_default(14 * z), ImageFont.load_default(17 * z)
-    samplers = list(dict.fromkeys(line.sampler for line in lines))
-    schedulers = list(dict.fromkeys(line.scheduler for line in lines))
-    longest = max(draw.textlength(name, small) for name in (*samplers, *schedulers))
+    colours = dict(zip(dict.fromkeys(line.sampler for line in lines), cycle(HUES)))
+    shapes = dict(zip(dict.fromkeys(line.scheduler for line in lines), cycle(SHAPES)))
+    longest = max(draw.textlength(name, small) for name in (*colours, *shapes))
     legend = min(width * z // 2, int(longest) + 64 * z)
-    left, right, top, bottom = 74 * z, width * z - legend - 24 * z, 52 * z, (height - 58) * z
-    calls = sorted({n for n, _ in points})
-    x_low, x_high = math.log(calls[0]) - 0.08, math.log(calls[-1]) + 0.08
-    y_low, y_high = (math.log(value) for value in (min(min(e for _, e in points), good) / 1.25,
-                                                   max(max(e for _, e in points), good) * 1.25))
+    plane = Plane(74 * z, width * z - legend - 24 * z, 52 * z, (height - 58) * z,
+                  tuple(math.log(n) + by for n, by in ((min(points)[0], -0.08), (max(points)[0], 0.08))),
+                  tuple(math.log(value) for value in (min(min(e for _, e in points), good) / 1.25,
+                                                      max(max(e for _, e in points), good) * 1.25)))
+    _grid(draw, plane, sorted({n for n, _ in points}), good, doubt, small)
+    draw.text((plane.left, 14 * z), "Error at equal model evaluations", INK, large)
+    draw.text(((plane.left + plane.right) / 2, height * z - 12 * z), "model evaluations", INK, small,
+              anchor="ms")
+    draw.text((plane.left - 62 * z, plane.top - 10 * z), "error", INK, small, anchor="ls")
+    for line in lines:
+        places = [plane.at(*point) for point in line.points if point[1] > 0]
+        draw.line(places, colours[line.sampler], (1 if line.stochastic else 2) * z, joint="curve")
+        for place in places:
+            _mark(draw, place, shapes[line.scheduler], colours[line.sampler], line.stochastic, 5 * z)
+    _legend(draw, (plane.right + 24 * z, plane.top + 8 * z), colours, shapes,
+            {line.sampler for line in lines if line.stochastic}, small)
+    return image.reduce(z)
 
-    def at(n: float, error: float) -> tuple[float, float]:
-        return (left + (math.log(n) - x_low) / (x_high - x_low) * (right - left),
-                bottom - (math.log(error) - y_low) / (y_high - y_low) * (bottom - top))
 
-    if doubt > math.exp(y_low):
-        ground = at(1, min(doubt, math.exp(y_high)))[1]
+class Plane(NamedTuple):
+    """A frame in the picture, and the logarithms from which to which it shows evaluations and errors."""
+
+    left: int
+    right: int
+    top: int
+    bottom: int
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+
+    def at(self, n: float, error: float) -> tuple[float, float]:
+        return (self.left + (math.log(n) - self.x[0]) / (self.x[1] - self.x[0]) * (self.right - self.left),
+                self.bottom - (math.log(error) - self.y[0]) / (self.y[1] - self.y[0]) *
+                (self.bottom - self.top))
+
+
+def _grid(draw: ImageDraw.ImageDraw, plane: Plane, calls: Sequence[int], good: float, doubt: float,
+          font: ImageFont.FreeTypeFont) -> None:
+    """The ground, the lines at round errors and at these evaluations, and what is good enough."""
+    z, (left, right, top, bottom, _, (low, high)) = FINER, plane
+    if doubt > math.exp(low):
+        ground = plane.at(1, min(doubt, math.exp(high)))[1]
         draw.rectangle([left, ground, right, bottom], DOUBT)
         if bottom - ground > 24 * z:
-            draw.text((right - 8 * z, bottom - 8 * z), "the reference itself is not known "
-                                                       "better", GREY, small, anchor="rs")
-    for value in log_ticks(math.exp(y_low), math.exp(y_high), 12):
-        _, y = at(1, value)
+            draw.text((right - 8 * z, bottom - 8 * z), "the reference itself is not known better", GREY, font,
+                      anchor="rs")
+    for value in log_ticks(math.exp(low), math.exp(high), 12):
+        _, y = plane.at(1, value)
         draw.line([(left, y), (right, y)], GRID, z)
-        draw.text((left - 10 * z, y), f"{value:g}", GREY, small, anchor="rm")
+        draw.text((left - 10 * z, y), f"{value:g}", GREY, font, anchor="rm")
     taken = -math.inf
     for n in calls:
-        x, _ = at(n, 1)
+        x, _ = plane.at(n, 1)
         draw.line([(x, top), (x, bottom)], GRID, z)
         if x - taken > 26 * z:
-            draw.text((x, bottom + 10 * z), f"{n}", GREY, small, anchor="mt")
+            draw.text((x, bottom + 10 * z), f"{n}", GREY, font, anchor="mt")
             taken = x
     draw.rectangle([left, top, right, bottom], outline=GREY, width=z)
-    _, y = at(1, good)
+    _, y = plane.at(1, good)
     draw.line([(left, y), (right, y)], GOOD, 2 * z)
-    draw.text((right - 8 * z, y - 5 * z), f"good enough: {good:g}", GOOD, small, anchor="rs")
-    draw.text((left, 14 * z), "Error at equal model evaluations", INK, large)
-    draw.text(((left + right) / 2, height * z - 12 * z), "model evaluations", INK, small, anchor="ms")
-    draw.text((left - 62 * z, top - 10 * z), "error", INK, small, anchor="ls")
-    for line in lines:
-        colour = HUES[samplers.index(line.sampler) % len(HUES)]
-        shape = SHAPES[schedulers.index(line.scheduler) % len(SHAPES)]
-        places = [at(*point) for point in line.points if point[1] > 0]
-        draw.line(places, colour, (1 if line.stochastic else 2) * z, joint="curve")
-        for place in places:
-            _mark(draw, place, shape, colour, line.stochastic, 5 * z)
-    hollow = {line.sampler for line in lines if line.stochastic}
-    x, y = right + 24 * z, top + 8 * z
-    for k, name in enumerate(samplers):
-        colour = HUES[k % len(HUES)]
+    draw.text((right - 8 * z, y - 5 * z), f"good enough: {good:g}", GOOD, font, anchor="rs")
+
+
+def _legend(draw: ImageDraw.ImageDraw, place: tuple[float, float], colours: Mapping[str, tuple],
+            shapes: Mapping[str, str], hollow: set[str],
+            font: ImageFont.FreeTypeFont) -> None:
+    z, (x, y) = FINER, place
+    for name, colour in colours.items():
         draw.line([(x, y), (x + 26 * z, y)], colour, (1 if name in hollow else 3) * z)
-        draw.text((x + 34 * z, y), name, INK, small, anchor="lm")
+        draw.text((x + 34 * z, y), name, INK, font, anchor="lm")
         y += 22 * z
     y += 14 * z
-    for k, name in enumerate(schedulers):
-        _mark(draw, (x + 13 * z, y), SHAPES[k % len(SHAPES)], GREY, False, 5 * z)
-        draw.text((x + 34 * z, y), name, INK, small, anchor="lm")
+    for name, shape in shapes.items():
+        _mark(draw, (x + 13 * z, y), shape, GREY, False, 5 * z)
+        draw.text((x + 34 * z, y), name, INK, font, anchor="lm")
         y += 22 * z
     if hollow:
         _mark(draw, (x + 13 * z, y + 14 * z), "disc", GREY, True, 5 * z)
-        draw.text((x + 34 * z, y + 14 * z), "stochastic", INK, small, anchor="lm")
-    return image.reduce(z)
+        draw.text((x + 34 * z, y + 14 * z), "stochastic", INK, font, anchor="lm")
 
 
 def _mark(draw: ImageDraw.ImageDraw, place: tuple[float, float], shape: str, colour: tuple, hollow: bool,

@@ -63,14 +63,15 @@ def test_a_restarted_run_is_the_whole_run(found) -> None:
     plain, x = found.for_another_prompt(), noise(3, seed=3)
     shape = Shape.of(fit_multistep(plain, 5).lam, float(plain.lam[-1]))
     model = mixture()
-    run = _Runs(lambda x, sigma: model(x, x.new_full((len(x),), sigma)), plain, PATHS["ve"], converged(x))
-    state = run.of(shape, x)
+    run = _Runs(lambda x, sigma: model(x, x.new_full((len(x),), sigma)), plain, PATHS["ve"], x, converged(x),
+                training=2)
+    state = run.of(shape)
     slopes = run.slopes(state)
     # levels, scales, weights of one and of two evaluations before
     assert len(slopes.of) == len(slopes.values) == 4 + 4 + 4 + 2
     for (row, k), slope in zip(*slopes):
         by = DIFFERENCES[row] * (-1 if (row, k) == (0, 4) else 1)
-        whole = run.of(shape.moved([(row, k)], [by]), x)
+        whole = run.of(shape.moved([(row, k)], [by]))
         np.testing.assert_allclose((whole.residual - state.residual) / by, slope, atol=1e-9)
 
 

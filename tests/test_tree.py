@@ -49,6 +49,21 @@ def test_python_files_are_plain_ascii() -> None:
     assert [path for path in PYTHON if not path.read_text(encoding="utf-8").isascii()] == []
 
 
+LONGEST = 50
+"""Of a function, in lines, its documentation apart."""
+
+
+def test_functions_are_short() -> None:
+    long = []
+    for path in PYTHON:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                told = len((ast.get_docstring(node, clean=False) or "").splitlines())
+                if (lines := node.end_lineno - node.lineno + 1 - told) > LONGEST:
+                    long.append(f"{path.relative_to(ROOT)}: {node.name} has {lines}")
+    assert long == []
+
+
 def test_the_solvers_know_nothing_of_comfyui_and_need_only_what_it_installs() -> None:
     known = set(sys.stdlib_module_names) | {"torch", "numpy", "torchsde", "tqdm", "safetensors", "einops"}
     for path in (ROOT / "samplers").rglob("*.py"):

@@ -102,74 +102,61 @@ def refit_multistep(model: Callable[..., Tensor], x: Tensor, calibration: Statis
     """
     check(calibration)
     x, dtype = latents(x), x.dtype
-    n = evaluations - (start is not None)
-    if not FEWEST <= n <= LARGEST:
-        raise ValueError(
-            f"evaluations = {evaluations} is out of range: choose from {FEWEST + evaluations - n} to "
-            f"{LARGEST + evaluations - n}; fewer leave nothing to fit, and more need none")
-    if held_out < 1 or len(x) - held_out < 2:
-        raise ValueError(
-            f"x has {len(x)} images with held_out = {held_out}: give at least two to learn from and one to "
-            "select by")
+    n = _count(evaluations, start is not None, len(x), held_out)
     gaussian = find_path(path)
     plain = calibration.for_another_prompt()
-    settings = {
-        "evaluations": evaluations, "path": path, "start": start, "held_out": held_out, "rounds": rounds,
-        "about": dict(about or {}), "of": digest(plain.arrays())
-    }
+    about = dict(about or {})
+    settings = {"evaluations": evaluations, "path": path, "start": start, "held_out": held_out,
+                "rounds": rounds, "about": about, "of": digest(plain.arrays())}
     highest, lowest = (gaussian.at(float(lam)) for lam in calibration.lam[[0, -1]])
     opening = [] if start is None else [gaussian.level(start)]
     course = Course(model, x, [*opening, highest, lowest], gaussian, kind=PARTIAL, settings=settings,
                     total=refit_cost(evaluations, rounds, bool(opening)), dtype=dtype, precision=precision,
                     extra_args=extra_args, partial=partial, progress=progress)
     x = sample(course.denoise, x, [ddim(DataPrediction(), level, highest) for level in opening])
-    training, held = slice(0, len(x) - held_out), slice(len(x) - held_out, len(x))
     shape = Shape.of(fit_multistep(plain, n).lam, float(calibration.lam[-1]))
     with course:
         target = course.targets(lambda: {0: sample(
             course.denoise, x, planned(plain, fit_multistep(plain, TEACHER).lam).steps(gaussian))})[0]
-        run = _Runs(course.denoise, plain, gaussian, target)
-        before = now = best = run.of(shape, x)
-        floor = FLOOR * before.squares[training].mean() + 1e-30
+        runs = _Runs(course.denoise, plain, gaussian, x, target, len(x) - held_out)
+        before = now = best = runs.of(shape)
+        runs.floor = FLOOR * before.squares[runs.training].mean() + 1e-30
         if course.done > 1:
-            now, best = (run.of(shape._replace(numbers=numbers), x) for numbers in course.us(()))
-
-        def left(state: State, part: slice) -> float:
-            return typical(state.squares[part], floor)
-
+            now, best = (runs.of(shape._replace(numbers=numbers)) for numbers in course.us(()))
         for done in range(course.done, rounds + 1):
-            start_of_round, slopes = now, run.slopes(now)
-            for again in range(1 + AGAIN):
-                course.loss = float(np.sqrt(now.squares[training].mean()))
-                around = Quadratic.of(torch.from_numpy(now.residual),
-                                      torch.from_numpy(slopes.values).transpose(0, 1))
-                u = damped_step(around, training, floor, lambda G, e: np.full(len(G), DAMPING * e),
-                                MOST)  # noqa: N803
-                tried = (run.tried(now.shape.moved(slopes.of, share * u), x)
-                         for share in ((1.0, ) if again else (1.0, 0.5, 0.25)))
-                found = next(
-                    (state for state in tried if state and left(state, training) < left(now, training)), None)
+            start_of_round, slopes = now, runs.slopes(now)
+            for shares in ((1.0, 0.5, 0.25), *[(1.0, )] * AGAIN):
+                [course.loss] = runs.errors(now)["training"]
+                found = runs.better(now, slopes, shares)
                 if found is None:
                     break
                 now = found
-                best = min(best, now, key=lambda state: left(state, held))
+                best = min(best, now, key=lambda state: runs.left(state, runs.held))
             if now is start_of_round:
                 break
             course.learned(done + 1, [now.shape.numbers, best.shape.numbers], course.loss)
-    losses = {name: [float(np.sqrt(state.squares[part].mean())) for state in (before, best)]
-              for name, part in (("training", training), ("selection", held))}
-    better = left(best, held) < left(before, held)
-    refits = {
-        **calibration.about.get("refits", {}),
-        str(n): {
-            **losses, "prompts": dict(about or {}).get("prompts", 1), "kept": better,
-            "evaluations": course.spent, "images": len(x)
-        }
-    }
+    kept = runs.left(best, runs.held) < runs.left(before, runs.held)
+    told = {**runs.errors(before, best), "prompts": about.get("prompts", 1), "kept": kept,
+            "evaluations": course.spent, "images": len(x)}
     plans = {key: rows for key, rows in calibration.plans.items() if key != n}
-    if better:
+    if kept:
         plans[n] = best.shape.plan(plain).rows()
+    refits = {**calibration.about.get("refits", {}), str(n): told}
     return replace(calibration, plans=plans, about={**calibration.about, "refits": refits})
+
+
+def _count(evaluations: int, opening: bool, images: int, held_out: int) -> int:
+    """Of how many evaluations the plan is, the opening one apart."""
+    n = evaluations - opening
+    if not FEWEST <= n <= LARGEST:
+        raise ValueError(
+            f"evaluations = {evaluations} is out of range: choose from {FEWEST + evaluations - n} to "
+            f"{LARGEST + evaluations - n}; fewer leave nothing to fit, and more need none")
+    if held_out < 1 or images - held_out < 2:
+        raise ValueError(
+            f"x has {images} images with held_out = {held_out}: give at least two to learn from and one to "
+            "select by")
+    return n
 
 
 def refit_cost(evaluations: int, rounds: int = ROUNDS, opening: bool = False) -> int:
@@ -206,23 +193,47 @@ class Slopes(NamedTuple):
 
 
 class _Runs:
-    """Runs of a shape from its start, or from any place on."""
+    """Runs of a shape from the start, or from any place on, and what is better of them."""
 
-    def __init__(self, denoise: Denoiser, calibration: Statistics, path: Path, target: Tensor) -> None:
-        self.denoise, self.calibration, self.path, self.target = denoise, calibration, path, target
-        self.sampled = Sampled(target, 0)
+    floor: float  # of a squared error, that of the images to learn from
 
-    def of(self, shape: Shape, x: Tensor) -> State:
+    def __init__(self, denoise: Denoiser, calibration: Statistics, path: Path, x: Tensor, target: Tensor,
+                 training: int) -> None:
+        self.denoise, self.calibration, self.path = denoise, calibration, path
+        self.x, self.target, self.sampled = x, target, Sampled(target, 0)
+        self.training, self.held = slice(0, training), slice(training, len(x))
+
+    def of(self, shape: Shape) -> State:
         steps = shape.plan(self.calibration).steps(self.path)
-        return State(shape, *self._ahead(steps, (Place(0, x),)))
+        return State(shape, *self._ahead(steps, (Place(0, self.x),)))
 
-    def tried(self, shape: Shape, x: Tensor) -> State | None:
+    def tried(self, shape: Shape) -> State | None:
         """The same for a shape that may be a bad one: None where it leads the model to answers that are
         not finite."""
         try:
-            return self.of(shape, x)
+            return self.of(shape)
         except FloatingPointError:
             return None
+
+    def left(self, state: State, part: slice) -> float:
+        """The error of these images."""
+        return typical(state.squares[part], self.floor)
+
+    def errors(self, *states: State) -> dict[str, list[float]]:
+        """Of the images to learn from, and of those to select by."""
+        return {name: [float(np.sqrt(state.squares[part].mean())) for state in states]
+                for name, part in (("training", self.training), ("selection", self.held))}
+
+    def better(self, now: State, slopes: Slopes, shares: Sequence[float]) -> State | None:
+        """The first of these shares of a Gauss-Newton step that leaves less error on the images to learn
+        from."""
+        around = Quadratic.of(torch.from_numpy(now.residual),
+                              torch.from_numpy(slopes.values).transpose(0, 1))
+        u = damped_step(around, self.training, self.floor,
+                        lambda G, e: np.full(len(G), DAMPING * e), MOST)  # noqa: N803
+        tried = (self.tried(now.shape.moved(slopes.of, share * u)) for share in shares)
+        return next((state for state in tried
+                     if state and self.left(state, self.training) < self.left(now, self.training)), None)
 
     def slopes(self, state: State) -> Slopes:
         """By forward differences: runs from where a number first matters."""
