@@ -14,6 +14,11 @@ NONE = "[none saved yet]"
 LONGEST = 200  # bytes of a name: with what is added while it is written, file systems take 255
 
 
+DEVICES = {"con", "prn", "aux", "nul", "conin$", "conout$",
+           *(f"{port}{k}" for port in ("com", "lpt") for k in "123456789\u00b9\u00b2\u00b3")}
+"""On Windows, whatever follows after a dot; the last three are raised 1, 2 and 3."""
+
+
 class Folder(Protocol):
     """The calibrations of a host."""
 
@@ -69,15 +74,24 @@ def place(name: str) -> Path:
     """Where a file of this name goes; ValueError if the name would leave the folder or is not a plain one."""
     stem = name.strip().removesuffix(ENDING)
     parts = stem.replace("\\", "/").split("/")
-    wrong = any(part[:1] in ("", ".") or any(c in '<>:"|?*' or ord(c) < 32 for c in part) for part in parts)
-    if wrong or len(stem.encode()) > LONGEST:
+    if not all(map(_plain, parts)) or len(stem.encode()) > LONGEST:
         raise ValueError(f"name = {name!r} cannot be a file in {FOLDER}: use up to {LONGEST} letters, "
-                         "digits, '-', '_', and '/' for subfolders, no '..' and no absolute path")
+                         "digits, '-', '_', and '/' for subfolders, no '..', no absolute path, no dot or "
+                         "space at an end, and none that Windows keeps for devices, such as con")
     path = directory().joinpath(*parts[:-1], parts[-1] + ENDING)
     if not path.resolve().is_relative_to(directory().resolve()):
         raise ValueError(f"name = {name!r} leads out of {FOLDER} (through a link): choose another name")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(f"name = {name!r} leads through a file: choose another folder") from None
     return path
+
+
+def _plain(part: str) -> bool:
+    """Whether a file or folder of this name can be on every system; each way it may be shown is printable."""
+    return bool(part) and part.isprintable() and part[0] != "." and part[-1] not in ". " and not (
+        set(part) & set('<>:"|?*')) and part.split(".")[0].rstrip(" ").lower() not in DEVICES
 
 
 def free(name: str, taken: Callable[[Path], bool] = Path.exists) -> Path:

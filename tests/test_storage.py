@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import stat
 import time
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors.numpy import save_file
 from problems import reference_mixture
 from samplers import Amed, CalibrationError, Statistics, fit_amed, refit_multistep
 from samplers.learning import storage
-from samplers.learning.storage import ABOUT, SHARE, Partial, plain
+from samplers.learning.storage import ABOUT, SHARE, Partial, digest, plain
 from test_amed import SIGMAS, noises
 from test_calibrate import mixture, noise
 from test_fitted import calibration
@@ -47,8 +48,10 @@ KINDS = {"statistics": Statistics, "amed": Amed}
 
 
 def parts(path: Path) -> tuple[dict, dict]:
+    """Tensors and metadata, without the seal: what is made of them is no damage."""
     with safe_open(path, framework="numpy") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+        return ({name: file.get_tensor(name) for name in file.keys()},
+                {name: text for name, text in file.metadata().items() if name != "seal"})
 
 
 def places(value, where=()):
@@ -110,6 +113,48 @@ def test_the_rest_of_a_file_cannot_speak_either(tmp_path, files, kind: str) -> N
         with pytest.raises(CalibrationError) as refused:
             KINDS[kind].load(tmp_path / "x.safetensors")
         assert not set(str(refused.value)) & set("<>&")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_that_is_damaged_anywhere_is_refused_or_still_what_it_was(tmp_path, files, kind: str) -> None:
+    whole, path = files[kind].read_bytes(), tmp_path / "x.safetensors"
+    expected, chance, refused = KINDS[kind].load(files[kind]), random.Random(0), 0
+    for _ in range(300):
+        changed = bytearray(whole)
+        changed[chance.randrange(len(whole))] ^= 1 << chance.randrange(8)
+        path.write_bytes(changed)
+        try:
+            found = KINDS[kind].load(path)
+        except CalibrationError:
+            refused += 1
+            continue
+        assert digest(found.arrays()) == digest(expected.arrays()) and found.about == expected.about
+    assert refused > 250
+
+
+def test_files_of_before_there_were_seals_are_read(tmp_path, files) -> None:
+    tensors, metadata = parts(files["statistics"])
+    save_file(tensors, tmp_path / "x.safetensors", metadata)
+    assert Statistics.load(tmp_path / "x.safetensors").about == Statistics.load(files["statistics"]).about
+    save_file(tensors, tmp_path / "x.safetensors", {**metadata, "seal": "0" * 16})
+    with pytest.raises(CalibrationError, match="does not hold what was written"):
+        Statistics.load(tmp_path / "x.safetensors")
+    save_file(tensors, tmp_path / "x.safetensors", {**metadata, "sea1": "0" * 16})
+    with pytest.raises(CalibrationError, match="its header has names that no file has"):
+        Statistics.load(tmp_path / "x.safetensors")
+
+
+@pytest.mark.skipif(not hasattr(os, "seteuid") or os.geteuid() != 0, reason="needs root, to be nobody")
+def test_a_folder_that_cannot_be_looked_into_keeps_nothing_and_stops_no_measurement(tmp_path) -> None:
+    (tmp_path / "shut").mkdir(mode=0o700)
+    os.seteuid(65534)
+    try:
+        partial = Partial(tmp_path / "shut" / "x.part", "lambda-solvers partial 1", torch.zeros(1), {}, 0.0)
+        assert partial.read() == ({}, 0)
+        partial.write({"x": torch.zeros(2)}, 1, at_once=True)
+        assert partial.path is None
+    finally:
+        os.seteuid(0)
 
 
 def test_what_is_not_known_is_left_out_and_everything_that_is_written_is_known(tmp_path, files) -> None:

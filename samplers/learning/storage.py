@@ -106,7 +106,7 @@ def write_checked(path: Path, kind: str, tensors: Mapping[str, np.ndarray], abou
     overwrite."""
     described = json.dumps(checked(_plainly(about)), sort_keys=True, allow_nan=False)
     content = save({name: np.asarray(value, order="C") for name, value in tensors.items()},
-                   metadata={"format": kind, "about": described})
+                   metadata={"format": kind, "about": described, "seal": _seal(kind, described, tensors)})
     if len(content) > largest:
         raise CalibrationError(
             f"{path.name} would have {len(content)} bytes: files have at most {largest:.0f}; measure "
@@ -158,9 +158,10 @@ def read_checked(path: Path, expected: Sequence[str],
             if len(names) > MOST or not all(map(NAME.fullmatch, names)):
                 raise CalibrationError(
                     f"{shown} has tensors that no file of {_kind(found)} has: measure again, or get it anew")
-            about = json.loads(metadata.get("about", "{}"), parse_constant=_no_number)
-            return found, {name: file.get_tensor(name)
-                           for name in names}, checked(about, where=f"{shown}: about")
+            tensors, told = {name: file.get_tensor(name) for name in names}, metadata.get("about", "{}")
+            _check_seal(found, told, tensors, metadata)
+            about = json.loads(told, parse_constant=_no_number)
+            return found, tensors, checked(about, where=f"{shown}: about")
     except FileNotFoundError:
         raise CalibrationError(f"{shown} does not exist") from None
     except OSError as fault:
@@ -170,6 +171,20 @@ def read_checked(path: Path, expected: Sequence[str],
     # TypeError: a dtype that numpy lacks
     except (SafetensorError, ValueError, TypeError, RecursionError) as fault:
         raise Damaged(f"{shown} is damaged or was cut short: {plain(str(fault))}") from None
+
+
+def _seal(kind: str, described: str, tensors: Mapping[str, np.ndarray]) -> str:
+    """What a file says of its content, so that damage is seen: safetensors itself has no checksum."""
+    return hashlib.sha256(json.dumps([kind, described, digest(tensors)]).encode()).hexdigest()[:16]
+
+
+def _check_seal(kind: str, described: str, tensors: Mapping[str, np.ndarray],
+                metadata: Mapping[str, str]) -> None:
+    """ValueError if it is broken; files had none before it was thought of."""
+    if metadata.keys() - {"format", "about", "seal"}:
+        raise ValueError("its header has names that no file has")
+    if metadata.get("seal", _seal(kind, described, tensors)) != _seal(kind, described, tensors):
+        raise ValueError("it does not hold what was written: its seal is broken")
 
 
 def _format(shown: str, metadata: Mapping[str, str], expected: Sequence[str]) -> str:
@@ -228,11 +243,11 @@ class Partial:
     def read(self) -> tuple[dict[str, Tensor], int]:
         """What was kept, and the first part that is not; nothing if there is no file of the same
         calibration."""
-        if self.path and self.path.exists():
+        if self.path:
             try:
                 _, tensors, about = read_checked(self.path, (self.format,), math.inf)
             except CalibrationError:
-                return {}, 0  # damaged, or of another version: measured again, and overwritten
+                return {}, 0  # none, damaged, or of another version: measured again, and overwritten
             if about.get("key") == self.key:
                 kept = {name: torch.from_numpy(value).to(self.device) for name, value in tensors.items()}
                 return kept, int(about.get("next", 0))
