@@ -3,6 +3,7 @@
 kills      copies of this process, killed while they measure, train and save
 files      calibration files of every kind, damaged and edited
 names      names of files as anyone may type them
+prompts    workflows queued at random in a real ComfyUI, cancelled, their clients gone
 disk       a full disk, a folder that cannot be written, clocks that jump, several processes on one folder
 
 The time is shared among them. A figure that must be 0 and is not ends it with status 1. A run is the same
@@ -20,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import environment  # noqa: E402
 
-SHARES = {"kills": 0.5, "files": 0.3, "names": 0.05, "disk": 0.15}
+SHARES = {"kills": 0.2, "files": 0.15, "names": 0.05, "disk": 0.1, "prompts": 0.5}
 
 
 def main() -> int:

@@ -5,7 +5,7 @@ import re
 
 # a test's name, or of its cases those whose id this expression finds: a test that is not slow, or other cases
 SLOW = {
-    "test_a_short_campaign_finds_no_fault[kills|files]": "other cases",
+    "test_a_short_campaign_finds_no_fault[kills|files|prompts]": "other cases",
     "test_the_example_workflows_run_with_every_sampler":
         "test_an_example_runs_on_the_tiny_checkpoint_and_its_image_restores_it",
     "test_an_example_runs_on_the_tiny_checkpoint_and_its_image_restores_it[few_steps|compare]": "other cases",

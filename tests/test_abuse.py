@@ -12,7 +12,7 @@ from samplers import Statistics
 
 
 @NEEDS_FORK
-@pytest.mark.parametrize("name", [name for name in CAMPAIGNS if name != "prompts"])
+@pytest.mark.parametrize("name", CAMPAIGNS)
 def test_a_short_campaign_finds_no_fault(tmp_path, name: str) -> None:
     found = CAMPAIGNS[name](tmp_path, random.Random(1), 0.0)
     assert found.faults == [] and max(found.figures.values()) > 2

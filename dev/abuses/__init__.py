@@ -6,5 +6,6 @@ from .disk import disk
 from .files import files
 from .kills import kills
 from .names import names
+from .prompts import prompts
 
-CAMPAIGNS = {"kills": kills, "files": files, "names": names, "disk": disk}
+CAMPAIGNS = {"kills": kills, "files": files, "names": names, "disk": disk, "prompts": prompts}
