@@ -54,15 +54,15 @@ class Listener(Protocol):
 
 
 listeners: list[Listener] = []
-_running: ContextVar[_Notes | None] = ContextVar("running", default=None)
+_running: ContextVar[Notes | None] = ContextVar("running", default=None)
 
 
-class _Notes:
+class Notes:
     """What the run going on has said and used."""
 
     def __init__(self) -> None:
-        self.said: list[tuple[str, bool]] = []
-        self.used: dict[str, Used] = {}
+        self.said: list[tuple[str, bool]] = []  # lines, and whether they are warnings
+        self.used: dict[str, Used] = {}  # calibrations by the solver's option
 
 
 def say(text: str, level: int = logging.INFO) -> None:
@@ -83,12 +83,12 @@ def use(option: str, calibration: Used) -> None:
 
 
 @contextmanager
-def noting() -> Iterator[dict[str, Used]]:
-    """The calibrations that runs in this context use, by the solver's option."""
-    notes = _Notes()
+def noting() -> Iterator[Notes]:
+    """What runs in this context say and use."""
+    notes = Notes()
     token = _running.set(notes)
     try:
-        yield notes.used
+        yield notes
     finally:
         _running.reset(token)
 
@@ -97,7 +97,7 @@ def observed(function: Callable[..., Tensor], describe: Describe | None) -> Call
     """A sampler function that tells of its runs."""
 
     def sample(model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
-        counted, notes = _Counted(model), _Notes()
+        counted, notes = _Counted(model), Notes()
         token = _running.set(notes)
         try:
             result = function(counted, x, sigmas, extra_args, callback, disable, **options)

@@ -47,7 +47,8 @@ class Run:
         check()             raises `cancelled` if the user has cancelled
         show(done, total)   how far a measurement is
         cancelled           an exception's type
-        remedies            what to do where the rule does not allow that {makes} is done
+        remedies            what to do where the rule does not allow that {makes} is done; "unsteady": where
+                            {changed} keep the model from answering for itself
     """
 
     model: Any
@@ -138,9 +139,8 @@ class Run:
             if self.pace.batch or batch == 1:
                 raise type(fault)(
                     f"out of memory while measuring the model, {batch} image{'s' * (batch > 1)} at once: "
-                    "measure at a smaller size, which serves larger ones too (a run of a smaller latent, or "
-                    "the node that measures), with a batch of 1, or make room on the device. The fault was: "
-                    f"{fault}") from fault
+                    "measure at a smaller size, which serves larger ones too, with a batch of 1, or make "
+                    f"room on the device. The fault was: {fault}") from fault
         self.pace.batch = batch // 2  # not above, where the fault still holds what did not fit
         say(f"warning: out of memory while measuring {batch} images at once: going on with {batch // 2}. "
             "Measure with a smaller batch to avoid this", logging.WARNING)
@@ -214,16 +214,13 @@ class Progress:
 def resumable(what: str, partial: Path | None, run: Run) -> Iterator[None]:
     """Says after Cancel whether the next run goes on from there.
 
-    ValueError for a model that does not answer for itself, naming what other nodes have put around it.
+    ValueError for a model that does not answer for itself, naming what has been put around it.
     """
     try:
         yield
     except UnsteadyModel as fault:
         named = ", ".join(run.changed()) or "nothing that the host knows of"
-        raise ValueError(f"{fault}. Other nodes have put around this model: {named}. Bypass the node that "
-                         "did it and measure; given the result (by the nodes Load and Apply behind the "
-                         "model), a sampler needs no measuring, and the node may be switched on "
-                         "again") from fault
+        raise ValueError(f"{fault}. {run.remedies['unsteady'].format(changed=named)}") from fault
     except run.cancelled:
         kept = partial is not None and partial.exists()
         say(f"{what} was cancelled; the next run {'goes on from there' if kept else 'begins anew'}")

@@ -267,10 +267,10 @@ class Bench:
 
     def run(self, sampler: KSAMPLER, sigmas: Tensor, called: Callable[[], None]) -> Outcome:
         before = self.predictions
-        with events.noting() as used:
+        with events.noting() as notes:
             outcome = self._run(self.real, sampler, sigmas, self.seed, called)
         return outcome._replace(calibration=self.predictions - before - outcome.evaluations,
-                                used={option: calibration.found for option, calibration in used.items()})
+                                used={option: used.found for option, used in notes.used.items()})
 
     def _run(self, guider: comfy.samplers.CFGGuider, sampler: KSAMPLER, sigmas: Tensor, seed: int,
              called: Callable[[], None]) -> Outcome:

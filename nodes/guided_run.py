@@ -32,6 +32,9 @@ class Run(measuring.Run):
                   "Calibration behind the model"),
         "saved only": ("run {makes} once, or set measure to auto (on the sampler's node; for KSampler in "
                        "ComfyUI's settings, Lambda Solvers)"),
+        "unsteady": ("Other nodes have put around this model: {changed}. Bypass the node that did it and "
+                     "measure; given the result (by the nodes Load and Apply behind the model), a sampler "
+                     "needs no measuring, and the node may be switched on again"),
     }
 
     @property

@@ -1,13 +1,7 @@
 """Stable Diffusion WebUI as a host: our names in its lists, its seeds, interruption, panel and infotext."""
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import time
 import types
-import urllib.error
-import urllib.request
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,9 +10,7 @@ import pytest
 import torch
 
 import comfy_models
-import environment
 from problems import Gaussian
-from comfyui_server import free_port
 from samplers import fitted_sigmas, k_diffusion_sampler, load_calibration
 from samplers.learning.train_hypersolver import USUAL
 from test_nodes import NAMES
@@ -211,8 +203,11 @@ def test_a_measurement_is_made_at_nobody_s_prompt_and_leaves_the_job_as_it_was(b
     assert [(round(mean, 6), scale) for mean, scale, _ in sampling] == [(0.5, 2.1)] * 3
     assert [step for _, _, step in sampling] == [0, 1, 2] and p.hr_cfg == 7.0
     assert bent.state.sampling_step == 2 and bent.state.textinfo == "statistics saved: Host-0123456789-cfg2"
-    p = bent.job(cfg_scale=2.1, is_hr_pass=True, hr_cfg=7.0)
+    assert p.comments[-1] == bent.state.textinfo and not any(": evaluation" in line for line in p.comments)
+    p.is_hr_pass = True
     bent.run("Lambda v3", p, large(), full(bent))
+    [first, second] = p.extra_generation_params[USED].split("; ")
+    assert (first.split()[0][-5:], second.split()[0][-5:]) == ("-cfg2", "-cfg7")
     assert [path.stem.rpartition("-")[2] for path in files(bent)] == ["cfg2", "cfg7"]
 
 
@@ -227,8 +222,9 @@ def test_what_is_measured_is_told_at_the_progress_bar(bent) -> None:
 def test_interrupted_while_it_measures_the_next_job_goes_on_from_there(bent) -> None:
     bent.interrupt_at = 40
     x = large()
-    assert torch.equal(bent.run("Lambda v3", bent.job(), x, full(bent)), x)  # the image as it was
+    assert torch.equal(bent.run("Lambda v3", p := bent.job(), x, full(bent)), x)  # the image as it was
     assert files(bent) == [] and "the next run goes on from there" in bent.state.textinfo
+    assert "the next run goes on from there" in p.comments[-1]
     bent.interrupt_at, bent.state.interrupted = None, False
     bent.run("Lambda v3", bent.job(), x, full(bent))
     resumed = bent.sampler.model_wrap_cfg.asked
@@ -381,70 +377,3 @@ def test_every_option_is_an_axis_once_and_goes_before_the_panel(host) -> None:
     eta.apply(p, 0.5, [0.5])
     host.run("Lambda 2M SDE", processed(host, p, eta=0.25), noise(), SIGMAS["ve"])
     assert p.extra_generation_params == {"Lambda eta": 0.5}
-
-
-# --- a real one ---------------------------------------------------------------------------------------------
-
-FLAGS = ["--skip-prepare-environment", "--skip-version-check", "--skip-install", "--skip-torch-cuda-test",
-         "--always-cpu", "--api", "--nowebui", "--server-name", "127.0.0.1"]
-
-
-class Client:
-    """The API of a WebUI."""
-
-    def __init__(self, port: int) -> None:
-        self.address = f"http://127.0.0.1:{port}/sdapi/v1/"
-
-    def __call__(self, name: str, **body):
-        request = urllib.request.Request(self.address + name, json.dumps(body).encode() if body else None,
-                                         {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=600) as answer:
-            return json.load(answer)
-
-    def infotext(self, **body) -> str:
-        job = {"prompt": "a cat", "seed": 11, "steps": 4, "width": 64, "height": 64, "scheduler": "Karras",
-               "cfg_scale": 2.0}
-        return json.loads(self("txt2img", **job, **body)["info"])["infotexts"][0]
-
-
-@pytest.fixture(scope="module")
-def webui(tmp_path_factory):
-    """A real WebUI with a checkpoint, and this repository as its only extension that is not built in."""
-    root = os.environ.get("WEBUI_PATH")
-    if not root:
-        pytest.skip("WEBUI_PATH names no Stable Diffusion WebUI (and WEBUI_PYTHON no Python for it)")
-    data, root = tmp_path_factory.mktemp("webui"), Path(root)
-    (data / "extensions").mkdir()
-    environment.link_to(data / "extensions" / "lambda-solvers", environment.ROOT)
-    port = free_port()
-    with (data / "log").open("w") as log:
-        process = subprocess.Popen(
-            [os.environ.get("WEBUI_PYTHON", "python"), "launch.py", *FLAGS, "--port", str(port), "--data-dir",
-             str(data), "--ckpt-dir", str(root / "models" / "Stable-diffusion")], cwd=root, stdout=log,
-            stderr=subprocess.STDOUT)
-    try:
-        yield started(Client(port), process, data / "log")
-    finally:
-        process.kill()
-        process.wait()
-
-
-def started(client: Client, process: subprocess.Popen, log: Path) -> Client:
-    for _ in range(300):
-        try:
-            client("samplers")
-            return client
-        except urllib.error.URLError:
-            assert process.poll() is None, log.read_text()[-4000:]
-            time.sleep(1)
-    raise AssertionError(log.read_text()[-4000:])
-
-
-def test_a_real_webui_lists_and_runs_every_sampler_with_its_options(webui) -> None:
-    listed = {entry["name"]: entry for entry in webui("samplers")}
-    for name in PLAIN:
-        assert f"Sampler: {name}, Schedule type: Karras" in webui.infotext(sampler_name=name), name
-        assert listed[name]["aliases"] and "Lambda eta" not in webui.infotext(sampler_name=name)
-    panel = {"Lambda Solvers": {"args": [2, 0.5, "afs", "auto"]}}
-    assert "Lambda eta: 0.5, Lambda first step: afs" in webui.infotext(sampler_name="Lambda 2M SDE",
-                                                                       alwayson_scripts=panel)

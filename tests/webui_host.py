@@ -224,7 +224,8 @@ class Host:
                 "extra_network_data": {},
                 "cond": Multicond((batch,), [[Composable(prompt(0.5))] for _ in range(batch)]),
                 "uncond": [prompt(-0.1) for _ in range(batch)]}
-        return types.SimpleNamespace(**{**said, **more})
+        comments: list[str] = []
+        return types.SimpleNamespace(**{**said, **more}, comments=comments, comment=comments.append)
 
     def run(self, name: str, p: Any, x: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
         """A job with a sampler of the list."""

@@ -31,6 +31,8 @@ class Run(measuring.Run):
                   "needs none, such as Lambda 2M"),
         "saved only": ("set Lambda calibration to auto once, in the panel Lambda Solvers, or put a file "
                        "there that was made by ComfyUI's node {makes}"),
+        "unsteady": ("Extensions have put around this model: {changed}. Switch off the one that did it, or "
+                     "choose a sampler that measures nothing, such as Lambda 2M"),
     }
 
     @property

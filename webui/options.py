@@ -86,8 +86,11 @@ def note(p: Any, used: Mapping[str, Any]) -> None:
 
 
 def note_calibration(p: Any, how: str, used: Mapping[str, str]) -> None:
-    """Into the infotext, by which rule which calibration was used: the settings may be others tomorrow."""
-    p.extra_generation_params.update({PANEL[RULE].label: how, USED: f"{used['name']} {used['digest']}"})
+    """Into the infotext, by which rule which calibration was used: the settings may be others tomorrow. Of
+    two passes both, if they differ."""
+    told = p.extra_generation_params
+    files = [*filter(None, [told.get(USED)]), f"{used['name']} {used['digest']}"]
+    told.update({PANEL[RULE].label: how, USED: "; ".join(dict.fromkeys("; ".join(files).split("; ")))})
 
 
 def restored(name: str) -> Callable[[Mapping[str, Any]], Any]:

@@ -1,7 +1,8 @@
 """A solver of ours as one of the WebUI's k-diffusion samplers."""
 from __future__ import annotations
 
-from typing import Any, Callable, Mapping
+from contextlib import contextmanager
+from typing import Any, Callable, Iterator, Mapping
 
 from modules.sd_samplers_kdiffusion import KDiffusionSampler
 from torch import Tensor
@@ -46,8 +47,9 @@ class LambdaSampler(KDiffusionSampler):
         run = Run(model, x.float(), sigmas, dict(extra_args), {**self.solver.fixed, **defaults, **chosen},
                   sampler=self)
         how = options.rule(self.p) or settings_page.rule()
-        with events.noting() as used, library.provided(kind, run, None, how) as ready:
-            options.note_calibration(self.p, how, used[kind.option].told())
+        with events.noting() as notes, commented(self.p, notes), library.provided(kind, run, None,
+                                                                                  how) as ready:
+            options.note_calibration(self.p, how, notes.used[kind.option].told())
             return sample(**{kind.option: ready})
 
 
@@ -62,6 +64,17 @@ def steps(sigmas: Tensor, path: str) -> Tensor:
         raise ValueError(f"the schedule starts at sigma = {float(sigmas[0]):.4g}, and this model's levels go "
                          "from 1 to 0: choose the schedule type Simple, Beta, Normal or SGM Uniform")
     return sigmas
+
+
+@contextmanager
+def commented(p: Any, notes: events.Notes) -> Iterator[None]:
+    """What is said meanwhile stands below the picture, also of an interrupted job: by then the progress bar
+    is gone."""
+    try:
+        yield
+    finally:
+        for text, _ in notes.said:
+            p.comment(text)
 
 
 def seeds(p: Any) -> list[int]:
