@@ -26,7 +26,8 @@ LONGEST = [
 ]
 """Where the most time goes. Two processes end together if what takes longest is begun first."""
 TOGETHER = {"browser", "package", "webui", "refit"}
-"""In one process, for a fixture that takes long to make. All other tests go to whichever process is free."""
+"""In one process, for a fixture that takes long to make; as are the tests of a server with the same flag. All
+others go to whichever process is free."""
 
 
 def pytest_configure(config) -> None:
@@ -42,8 +43,9 @@ def pytest_collection_modifyitems(items: list) -> None:
     for item in items:
         if (of := part(item.name, group(item) == "browser")) != QUICK:
             item.add_marker(of)
-        if group(item) in TOGETHER:
-            item.add_marker(pytest.mark.xdist_group(group(item)))
+        flag = item.callspec.params.get("flag") if hasattr(item, "callspec") else None
+        if flag or group(item) in TOGETHER:
+            item.add_marker(pytest.mark.xdist_group(flag or group(item)))
     items.sort(key=lambda item: LONGEST.index(group(item)) if group(item) in LONGEST else len(LONGEST))
 
 

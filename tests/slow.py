@@ -30,9 +30,11 @@ SLOW = {
     "test_it_is_trained_and_says_before_what_it_costs_and_after_what_it_gained":
         "test_it_is_taught_from_nothing_in_calls_of_the_run_s_batch_and_says_before_what_it_costs",
     "test_a_flow_model_is_fitted_and_refitted_from_pure_noise": "test_flow_learns_what_ve_does",
-    "test_a_cache_does_not_answer_for_the_model_while_it_is_measured[amed]": "other cases",
-    "test_the_run_that_measures_makes_the_image_of_all_later_ones_under_hook_keyframes_too[amed]":
+    "test_a_cache_does_not_answer_for_the_model_while_it_is_measured[amed|Lazy]": "other cases",
+    "test_the_run_that_measures_makes_the_image_of_all_later_ones_under_hook_keyframes_too[amed|fitted]":
         "other cases",
+    "test_a_model_that_a_node_has_changed_is_measured_by_itself[Rescale|True]": "other cases",
+    "test_sampler_and_sigmas_make_the_image_of_the_cell_that_was_chosen[amed]": "other cases",
 }
 INTERFACE, OPPOSITE = "newest-nodes2", "pinned-classic"
 BOTH_ENDS = ("test_an_edited_step_count_is_seen_at_once_on_the_sampler",
