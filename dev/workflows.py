@@ -250,6 +250,20 @@ def sampler_node(canvas: Canvas) -> None:
 
 
 @example
+def predictor_corrector(canvas: Canvas) -> None:
+    """Predictor and corrector
+
+    Score SDE's sampler: every step is a predictor's, and a Langevin step before it brings the image nearer to
+    the distribution at its level. Two model evaluations a step, and many steps: 60 here. `corrector_steps` 0
+    leaves the predictor alone.
+    """
+    got = start(canvas)
+    canvas.column("2  Sample")
+    save(canvas, "3  Image", custom(canvas, got, canvas.add("LambdaSamplerPc"), 5.0, "karras", 60),
+         got.vae)
+
+
+@example
 def lambda_v3(canvas: Canvas) -> None:
     """DPM-Solver-v3 that calibrates itself
 

@@ -17,6 +17,7 @@ NODES = {
     "singlestep": "Singlestep",
     "adaptive": "Adaptive",
     "sde": "SDE",
+    "pc": "Predictor-Corrector",
     "v3": "DPM-Solver-v3",
     "fitted": "Fitted",
     "amed": "AMED",

@@ -17,9 +17,10 @@ from .denoisers import FIRST_STEPS
 from .learning.amed import Amed, Insertion
 from .learning.fitted import Fitted
 from .schedule import find_path, levels
+from .score_sde import PredictorCorrector
 from .solver import Adaptive, Churned, Grouped, Multistep, Singlestep
 
-Solver = Multistep | Singlestep | Grouped | Adaptive | Churned | Insertion | Fitted
+Solver = Multistep | Singlestep | Grouped | Adaptive | Churned | PredictorCorrector | Insertion | Fitted
 
 
 @dataclass(frozen=True)

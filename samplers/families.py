@@ -14,6 +14,7 @@ from .learning.amed import BASES, Amed, Insertion
 from .learning.fitted import Fitted, Unmeasured
 from .learning.statistics import AnalyticPrediction, EmpiricalPrediction, Statistics
 from .phi import RULES, adams, bh2, pseudo_weights, taylor, weights
+from .score_sde import PREDICTORS, SDES, PredictorCorrector
 from .solver import HEUN, TABLEAUX, Adaptive, Churned, Grouped, Multistep, Singlestep
 
 Prediction = Annotated[str, Option(
@@ -213,6 +214,40 @@ def sde(
     """
     return Multistep(LAWS[law](eta, s_noise, statistics, half_range), order, RULES[rule], lower_order_final,
                      corrector=corrector, corrector_rule=CORRECTING[rule])
+
+
+SCORE_SDE = "Song et al. 2021, Score SDE (arXiv:2011.13456)"
+
+
+@family("Predictor-Corrector", f"{SCORE_SDE}, Algorithms 1-5", {
+    "pc": Preset("Predictor-corrector",
+                 "hundreds of evaluations, as its authors do: for fewer dpmpp_2m_sde", {}),
+})
+def pc(
+    predictor: Annotated[str, Option(
+        "The step of the reverse SDE to the next level. reverse diffusion: the forward step reversed; "
+        "ancestral: as in DDPM; euler-maruyama: the plainest, which needs short steps",
+        choices=tuple(PREDICTORS))] = "reverse diffusion",
+    sde: Annotated[str, Option(
+        "The SDE that is discretised, whatever the model was trained with: variance exploding, variance "
+        "preserving or sub-VP. In short steps they are the same", choices=tuple(SDES))] = "ve",
+    corrector_steps: Annotated[int, Option(
+        "Langevin steps at every level, each of one more evaluation. 0: the predictor alone", 0, 10)] = 1,
+    snr: Annotated[float, Option(
+        "Signal-to-noise ratio of a Langevin step. Larger steps correct more, and leave a share snr^2 of "
+        "the variance too much. As published about 0.16 for ve, 0.01 for vp", 0.0, 1.0, 0.01)] = 0.16,
+    norms: Annotated[str, Option(
+        "What a Langevin step's length is measured by. image: each image by itself, the same in any batch; "
+        "batch: the means over the batch, as in the authors' code", choices=("image", "batch"),
+        advanced=True)] = "image",
+    noise_device: NoiseDevice = "cpu",
+) -> Solver:
+    """Score SDE: a predictor takes each step of the reverse SDE, and a Langevin corrector brings what it
+    made nearer to the distribution at that level.
+
+    Of first order in distribution, so for many steps.
+    """
+    return PredictorCorrector(predictor, sde, corrector_steps, snr, norms == "batch")
 
 
 @family("DPM-Solver-v3", "Zheng et al. 2023, DPM-Solver-v3 (arXiv:2310.13268)", {

@@ -13,7 +13,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Mapping, NamedTuple, Protocol
+from typing import Callable, Mapping, NamedTuple, Protocol
+
+from torch import Tensor
 
 from .phi import Basis, Rule, taylor, weights
 from .schedule import Level, Number, largest
@@ -48,6 +50,8 @@ Span = tuple[Level, Level]
 class Update(NamedTuple):
     """x at `to` = decay x_s + sum_k coefficient_k m_k + bias + sum_i std_i xi_i.
 
+    With a size k(xi, m) it has one of each, as far as k says: decay x_s + k^2 coefficient m + k std xi.
+
     `terms` names the evaluations k, and `noise` the increments xi_i by their spans: updates of one step that
     name the same span get the same increment.
     A chained update takes the x that the update before it made, in place of x_s.
@@ -59,6 +63,7 @@ class Update(NamedTuple):
     bias: Coefficient = 0.0
     noise: tuple[tuple[Span, float], ...] = ()
     chained: bool = False
+    size: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 class Integrand(Protocol):

@@ -66,6 +66,8 @@ def advance(denoise: Denoiser, x: Tensor, step: Step, values: dict[int | Span, T
             values[k] = evaluate(denoise, y, evaluation, observe if k < step.intervals else None, first + k)
         start = y if update.chained else x
         del y  # one latent less while the next one is made
+        if update.size:
+            update = sized(update, values, noise)
         y = combine(start, update, values)
         del start
         needed = keep.union(*({j for j, _ in later.terms} for later in step.updates[k + 1:]),
@@ -75,10 +77,18 @@ def advance(denoise: Denoiser, x: Tensor, step: Step, values: dict[int | Span, T
         for span, std in update.noise:  # once there is room for it
             if span not in values:
                 values[span] = noise(*span)
-            y.add_(values[span], alpha=std)
+            y = y.addcmul_(values[span], std) if isinstance(std, Tensor) else y.add_(values[span], alpha=std)
     if step.missed:
         y.add_(step.missed(x, [values[k] for k in seen if k in values]))
     return y
+
+
+def sized(update: Update, values: dict[int | Span, Tensor], noise: Noise) -> Update:
+    """The update with the coefficients that its size gives, once its noise is drawn and entered."""
+    ((k, coefficient),), ((span, std),) = update.terms, update.noise
+    values[span] = noise(*span)
+    size = update.size(values[span], values[k])
+    return update._replace(terms=((k, coefficient * size**2),), noise=((span, std * size),))
 
 
 class Place(NamedTuple):

@@ -239,6 +239,12 @@ class Singlestep:
 CLOCK = 16.0  # noise is drawn over lam in -CLOCK .. CLOCK
 
 
+def ticks(n: int) -> list[Span]:
+    """n equal spans of the Brownian path, for noise that is of no stretch of lam."""
+    ends = [VarianceExploding().at(-CLOCK + 2.0 * CLOCK * k / max(1, n)) for k in range(n + 1)]
+    return list(pairwise(ends))
+
+
 @dataclass(frozen=True)
 class Churned:
     """A singlestep method with Langevin-like churn: between two steps x is raised to a higher, noised level.
@@ -259,10 +265,8 @@ class Churned:
     def steps(self, levels: Sequence[Level], path: Path) -> list[Step]:
         n = len(levels) - 1
         gamma = min(self.s_churn / max(1, n), math.sqrt(2.0) - 1.0)
-        # a step may end above s
-        ticks = [VarianceExploding().at(-CLOCK + 2.0 * CLOCK * k / max(1, n)) for k in range(n + 1)]
         result, s = [], levels[0]
-        for clock, t in zip(pairwise(ticks), levels[1:]):
+        for clock, t in zip(ticks(n), levels[1:]):  # a step may end above s
             step = self.method.steps([s, t], path)[0]
             s = t
             if gamma > 0.0 and t is not levels[-1] and self.s_tmin <= t.sigma / t.alpha <= self.s_tmax:

@@ -159,4 +159,6 @@ def ode(name: str) -> dict:
 
 FIXED = [name for name in SAMPLERS if SAMPLERS[name].evaluations_per_step is not None]
 """The solvers with a planned number of steps: all but the adaptive ones."""
+ODE = [name for name in FIXED if SAMPLERS[name].family != "Predictor-Corrector"]
+"""Those that `ode` makes solvers of the ODE: a predictor of the reverse SDE has another drift."""
 ADAPTIVE = [name for name in SAMPLERS if name not in FIXED]

@@ -17,7 +17,7 @@ NAMES = [
     "lambda_2m", "lambda_3m", "lambda_2m_sde", "lambda_3m_sde", "lambda_v3", "lambda_amed", "lambda_amed_2m",
     "lambda_fitted"
 ]
-SHOWN = ["multistep", "singlestep", "adaptive", "sde", "v3", "fitted", "amed"]
+SHOWN = ["multistep", "singlestep", "adaptive", "sde", "pc", "v3", "fitted", "amed"]
 SAMPLER_NODES = ["LambdaSampler" + name.capitalize() for name in SHOWN]
 NODES = {
     *SAMPLER_NODES, "LambdaMeasureModel", "LambdaTrainAmed", "LambdaTuneFitted", "LambdaTrainHypersolver",
@@ -82,9 +82,9 @@ def test_ksampler_s_function_is_ours(name: str) -> None:
     assert result.isfinite().all() and result.dtype == x.dtype
 
 
-def test_there_are_seventeen_nodes_in_one_category() -> None:
+def test_there_are_eighteen_nodes_in_one_category() -> None:
     found = nodes()
-    assert set(found) == NODES and len(found) == 17
+    assert set(found) == NODES and len(found) == 18
     assert {node.GET_SCHEMA().category for node in found.values()} == {"Lambda Solvers"}
 
 

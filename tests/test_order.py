@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from problems import (ADAPTIVE, FIXED, Gaussian, needed, ode, sigmas_between, serving, smooth_statistics,
+from problems import (ADAPTIVE, ODE, Gaussian, needed, ode, sigmas_between, serving, smooth_statistics,
                       starting_noise)
 from samplers import FAMILIES, PATHS, SAMPLERS, k_diffusion_sampler
 from samplers.integrand import PREDICTIONS
@@ -76,7 +76,7 @@ def slope(solver, path: str, counts=(96, 192)) -> float:
 
 
 @pytest.mark.parametrize("path", ["ve"])
-@pytest.mark.parametrize("name", FIXED)
+@pytest.mark.parametrize("name", ODE)
 def test_the_error_falls_at_the_solver_s_order(name: str, path: str) -> None:
     options = ode(name)
     if "statistics" in options:

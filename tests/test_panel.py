@@ -22,7 +22,7 @@ NAMES = {
     "lambda_3m_sde": "dpmpp_3m_sde", "lambda_v3": "dpm_solver_v3", "lambda_amed": "amed",
     "lambda_amed_2m": "amed_dpmpp_2m", "lambda_fitted": "fitted_chosen"
 }
-NODES = ("multistep", "singlestep", "adaptive", "sde", "v3", "fitted", "amed")
+NODES = ("multistep", "singlestep", "adaptive", "sde", "pc", "v3", "fitted", "amed")
 PROMPT = "prompt"
 
 

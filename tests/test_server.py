@@ -21,8 +21,8 @@ NAMES = {
 }
 LISTED = [*NAMES, "lambda_v3", "lambda_amed", "lambda_amed_2m", "lambda_fitted"]
 EVERY_NAME = pytest.mark.parametrize("name", NAMES)
-SHOWN = ["multistep", "singlestep", "adaptive", "sde", "v3", "fitted", "amed"]
-EVERY_FAMILY = pytest.mark.parametrize("family", SHOWN[:4])  # the others: test_server_v3, _amed
+SHOWN = ["multistep", "singlestep", "adaptive", "sde", "pc", "v3", "fitted", "amed"]
+EVERY_FAMILY = pytest.mark.parametrize("family", SHOWN[:5])  # the others: test_server_v3, _amed
 STEPS = 8
 
 

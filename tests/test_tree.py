@@ -72,8 +72,8 @@ def test_the_solvers_know_nothing_of_comfyui_and_need_only_what_it_installs() ->
 
 def test_modules_import_downwards_only() -> None:
     order = [
-        "schedule", "clocks", "tensors", "model", "phi", "integrand", "solver", "noise", "denoisers",
-        "sample",
+        "schedule", "clocks", "tensors", "model", "phi", "integrand", "solver", "score_sde", "noise",
+        "denoisers", "sample",
         *(f"learning.{name}" for name in (
             "storage", "record", "hypersolver", "statistics", "fitted", "predictor", "amed", "course",
             "gauss_newton", "measure", "train_amed", "refit", "train_hypersolver")),
