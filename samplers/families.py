@@ -15,21 +15,23 @@ from .learning.fitted import Fitted, Unmeasured
 from .learning.statistics import AnalyticPrediction, EmpiricalPrediction, Statistics
 from .phi import RULES, adams, bh2, pseudo_weights, taylor, weights
 from .score_sde import PREDICTORS, SDES, PredictorCorrector
-from .solver import HEUN, TABLEAUX, Adaptive, Churned, Grouped, Multistep, Singlestep
+from .solver import (
+    DORMAND_PRINCE, HEUN, TABLEAUX, Adaptive, Churned, Grouped, Multistep, RungeKutta, Singlestep)
 
-Prediction = Annotated[str, Option(
+PREDICTION = Option(
     "What is interpolated: data = the denoised image (DPM-Solver++), noise = the predicted noise "
     "(DPM-Solver). Which is better depends on the model for multistep; for singlestep in few steps data "
-    "is", choices=tuple(PREDICTIONS), advanced=True)]
+    "is", choices=tuple(PREDICTIONS), advanced=True)
+Prediction = Annotated[str, PREDICTION]
 LowerOrderFinal = Annotated[str, Option(
     "Lower the order towards the end, where a long step by what the model said earlier goes astray. auto: in "
     "runs of fewer than 15 steps that end clean, to 1 in the last step above 0 if it is long, else to 2; on: "
     "always to 1; off: never, as in ComfyUI",
     advanced=True, choices=("auto", "on", "off"))]
-SinglestepRule = Annotated[str, Option(
+SINGLESTEP_RULE = Option(
     "How the inner evaluations are combined. midpoint: as published; taylor: the polynomial through all of "
-    "them",
-    choices=("midpoint", "taylor"), advanced=True)]
+    "them", choices=("midpoint", "taylor"), advanced=True)
+SinglestepRule = Annotated[str, SINGLESTEP_RULE]
 MultistepRule = Annotated[str, Option(
     "How earlier evaluations are combined. midpoint: as published by Lu et al., for order 2 the usual DPM++ "
     "2M, the best in few steps; taylor: exact for polynomials, of full order; published: order 3 as "
@@ -127,17 +129,26 @@ def singlestep(
     return Grouped(integrand, order, rule) if fast else Singlestep(integrand, TABLEAUX[order, rule])
 
 
-@family("DPM-Solver Adaptive", f"{DPM_SOLVER}, appendix C", {
+SCORE_SDE = "Song et al. 2021, Score SDE (arXiv:2011.13456)"
+OF_DPM = ("method", "dpm-solver")
+
+
+@family("DPM-Solver Adaptive", f"{DPM_SOLVER}, appendix C; {SCORE_SDE}, section 4.3", {
     "dpm_adaptive_12": Preset("DPM-Solver-12 (adaptive)",
                               "the number of evaluations follows from a tolerance",
-                              {"order": 2}),
+                              {"order": 2, "method": "dpm-solver"}, citation=f"{DPM_SOLVER}, appendix C"),
     "dpm_adaptive_23": Preset("DPM-Solver-23 (adaptive)",
-                              "as dpm_adaptive_12, for tighter tolerances", {"order": 3}),
+                              "as dpm_adaptive_12, for tighter tolerances",
+                              {"order": 3, "method": "dpm-solver"}, citation=f"{DPM_SOLVER}, appendix C"),
+    "rk45": Preset("RK45 (adaptive)", "exact reference images: of order 5, fewer evaluations from tolerances of 1e-5 on",
+                   {"method": "rk45"}, {"rtol": 1e-3, "atol": 1e-3},
+                   f"{SCORE_SDE}, section 4.3; Dormand & Prince 1980"),
 })
 def adaptive(
     order: Annotated[int, Option(
-        "Order of the higher of the two methods, and evaluations in each trial step", 2, 3)] = 3,
-    prediction: Prediction = "noise",
+        "Order of the higher of the two methods, and evaluations in each trial step", 2, 3,
+        where=OF_DPM)] = 3,
+    prediction: Annotated[str, replace(PREDICTION, where=OF_DPM)] = "noise",
     rtol: Annotated[float, Option(
         "Relative tolerance of a step: smaller is more exact and slower", 1e-5, 1.0, 1e-3)] = 0.05,
     atol: Annotated[float, Option(
@@ -145,7 +156,11 @@ def adaptive(
     h_init: Annotated[float, Option("First step length in lambda", 1e-3, 2.0, 1e-2, advanced=True)] = 0.05,
     theta: Annotated[float, Option(
         "Safety factor on the next step's length", 0.1, 0.99, 0.01, advanced=True)] = 0.9,
-    rule: SinglestepRule = "midpoint",
+    rule: Annotated[str, replace(SINGLESTEP_RULE, where=OF_DPM)] = "midpoint",
+    method: Annotated[str, Option(
+        "dpm-solver: DPM-Solver-12 or -23, of the order and rule above; rk45: Dormand and Prince's pair of "
+        "orders 5 and 4, six evaluations a step, for tolerances of 1e-5 and below",
+        choices=("dpm-solver", "rk45"))] = "dpm-solver",
 ) -> Solver:
     """Steps of free length from the schedule's first to its last sigma, by an error tolerance instead of a
     step count.
@@ -153,6 +168,8 @@ def adaptive(
     The sigmas in between only place the progress bar. A run to 0 is under control down to the model's lowest
     sigma, and goes on from there in one step. The worst image of a batch sets the step for all.
     """
+    if method == "rk45":
+        return RungeKutta(NoisePrediction(), DORMAND_PRINCE, rtol, atol, h_init, theta)
     return Adaptive(PREDICTIONS[prediction], TABLEAUX[order, rule], rtol, atol, h_init, theta)
 
 
@@ -214,9 +231,6 @@ def sde(
     """
     return Multistep(LAWS[law](eta, s_noise, statistics, half_range), order, RULES[rule], lower_order_final,
                      corrector=corrector, corrector_rule=CORRECTING[rule])
-
-
-SCORE_SDE = "Song et al. 2021, Score SDE (arXiv:2011.13456)"
 
 
 @family("Predictor-Corrector", f"{SCORE_SDE}, Algorithms 1-5", {

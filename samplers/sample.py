@@ -212,13 +212,21 @@ def _adapt(denoise: Denoiser, x: Tensor, s: Level, end: Level, levels: Sequence[
                 f"{interval}) is {error}: the model returned NaN or infinite values there, or the tolerances "
                 f"(rtol = {solver.rtol:g}, atol = {solver.atol:g}) are tighter than its precision")
         # float32, as published
-        growth = float(np.float32(error ** (-1.0 / len(step.evaluations)))) if error else math.inf
+        growth = float(np.float32(error ** (-1.0 / solver.order))) if error else math.inf
         h = min(solver.theta * (t.lam - s.lam) * growth, solver.longest)
         if error <= 1.0:
-            x, s, before, values = high, t, lower, {}
+            x, s, before, values = high, t, lower, _begun(step, values)
+            if values and observe and s.lam < end.lam:
+                observe(_interval(levels, s), s.sigma, x, lincomb((1.0 / s.alpha, x),
+                                                                  (-s.sigma / s.alpha, values[0])))
         else:
             values = {0: values[0]}  # the evaluation at s is the same when the step is tried again
     return x
+
+
+def _begun(step: Step, values: Mapping[int, Tensor]) -> dict[int | Span, Tensor]:
+    """What a step that ends with the noise predicted at t knows of the one that begins there."""
+    return {0: values[len(step.evaluations) - 1]} if step.evaluations[-1].at is step.t else {}
 
 
 def _error(high: Tensor, lower: Tensor, before: Tensor, solver: Adaptive) -> float:

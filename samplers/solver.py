@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Callable, Iterator, Literal, Mapping, NamedTuple, Protocol, Sequence
 
+import numpy as np
+from scipy.integrate import RK45
 from torch import Tensor
 
 from .integrand import DataPrediction, Evaluation, Integrand, Span, Stage, Update
@@ -360,8 +362,61 @@ class Adaptive:
     theta: float
     longest: float = LONGEST
 
+    @property
+    def order(self) -> int:
+        return len(self.tableau.stages)
+
     def step(self, s: Level, t: Level, path: Path) -> tuple[Step, Update]:
         """The step s -> t, and the update of the embedded lower order."""
         high = Singlestep(self.integrand, self.tableau).step(s, t, path)
         at = _numbered([evaluation.at for evaluation in high.evaluations], ())
         return high, self.integrand.update(s, t, self.tableau.embedded, at)
+
+
+class Butcher(NamedTuple):
+    """An explicit Runge-Kutta method: nodes c, stages a, weights b, and e = b less those of the lower order.
+
+    e has one weight more, for the slope at the end, which begins the next step.
+    """
+
+    a: np.ndarray
+    b: np.ndarray
+    c: np.ndarray
+    e: np.ndarray
+    order: int
+
+
+DORMAND_PRINCE = Butcher(RK45.A, RK45.B, RK45.C, RK45.E, 5)
+"""Dormand & Prince 1980, the pair of orders 5 and 4, with scipy.integrate's coefficients."""
+
+
+@dataclass(frozen=True)
+class RungeKutta(Adaptive):
+    """The probability-flow ODE in y = x / alpha by a Runge-Kutta pair, under the same control of its steps.
+
+        dy / dvarsigma = eps,   y_t = y_s + (varsigma_t - varsigma_s) sum_k b_k eps_k,   varsigma = e^-lam
+
+    Song et al. 2021 (arXiv:2011.13456), section 4.3, who take it on the ODE in t.
+    """
+
+    tableau: Butcher
+
+    @property
+    def order(self) -> int:
+        return self.tableau.order
+
+    def step(self, s: Level, t: Level, path: Path) -> tuple[Step, Update]:
+        a, b, c, e, _ = self.tableau
+        start, end = (math.exp(-level.lam) for level in (s, t))
+
+        def update(to: Level, weights: Sequence[float]) -> Update:
+            scale = to.alpha * (end - start)
+            return Update(to, to.alpha / s.alpha,
+                          tuple((k, scale * float(w)) for k, w in enumerate(weights) if w))
+
+        inner = [path.at(-math.log(start + float(node) * (end - start))) if node < 1.0 else t
+                 for node in c[1:]]
+        stages = [update(to, row[:k]) for k, (to, row) in enumerate(zip(inner, a[1:]), 1)]
+        at = [self.integrand.evaluation(level) for level in (s, *inner, t)]
+        stay = Update(t, 1.0, (), chained=True)
+        return Step(tuple(at), (*stages, update(t, b), stay)), update(t, np.append(b, 0.0) - e)

@@ -162,3 +162,8 @@ FIXED = [name for name in SAMPLERS if SAMPLERS[name].evaluations_per_step is not
 ODE = [name for name in FIXED if SAMPLERS[name].family != "Predictor-Corrector"]
 """Those that `ode` makes solvers of the ODE: a predictor of the reverse SDE has another drift."""
 ADAPTIVE = [name for name in SAMPLERS if name not in FIXED]
+
+
+def predicting(name: str, prediction: str) -> dict:
+    """The option that chooses it, of a solver that has the choice."""
+    return {"prediction": prediction} if "prediction" in SAMPLERS[name].options else {}

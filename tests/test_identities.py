@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 from scipy.integrate import quad
 
 from problems import (ADAPTIVE, FIXED, ODE, Counted, Gaussian, gaussian_statistics, needed, ode,
-                      reference_mixture, serving, starting_noise)
+                      predicting, reference_mixture, serving, starting_noise)
 from samplers import FAMILIES, PATHS, SAMPLERS, Statistics, k_diffusion_sampler
 from samplers.learning.amed import Insertion
 from samplers.catalogue import find
@@ -65,7 +65,7 @@ def test_an_adaptive_run_is_one_run_on_every_path_too(name: str, prediction: str
         first, last = map(PATHS[path].at, (-4.4, 3.9))
         model, x = Counted(reference_mixture(path)[0]), start("ve", PATHS["ve"].at(-4.4).sigma) * first.alpha
         results.append(
-            run(name, path, [first.sigma, last.sigma], x, model, prediction=prediction) / last.alpha)
+            run(name, path, [first.sigma, last.sigma], x, model, **predicting(name, prediction)) / last.alpha)
         counts.append(model.calls)
     assert len(set(counts)) == 1
     for other in results[1:]:

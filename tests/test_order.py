@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from problems import (ADAPTIVE, ODE, Gaussian, needed, ode, sigmas_between, serving, smooth_statistics,
-                      starting_noise)
+from problems import (
+    ADAPTIVE, ODE, Gaussian, needed, ode, predicting, sigmas_between, serving, smooth_statistics,
+    starting_noise)
 from samplers import FAMILIES, PATHS, SAMPLERS, k_diffusion_sampler
 from samplers.integrand import PREDICTIONS
 from samplers.phi import RULES, pseudo_weights, weights
@@ -101,7 +102,8 @@ def test_an_adaptive_solver_is_as_exact_as_its_tolerance_asks(name: str, path: s
             calls.append(sigma)
             return problem(x, sigma)
 
-        fn = k_diffusion_sampler(name, path, rtol=tolerance, atol=tolerance, prediction=prediction)
+        fn = k_diffusion_sampler(name, path, rtol=tolerance, atol=tolerance,
+                                 **predicting(name, prediction))
         # one step's error, ten steps
         assert (fn(model, x, sigmas, disable=True) - exact).abs().max() < 10 * tolerance
         costs.append(len(calls))

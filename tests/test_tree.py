@@ -65,7 +65,7 @@ def test_functions_are_short() -> None:
 
 
 def test_the_solvers_know_nothing_of_comfyui_and_need_only_what_it_installs() -> None:
-    known = set(sys.stdlib_module_names) | {"torch", "numpy", "torchsde", "tqdm", "safetensors", "einops"}
+    known = {*sys.stdlib_module_names, "torch", "numpy", "scipy", "torchsde", "tqdm", "safetensors", "einops"}
     for path in (ROOT / "samplers").rglob("*.py"):
         assert imports(path) <= known, path
 
