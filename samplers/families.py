@@ -140,7 +140,8 @@ OF_DPM = ("method", "dpm-solver")
     "dpm_adaptive_23": Preset("DPM-Solver-23 (adaptive)",
                               "as dpm_adaptive_12, for tighter tolerances",
                               {"order": 3, "method": "dpm-solver"}, citation=f"{DPM_SOLVER}, appendix C"),
-    "rk45": Preset("RK45 (adaptive)", "exact reference images: of order 5, fewer evaluations from tolerances of 1e-5 on",
+    "rk45": Preset("RK45 (adaptive)",
+                   "exact reference images: of order 5, fewer evaluations from tolerances of 1e-5 on",
                    {"method": "rk45"}, {"rtol": 1e-3, "atol": 1e-3},
                    f"{SCORE_SDE}, section 4.3; Dormand & Prince 1980"),
 })
