@@ -3,7 +3,10 @@
 overhead     time, peak memory and operations per step without the model's own, ours against ComfyUI's; and
              what the hypersolver adds to a step of Stable Diffusion XL
 gpu          kernels, waits, time and memory of a step on a graphics card: see card.py
-stochastic   distance of 10^4 images to the data, ours against ComfyUI's SDE samplers: minutes
+stochastic   distance of 10^4 images to the data, ours against ComfyUI's SDE samplers: minutes; and of the
+             emoji model's images to converged ones (--images, --seconds)
+distribution distance of the emoji model's images to converged ones, few evaluations (--images, --seconds)
+classifier   how often the emoji model's images have the colour they are led to (--images: 64)
 hypersolver  trains the emoji model's anew: an hour or more
 the others   error to the converged solution at equal model evaluations (see accuracy/__init__.py)
 """
@@ -32,14 +35,19 @@ ROUNDS = 15  # timed, in turn
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["overhead", "gpu", "stochastic", "hypersolver", "quick", "steps",
-                                         "ours", "few", "hyper", "accuracy", "best"])
+    parser.add_argument("what", choices=["overhead", "gpu", "stochastic", "distribution", "classifier",
+                                         "hypersolver", "quick", "steps", "ours", "few", "hyper",
+                                         "accuracy", "best"])
     parser.add_argument("--out", type=Path, default=environment.HOME / "accuracy",
                         help="a folder (default .dev/accuracy)")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda",
                         help="of gpu; cpu is its dry run")
     parser.add_argument("--against", type=Path,
                         help="the folder of a run of the same size: print how far they are apart")
+    parser.add_argument("--images", type=int, default=1000,
+                        help="of the emoji model, as distributions (default 1000, which is hours)")
+    parser.add_argument("--seconds", type=float, default=280,
+                        help="after which no more of them are begun; the next run goes on (default 280)")
     options = parser.parse_args()
     environment.enter("test")
     sys.path += [str(environment.ROOT), str(environment.ROOT / "tests")]
@@ -50,8 +58,16 @@ def main() -> None:
         card.report(options.device)
         hypersolver()
     elif options.what == "stochastic":
+        from accuracy.distribution import stochastic_emoji
         from accuracy.stochastic import stochastic
         stochastic()
+        stochastic_emoji(options.out, options.images, options.seconds)
+    elif options.what == "classifier":
+        from accuracy.classifier import classifier
+        classifier(options.images)
+    elif options.what == "distribution":
+        from accuracy.distribution import distribution
+        distribution(options.out, options.images, options.seconds)
     elif options.what == "hypersolver":
         from accuracy.hypersolver import train
         train(options.out)

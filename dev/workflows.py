@@ -158,6 +158,7 @@ class Canvas:
 EXAMPLES: dict[str, Callable[[Canvas], None]] = {}
 SD, SD3 = MODELS
 PROMPT, NEGATIVE = "a panda in a bamboo forest, morning light", "text, watermark"
+CLASSIFIER = "emoji_colours.safetensors"
 MEASURED = "a portrait of an old sailor, studio light"
 SEVERAL = ("a bowl of ramen on a wooden table", "city street at night, neon signs, rain",
            "an oil painting of a lighthouse in a storm", "a red sports car on a mountain road",
@@ -210,6 +211,10 @@ def sample_with(canvas: Canvas, got: Start, calibration: Node, **how: Any) -> No
 def custom(canvas: Canvas, got: Start, sampler: Node, cfg: float, scheduler: str, steps: int) -> Output:
     """SamplerCustomAdvanced and what it needs, in the current column."""
     guider = canvas.add("CFGGuider", model=got.model, positive=got.positive, negative=got.negative, cfg=cfg)
+    return guided(canvas, got, sampler, guider, scheduler, steps)
+
+
+def guided(canvas: Canvas, got: Start, sampler: Node, guider: Node, scheduler: str, steps: int) -> Output:
     sigmas = canvas.add("BasicScheduler", model=got.model, scheduler=scheduler, steps=steps)
     noise = canvas.add("RandomNoise", noise_seed=1)
     return canvas.add("SamplerCustomAdvanced", noise=noise[0], guider=guider[0], sampler=sampler[0],
@@ -392,6 +397,24 @@ def compare_samplers(canvas: Canvas) -> None:
                filename_prefix="compare_plot")
     canvas.add("SaveImage", "The images side by side", tall=640, images=node[1],
                filename_prefix="compare_sheet")
+
+
+@example
+def classifier_guidance(canvas: Canvas) -> None:
+    """Classifier guidance
+
+    Classifier Guider leads any sampler to a class, by the gradient of a classifier of noisy images from
+    `models/classifiers`. A classifier belongs to one model: it was trained on what that model sees in noise, and
+    none is shipped. `emoji_colours` is that of the emoji model in this pack's repository, whose checkpoint is to
+    be chosen with it; how one is trained is there too (*dev/tiny_emoji*). The prompt says what to make, `label`
+    which class of it.
+    """
+    got = start(canvas)
+    canvas.column("2  Lead and sample")
+    guider = canvas.add("LambdaClassifierGuider", model=got.model, positive=got.positive, negative=got.negative,
+                        classifier=CLASSIFIER, label="blue", scale=8.0)
+    sampler = canvas.add("KSamplerSelect", sampler_name="lambda_2m")
+    save(canvas, "3  Image", guided(canvas, got, sampler, guider, "karras", 12), got.vae)
 
 
 def make(name: str, object_info: dict[str, dict]) -> dict[str, Any]:

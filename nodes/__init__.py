@@ -6,6 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from . import folder
 from .compare import CompareSamplers
+from .guiding import ClassifierGuiderNode
 from .keeping import NODES as KEEPING
 from .knowledge import NODES as LEARNING
 from .sampling import SamplerOptions, register, sampler_nodes
@@ -14,7 +15,8 @@ from .scheduling import LambdaScheduler
 
 class LambdaSolvers(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [*sampler_nodes(), *LEARNING, *KEEPING, LambdaScheduler, SamplerOptions, CompareSamplers]
+        return [*sampler_nodes(), *LEARNING, *KEEPING, LambdaScheduler, SamplerOptions,
+                ClassifierGuiderNode, CompareSamplers]
 
 
 folder.register()

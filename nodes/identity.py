@@ -24,6 +24,12 @@ CACHES = ("easycache", "lazycache")  # ComfyUI's wrappers that answer in the mod
 SAME = (*CACHES, "torch.compile")  # wrappers that leave the model what it is
 
 
+class Ruled(comfy.samplers.CFGGuider):
+    """A guider of this pack that adds something to ComfyUI's rule."""
+
+    rule: str  # what, as a file says it
+
+
 def description(guider: Any) -> dict[str, Any]:
     """The model, guidance and prompt of a guider, as a file says what it was measured on."""
     patcher = guider.model_patcher
@@ -108,6 +114,8 @@ def _asked(sampling: Any) -> bytes:
 def guiding(guider: Any) -> list[str]:
     """A line for a guider with a rule of its own (two scales, perpendicular negatives, ...): its class and
     its numbers."""
+    if isinstance(guider, Ruled):
+        return [f"guided by {guider.rule}"]
     if _plain(guider):
         return []
     numbers = [f"{name} {value:g}" for name, value in _numbers(guider, switches=True).items()]

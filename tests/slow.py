@@ -9,6 +9,8 @@ SLOW = {
     "test_the_example_workflows_run_with_every_sampler":
         "test_an_example_runs_on_the_tiny_checkpoint_and_its_image_restores_it",
     "test_an_example_runs_on_the_tiny_checkpoint_and_its_image_restores_it[few_steps|compare]": "other cases",
+    "test_the_share_of_the_colour_that_is_led_to_rises_with_the_scale":
+        "test_a_run_with_the_exact_classifier_is_the_conditional_model_s",
     "test_checkpoints_in_low_precision_sample_as_in_float32[bf16|fp8]": "other cases",
     "test_the_fingerprint_is_the_same_in_every_precision[fp8]": "other cases",
     "test_half_precision_is_trained_and_sampled":

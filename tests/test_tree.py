@@ -77,7 +77,7 @@ def test_modules_import_downwards_only() -> None:
         *(f"learning.{name}" for name in (
             "storage", "record", "hypersolver", "statistics", "fitted", "predictor", "amed", "course",
             "gauss_newton", "measure", "train_amed", "refit", "train_hypersolver")),
-        "catalogue", "families", "k_diffusion", "__init__"
+        "catalogue", "families", "k_diffusion", "classifier", "__init__"
     ]
     for path in (ROOT / "samplers").rglob("*.py"):
         folder = path.relative_to(ROOT / "samplers").parts[:-1]

@@ -1,8 +1,8 @@
 """Tiny Emoji: a 5 MB text-to-image checkpoint that the stock nodes of ComfyUI load. For development only.
 
 Importing this package does three things: the family of the checkpoint joins the list that
-CheckpointLoaderSimple looks through, `checkpoints/` joins the checkpoint folders, and the node `Tiny Emoji As
-Flow` is offered.
+CheckpointLoaderSimple looks through, `checkpoints/` and `classifiers/` join the folders of such models, and the
+node `Tiny Emoji As Flow` is offered.
 """
 from pathlib import Path
 
@@ -14,7 +14,8 @@ from .family import TinyEmoji
 from .flow import TinyEmojiAsFlow
 
 comfy.supported_models.models.append(TinyEmoji)
-folder_paths.add_model_folder_path("checkpoints", str(Path(__file__).resolve().parent / "checkpoints"))
+for folder in ("checkpoints", "classifiers"):
+    folder_paths.add_model_folder_path(folder, str(Path(__file__).resolve().parent / folder))
 
 
 class TinyEmojiExtension(ComfyExtension):
