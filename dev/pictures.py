@@ -23,10 +23,12 @@ INTERFACE = "user_interface"
 SCALE, MARGIN, STEPS, WIDTH = 2, 8, 8, 360
 MAKERS = {"SAMPLER": "LambdaSamplerMultistep", "LAMBDA_CALIBRATION": "LambdaMeasureModel",
           "NOISE": "RandomNoise"}
-USERS = {"SAMPLER": ("SamplerCustom", "sampler"), "GUIDER": ("SamplerCustomAdvanced", "guider"), "SIGMAS": ("SamplerCustom", "sigmas"),
+USERS = {"SAMPLER": ("SamplerCustom", "sampler"), "GUIDER": ("SamplerCustomAdvanced", "guider"),
+         "SIGMAS": ("SamplerCustom", "sigmas"),
          "MODEL": ("KSampler", "model"), "LATENT": ("VAEDecode", "samples"),
          "IMAGE": ("PreviewImage", "images")}
-SMALL = {"LambdaClassifierGuider": {"label": "blue", "scale": 4.0}, "LambdaTrainHypersolver": {  # what the tiny checkpoint knows, in minutes
+SMALL = {"LambdaClassifierGuider": {"label": "blue", "scale": 4.0},
+         "LambdaTrainHypersolver": {  # what the tiny checkpoint knows, in minutes
     "prompts": "\n".join((*demo.PROMPTS, "pizza", "tulip", "ghost", "red apple")), "images": 2,
     "training": 150}}
 WIDE = {"LambdaCompareSamplers": 560}  # with a plot whose thin lines must keep their colours

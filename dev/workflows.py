@@ -404,15 +404,15 @@ def classifier_guidance(canvas: Canvas) -> None:
     """Classifier guidance
 
     Classifier Guider leads any sampler to a class, by the gradient of a classifier of noisy images from
-    `models/classifiers`. A classifier belongs to one model: it was trained on what that model sees in noise, and
-    none is shipped. `emoji_colours` is that of the emoji model in this pack's repository, whose checkpoint is to
-    be chosen with it; how one is trained is there too (*dev/tiny_emoji*). The prompt says what to make, `label`
-    which class of it.
+    `models/classifiers`. A classifier belongs to one model: it was trained on what that model sees in noise,
+    and none is shipped. `emoji_colours` is that of the emoji model in this pack's repository, whose
+    checkpoint is to be chosen with it; how one is trained is there too (*dev/tiny_emoji*). The prompt says
+    what to make, `label` which class of it.
     """
     got = start(canvas)
     canvas.column("2  Lead and sample")
-    guider = canvas.add("LambdaClassifierGuider", model=got.model, positive=got.positive, negative=got.negative,
-                        classifier=CLASSIFIER, label="blue", scale=8.0)
+    guider = canvas.add("LambdaClassifierGuider", model=got.model, positive=got.positive,
+                        negative=got.negative, classifier=CLASSIFIER, label="blue", scale=8.0)
     sampler = canvas.add("KSamplerSelect", sampler_name="lambda_2m")
     save(canvas, "3  Image", guided(canvas, got, sampler, guider, "karras", 12), got.vae)
 

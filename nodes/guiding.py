@@ -72,8 +72,8 @@ class ClassifierGuiderNode(io.ComfyNode):
             display_name="Classifier Guider",
             category=CATEGORY,
             description="Leads any sampler towards a class, by the gradient of a classifier of noisy images: "
-                        "classifier guidance. The classifier must have been trained on this model's own noisy "
-                        "images or latents. Dhariwal & Nichol 2021 (arXiv:2105.05233).",
+                        "classifier guidance. The classifier must have been trained on this model's own "
+                        "noisy images or latents. Dhariwal & Nichol 2021 (arXiv:2105.05233).",
             inputs=[
                 io.Model.Input("model", tooltip="The model that will be sampled"),
                 io.Conditioning.Input("positive", optional=True, tooltip=(
@@ -81,15 +81,16 @@ class ClassifierGuiderNode(io.ComfyNode):
                 io.Conditioning.Input("negative", optional=True, tooltip=(
                     "The negative prompt; used where cfg is not 1")),
                 io.Combo.Input("classifier", options=folder.classifiers() or [NONE], tooltip=(
-                    "A safetensors file of models/classifiers, in guided-diffusion's layout (EncoderUNetModel "
-                    "with attention pooling)")),
+                    "A safetensors file of models/classifiers, in guided-diffusion's layout "
+                    "(EncoderUNetModel with attention pooling)")),
                 io.String.Input("label", default="0", tooltip=(
                     "The class: its number, or its name if the file has names")),
                 io.Float.Input("scale", default=1.0, min=0.0, max=1000.0, step=0.1, round=False, tooltip=(
                     "How much of the classifier's gradient is added. 1 is Bayes' rule, more is surer of the "
                     "class and less varied; 0 leaves the classifier out")),
-                advanced(io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1, round=False, tooltip=(
-                    "Classifier-free guidance beside it, as in KSampler; 1 is none"))),
+                advanced(io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1, round=False,
+                                        tooltip="Classifier-free guidance beside it, as in KSampler; 1 is "
+                                                "none")),
             ],
             outputs=[io.Guider.Output(display_name="GUIDER", tooltip="For SamplerCustomAdvanced")])
 
@@ -98,13 +99,13 @@ class ClassifierGuiderNode(io.ComfyNode):
                 negative: Any = None) -> io.NodeOutput:
         config = model.model.model_config.unet_config
         if positive is None and config.get("context_dim"):
-            raise ValueError("positive is not connected, and this model reads prompts: connect a prompt, such as "
-                             "an empty text")
+            raise ValueError("positive is not connected, and this model reads prompts: connect a prompt, "
+                             "such as an empty text")
         found = load_classifier(existing(classifier))
         channels, wanted = found.channels, model.model.latent_format.latent_channels
         if channels != wanted:
-            raise ValueError(f"{classifier} is for {channels} channels, and this model's latents have {wanted}: "
-                             "choose a classifier that was trained on this model's latents")
+            raise ValueError(f"{classifier} is for {channels} channels, and this model's latents have "
+                             f"{wanted}: choose a classifier that was trained on this model's latents")
         number = found.label(label)
         guider = ClassifierGuider(model, found, number, scale) if scale else comfy.samplers.CFGGuider(model)
         guider.set_conds(*([[None, {}]] if cond is None else cond for cond in (positive, negative)))
@@ -125,5 +126,6 @@ def existing(name: str) -> Path:
     path = folder.classifier(name)
     if path is None:
         raise ValueError(f"there is no classifier {name!r}: put a safetensors file into "
-                         f"{folder.classifiers_directory()}, refresh the node definitions (key R) and choose it")
+                         f"{folder.classifiers_directory()}, refresh the node definitions (key R) and choose "
+                         "it")
     return path

@@ -29,7 +29,8 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.nn import Conv1d, Conv2d, GroupNorm, Identity, Linear, Module, ModuleList, Parameter, Sequential, SiLU
+from torch.nn import (Conv1d, Conv2d, GroupNorm, Identity, Linear, Module, ModuleList, Parameter, Sequential,
+                      SiLU)
 
 GROUPS, HEAD = 32, 64
 Shapes = Mapping[str, tuple[int, ...]]
@@ -165,8 +166,8 @@ class Classifier(Module):
         hidden = shapes["time_embed.0.weight"][0]
         self.time_embed = Sequential(Linear(self.width, hidden), SiLU(), Linear(hidden, hidden))
         self.input_blocks = ModuleList(
-            ModuleList(block(f"input_blocks.{k}.{j}.", k in halves) for j in parts(shapes, f"input_blocks.{k}."))
-            for k in range(entries))
+            ModuleList(block(f"input_blocks.{k}.{j}.", k in halves)
+                       for j in parts(shapes, f"input_blocks.{k}.")) for k in range(entries))
         self.middle_block = ModuleList(block(f"middle_block.{k}.") for k in range(3))
         channels, places = shapes["out.2.positional_embedding"]
         self.out = Sequential(GroupNorm(groups, channels), SiLU(),
@@ -184,9 +185,9 @@ class Classifier(Module):
 
     def encoded(self, x: Tensor, t: Tensor) -> Tensor:
         if tuple(x.shape[1:]) != (self.channels, self.size, self.size):
-            raise ValueError(f"this classifier is for images of {self.channels} x {self.size} x {self.size} (as "
-                             f"the model sees them), and these are {' x '.join(map(str, x.shape[1:]))}: choose "
-                             "that size, or a classifier for this model")
+            raise ValueError(f"this classifier is for images of {self.channels} x {self.size} x {self.size} "
+                             f"(as the model sees them), and these are {' x '.join(map(str, x.shape[1:]))}: "
+                             "choose that size, or a classifier for this model")
         emb = self.time_embed(sinusoids(t, self.width))
         for blocks in (*self.input_blocks, self.middle_block):
             for part in blocks:
@@ -201,7 +202,8 @@ class Classifier(Module):
         if name.isdecimal() and int(name) < self.classes:
             return int(name)
         named = f", or one of {', '.join(self.names)}" if self.names else ""
-        raise ValueError(f"label = {name!r}: this classifier knows the numbers 0 to {self.classes - 1}{named}")
+        raise ValueError(f"label = {name!r}: this classifier knows the numbers 0 to {self.classes - 1}"
+                         f"{named}")
 
 
 def sinusoids(t: Tensor, width: int) -> Tensor:
@@ -212,7 +214,7 @@ def sinusoids(t: Tensor, width: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], 1)
 
 
-# --- reading -------------------------------------------------------------------------------------------------
+# --- reading ----------------------------------------------------------------------------------------------
 
 
 def within(shapes: Shapes, prefix: str) -> Shapes:
@@ -264,8 +266,8 @@ def load_classifier(path: Path) -> Classifier:
     except FileNotFoundError:
         raise ClassifierError(f"{path.name} does not exist") from None
     except (OSError, SafetensorError) as fault:
-        raise ClassifierError(f"{path.name} is no safetensors file, or was cut short ({fault}): convert it, or "
-                              "get it anew") from None
+        raise ClassifierError(f"{path.name} is no safetensors file, or was cut short ({fault}): convert it, "
+                              "or get it anew") from None
     except ClassifierError as fault:
         raise ClassifierError(f"{path.name} is no classifier of guided-diffusion's layout (EncoderUNetModel "
                               f"with attention pooling): {fault}") from None
@@ -302,7 +304,7 @@ def _built(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Classi
         raise ClassifierError(f"its metadata name {len(names)} classes, and it has {made.classes}")
     with torch.inference_mode(False):
         made.load_state_dict(tensors, assign=True)
-        return made.eval().requires_grad_(False)
+        return made.requires_grad_(False)
 
 
 def _told(metadata: Mapping[str, str]) -> tuple[int, int, tuple[str, ...]]:
@@ -314,6 +316,6 @@ def _told(metadata: Mapping[str, str]) -> tuple[int, int, tuple[str, ...]]:
     except (ValueError, TypeError) as fault:
         raise ClassifierError(f"its metadata cannot be read ({fault})") from None
     if groups < 1 or head < 1 or not all(isinstance(name, str) and name.isprintable() for name in names):
-        raise ClassifierError(f"its metadata say groups = {groups}, head_channels = {head} and classes {names}: "
-                              "two whole numbers above 0 and a list of names are asked for")
+        raise ClassifierError(f"its metadata say groups = {groups}, head_channels = {head} and classes "
+                              f"{names}: two whole numbers above 0 and a list of names are asked for")
     return groups, head, names

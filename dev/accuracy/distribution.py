@@ -2,17 +2,18 @@
 
     python dev/benchmark.py distribution --images 1000 --seconds 280
 
-The emoji model, the prompts that no hypersolver has seen in turn, each image of a noise of its own; the distance
-is that of features.py. ComfyUI's samplers are on the scheduler that suits them best at this guidance. Images are
-kept on disk in parts of PART, so a run goes on where the last one ended, after --seconds or for another reason;
-the table is of all images that every cell has.
+The emoji model, the prompts that no hypersolver has seen in turn, each image of a noise of its own; the
+distance is that of features.py. ComfyUI's samplers are on the scheduler that suits them best at this
+guidance. Images are kept on disk in parts of PART, so a run goes on where the last one ended, after --seconds
+or for another reason; the table is of all images that every cell has.
 """
 from __future__ import annotations
 
+import functools
 import re
 import time
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple, Sequence
+from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
 
 import comfy_host
 import torch
@@ -29,9 +30,10 @@ PART, STRIDE = 6, 16  # images at once; timesteps of a converged image
 CONVERGED = "converged"
 CHOICES = {"comfy/euler": "beta", "comfy/dpmpp_2m": "sgm_uniform", "comfy/lms": "beta",
            "comfy/ipndm_v": "beta", "comfy/deis": "sgm_uniform", "comfy/uni_pc_bh2": "sgm_uniform",
-           "comfy/heun": "beta", "lambda/fitted_chosen": "karras", "lambda/fitted_chosen hypersolver": "karras"}
-"""Samplers, and of five schedulers the one with the least rms error at guidance 7, by `benchmark.py hyper`; of
-the last two's only the range counts."""
+           "comfy/heun": "beta", "lambda/fitted_chosen": "karras",
+           "lambda/fitted_chosen hypersolver": "karras"}
+"""Samplers, and of five schedulers the one with the least rms error at guidance 7, by `benchmark.py hyper`
+(heun was not among them); of the last two's only the range counts."""
 GUIDANCE, BUDGETS = 7.0, (4, 5, 6, 8)
 STOCHASTIC = ("euler_ancestral", "dpmpp_2m_sde", "dpmpp_3m_sde", "er_sde", "sa_solver", "dpmpp_2m")
 OURS = {"lambda_2m_sde": "dpmpp_2m_sde", "lambda_3m_sde": "dpmpp_3m_sde", "lambda_2m": "dpmpp_2m"}
@@ -39,11 +41,13 @@ SDE_GUIDANCE, SDE_BUDGETS, SDE_SCHEDULER = 3.0, (10, 20), "karras"
 
 
 class Made(NamedTuple):
-    """One column of a table: run(model, noise, evaluations) -> images."""
+    """One row of a table: run(model, noise, evaluations, **options) -> images, with what it learned
+    before."""
 
     label: str
     ours: bool
-    run: Callable[[Counted, Tensor, int], Tensor]
+    run: Callable[..., Tensor]
+    options: Callable[[], Mapping[str, Any]] = dict
 
 
 class Images:
@@ -58,7 +62,8 @@ class Images:
         return self.folder / f"{self.stems[ours]}-guidance-{self.guidance:g}-{what}"
 
     def part(self, column: Made, k: int) -> Path:
-        return self.path(column.ours, f"{re.sub('[^a-z0-9_]+', '-', column.label.lower())}-{k}.pt")
+        name = re.sub("[^a-z0-9_]+", "-", column.label.lower())
+        return self.path(column.ours, f"{name}-{k * PART}-to-{(k + 1) * PART - 1}.pt")
 
     def make(self, columns: Sequence[Made], budgets: Sequence[int], images: int, seconds: float) -> None:
         """Those that are missing, until the time is over."""
@@ -72,15 +77,18 @@ class Images:
                     return
                 prompts = [UNSEEN[i % len(UNSEEN)] for i in range(k * PART, (k + 1) * PART)]
                 noise = starting_noise(self.problem, PART, seed=10_000 + k)
+                options = column.options()
                 found = self.problem.session(prompts, self.guidance, lambda model: self.run(
-                    column, Counted(model, remembers=True), noise, budgets))
+                    column, Counted(model, remembers=True), noise, budgets, options))
                 torch.save(found, path)
                 print(f"{time.perf_counter() - start:6.0f} s  part {k}, {column.label}", flush=True)
 
     @staticmethod
-    def run(column: Made, model: Counted, noise: Tensor, budgets: Sequence[int]) -> dict[int, Tensor]:
+    def run(column: Made, model: Counted, noise: Tensor, budgets: Sequence[int],
+            options: Mapping[str, Any]) -> dict[int, Tensor]:
         each = budgets if column.label != CONVERGED else (0,)
-        return {budget: column.run(model, noise, budget).clamp(-1.0, 1.0).half() for budget in each}
+        return {budget: column.run(model, noise, budget, **options).clamp(-1.0, 1.0).half()
+                for budget in each}
 
     def read(self, column: Made) -> list[dict[int, Tensor]]:
         """Its parts, as far as there is none missing."""
@@ -97,8 +105,9 @@ class Images:
             return
         seen = {(column.label, budget): features(torch.cat([part[budget] for part in of[:count]]))
                 for column, of in zip(columns, parts) for budget in of[0]}
-        yield (f"{count * PART} images, guidance {self.guidance:g}: 10^4 E^2 to the converged ones, and its standard "
-               f"error\n\n| sampler | {' | '.join(map(str, budgets))} |\n|{'---|' * (1 + len(budgets))}")
+        yield (f"{count * PART} images, guidance {self.guidance:g}: 10^4 E^2 to the converged ones, and its "
+               f"standard error\n\n| sampler | {' | '.join(map(str, budgets))} |\n|"
+               + "---|" * (1 + len(budgets)))
         for column in columns:
             if column.label != CONVERGED:
                 far = [energy(seen[column.label, budget], seen[CONVERGED, 0]) for budget in budgets]
@@ -113,12 +122,12 @@ def converged(model: Counted, noise: Tensor, budget: int) -> Tensor:
     return S.sample_dpmpp_2m(model, starting_x(model, noise, levels[0]), levels, extra_args={}, disable=True)
 
 
-def few(entry: Entry, scheduler: str, options: Callable[[], dict]) -> Made:
-    def run(model: Counted, noise: Tensor, budget: int) -> Tensor:
+def few(entry: Entry, scheduler: str, options: Callable[[], Mapping[str, Any]]) -> Made:
+    def run(model: Counted, noise: Tensor, budget: int, **learned: Any) -> Tensor:
         levels = schedule(scheduler, entry.steps(budget), entry.discards, noise.dtype)
-        return entry.run(model, starting_x(model, noise, levels[0]), levels, **options())
+        return entry.run(model, starting_x(model, noise, levels[0]), levels, **learned)
 
-    return Made(entry.label, entry.ours, run)
+    return Made(entry.label, entry.ours, run, options)
 
 
 def stochastic(label: str, function: Callable[..., Tensor]) -> Made:
@@ -132,22 +141,11 @@ def stochastic(label: str, function: Callable[..., Tensor]) -> Made:
 
 
 def columns_of_few(images: Images) -> list[Made]:
-    learned: dict[str, dict] = {}
-
-    def options(entry: Entry) -> dict:
-        """What it learned before, at nobody's prompt."""
-        if entry.calibrate is None:
-            return {}
-        if entry.label not in learned:
-            if entry.calibrate is hypersolved:
-                learned[entry.label] = dict(hypersolved(Seen(None, None, None, 0, 0, images.guidance, {})))
-            else:
-                learned[entry.label] = {"statistics": measured(images)}
-        return learned[entry.label]
-
+    learns = {fitted_statistics: lambda: {"statistics": measured(images)}, None: dict,
+              hypersolved: lambda: hypersolved(Seen(*[None] * 5, images.guidance, {}))}
     known = {entry.label: entry for entry in entries(("core", "calibrated", "hypersolver"))}
     return [Made(CONVERGED, False, converged),
-            *(few(known[label], scheduler, lambda entry=known[label]: options(entry))
+            *(few(known[label], scheduler, functools.cache(learns[known[label].calibrate]))
               for label, scheduler in CHOICES.items())]
 
 

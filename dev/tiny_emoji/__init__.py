@@ -1,8 +1,8 @@
 """Tiny Emoji: a 5 MB text-to-image checkpoint that the stock nodes of ComfyUI load. For development only.
 
 Importing this package does three things: the family of the checkpoint joins the list that
-CheckpointLoaderSimple looks through, `checkpoints/` and `classifiers/` join the folders of such models, and the
-node `Tiny Emoji As Flow` is offered.
+CheckpointLoaderSimple looks through, `checkpoints/` and `classifiers/` join the folders of such models, and
+the node `Tiny Emoji As Flow` is offered.
 """
 from pathlib import Path
 

@@ -1,5 +1,5 @@
-"""The colour of a picture, by arithmetic: what the classifier of `classifier.safetensors` learned to see in
-noise, and how its guidance is judged."""
+"""The colour of a picture, by arithmetic: what the classifier of `classifiers/` learned to see in noise, and
+how its guidance is judged."""
 import math
 
 import torch

@@ -3,8 +3,8 @@ published hyperparameters."""
 from typing import Collection, Sequence
 
 
-def layout(size: int, classes: int, width: int = 128, mults: Sequence[float] = (1, 1, 2, 3, 4), blocks: int = 2,
-           attention: Collection[int] = (32, 16, 8), channels: int = 3, scales: bool = True,
+def layout(size: int, classes: int, width: int = 128, mults: Sequence[float] = (1, 1, 2, 3, 4),
+           blocks: int = 2, attention: Collection[int] = (32, 16, 8), channels: int = 3, scales: bool = True,
            halving: str = "residual") -> dict[str, tuple[int, ...]]:
     """attention: at which sizes of the image; scales: use_scale_shift_norm; halving "residual" is
     resblock_updown, "convolution" is not."""

@@ -1,10 +1,10 @@
-"""Train the classifier of colours in noise that is dev/tiny_emoji/classifier.safetensors, on one core.
+"""Train the classifier of colours in noise of dev/tiny_emoji/classifiers, on one core.
 
-    python train_classifier.py data --out classifier.safetensors --steps 6000
+    python train_classifier.py data --out emoji_colours.safetensors --steps 900
 
 It learns log p(colour of x_0 | x_t, t) of the pictures that the checkpoint learned (x_t as in train.py, all
-timesteps alike), with the colours of ../colours.py: cross-entropy, AdamW. The network is guided-diffusion's, 16
-channels wide. A run that was cut short goes on from what is kept beside the file; --seconds ends it early.
+timesteps alike), with the colours of ../colours.py: cross-entropy, AdamW. The network is guided-diffusion's,
+16 channels wide. A run that was cut short goes on from what is kept beside the file; --seconds ends it early.
 """
 import argparse
 import json
@@ -51,8 +51,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="the folder that make_set.py wrote")
-    parser.add_argument("--out", type=Path, default=HERE.parent / "classifier.safetensors")
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--out", type=Path, default=HERE.parent / "classifiers" / "emoji_colours.safetensors")
+    parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--rate", type=float, default=3e-3, help="the highest learning rate")
     parser.add_argument("--seconds", type=float, default=280, help="of this call")
