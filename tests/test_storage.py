@@ -144,6 +144,23 @@ def test_files_of_before_there_were_seals_are_read(tmp_path, files) -> None:
         Statistics.load(tmp_path / "x.safetensors")
 
 
+def test_a_file_that_cannot_be_replaced_stays_whole(tmp_path, monkeypatch, caplog) -> None:
+    """As on Windows while another process reads it."""
+    def refuse(*paths) -> None:
+        raise PermissionError(13, "it is being used by another process")
+
+    Statistics.constant().save(tmp_path / "x.safetensors")
+    before = (tmp_path / "x.safetensors").read_bytes()
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(PermissionError):
+        calibration(intervals=4).save(tmp_path / "x.safetensors", overwrite=True)
+    assert (tmp_path / "x.safetensors").read_bytes() == before
+    partial = Partial(tmp_path / "x.part", "lambda-solvers partial 1", torch.zeros(1), {}, 0.0)
+    partial.write({"x": torch.zeros(2)}, 1, at_once=True)
+    assert partial.path is None and "goes on, but starts anew if it is cut short" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+
+
 @pytest.mark.skipif(not hasattr(os, "seteuid") or os.geteuid() != 0, reason="needs root, to be nobody")
 def test_a_folder_that_cannot_be_looked_into_keeps_nothing_and_stops_no_measurement(tmp_path) -> None:
     (tmp_path / "shut").mkdir(mode=0o700)

@@ -169,6 +169,44 @@ def test_inside_a_subgraph_the_panel_reads_and_runs_as_outside(ui) -> None:
     ui.reads("count: model evaluations: 15")  # the value outside, not the one that the node inside keeps
 
 
+def test_a_sampler_that_is_named_outside_its_subgraph_has_a_panel(ui) -> None:
+    ui.load("ksampler")
+    ui.put(ui.node("KSampler"), "sampler_name", "euler")
+    ui.do("""() => { const inner = app.graph.nodes.find((node) => node.comfyClass === 'KSampler')
+        app.canvas.graph.convertToSubgraph(new Set([inner]))
+        const host = app.graph.nodes.find((node) => node.subgraph)
+        app.canvas.openSubgraph(host.subgraph, host)
+        const input = inner.inputs.find((input) => input.name === 'sampler_name')
+        host.subgraph.addInput('sampler_name', 'COMBO').connect(input, inner) }""")
+    name = """(name) => { const host = app.graph.nodes.find((node) => node.subgraph)
+        host.widgets.find((widget) => widget.name === 'sampler_name').value = name }"""
+    for _ in range(2):
+        ui.do(name, "lambda_2m")
+        ui.page.mouse.click(80, 600)
+        ui.reads("count: model evaluations: ")
+        ui.do(name, "euler")
+        ui.page.mouse.click(80, 600)
+        until("it is put away", lambda: all(panel["height"] == 0 for panel in ui.panels()), ui.panels)
+
+
+def test_a_subgraph_used_twice_shows_the_use_that_is_open(ui) -> None:
+    ui.load("sampler_node")
+    ui.reads("model evaluations: 12")
+    ui.do("""() => { const inside = ['LambdaSamplerMultistep', 'BasicScheduler']
+        const inner = new Set(app.graph.nodes.filter((n) => inside.includes(n.comfyClass)))
+        app.canvas.graph.convertToSubgraph(inner)
+        const { subgraph } = app.graph.nodes.find((node) => node.subgraph)
+        app.graph.add(LiteGraph.createNode(subgraph.id)) }""")
+    go = """(k) => { const host = app.graph.nodes.filter((node) => node.subgraph)[k]
+        app.canvas.openSubgraph(host.subgraph, host) }"""
+    for k, words in ((0, "count: model evaluations: 12"), (1, "count: model evaluations a step: 1"),
+                     (0, "count: model evaluations: 12")):
+        ui.do("() => app.canvas.setGraph(app.graph)")
+        ui.do(go, k)
+        ui.fit()
+        ui.reads(words)
+
+
 def test_a_collapsed_sampler_hides_its_panel_and_shows_it_again(ui) -> None:
     ui.load("sampler_node")
     ui.reads("model evaluations: 12")

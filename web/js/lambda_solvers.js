@@ -12,6 +12,7 @@ const BESIDE = new Set(["CONDITIONING", "LATENT", "IMAGE", "MASK", "VAE", "CLIP"
 const [MUTED, BYPASSED, SUBGRAPH_INPUT] = [2, 4, -10]
 const [TALL, LOW] = [170, 78] // the height of a panel with a curve, and without
 const panels = new WeakMap() // node -> its panel
+const opened = new WeakMap() // subgraph -> the node that it was last opened from
 let plots = true // the setting
 
 // --- what may fail without ComfyUI's interface noticing ---
@@ -46,24 +47,44 @@ function safely(act) {
 
 // --- reading the graph ---
 
-// Every node with the id it has in a run ("7", or "4:1" inside subgraph node 4) and the subgraph node it is in.
+// Every use of a node, by the id it has in a run ("7", or "4:1" inside subgraph node 4): {node, id, host}, host the use of the
+// subgraph node it is in. Where a subgraph is used twice, its nodes have two.
 function places() {
   const found = new Map()
-  const enter = (graph, prefix, host) => {
+  const enter = (graph, host) => {
     for (const node of graph?.nodes ?? []) {
-      if (found.has(node)) continue // a subgraph used twice: its first use stands for all
-      found.set(node, { id: prefix + node.id, host })
-      if (node.subgraph) enter(node.subgraph, `${prefix}${node.id}:`, node)
+      const place = { node, id: within(host, node), host }
+      found.set(place.id, place)
+      if (node.subgraph) enter(node.subgraph, place)
     }
   }
-  enter(app.graph, "", null)
+  enter(app.graph, null)
   return found
 }
 
-// What an input's link comes from: {node, slot}, {value} where it is a value after all, or null if that is not to be told.
-function origin(node, slot, where, depth = 0) {
+const within = (host, node) => (host ? `${host.id}:` : "") + node.id
+const isOpen = ({ node, host }) => !host || opened.get(node.graph) === host.node && isOpen(host)
+const nodes = () => new Set([...places().values()].map(({ node }) => node))
+
+// The use of a node that is on screen, or was last, or else the first.
+function use(node, where) {
+  const all = [...where.values()].filter((place) => place.node === node)
+  return all.find(isOpen) ?? all[0]
+}
+
+// What the input of a node is set to: by its widget, or where it is linked (a promoted widget is) by what comes.
+function chosen(node, name) {
+  const slot = node.inputs?.findIndex((input) => input.name === name) ?? -1
+  const where = places()
+  const place = use(node, where)
+  if (place && slot >= 0 && node.isInputConnected(slot)) return origin(place, slot, where)?.value
+  return node.widgets?.find((widget) => widget.name === name)?.value
+}
+
+// What an input's link comes from: {place, slot}, {value} where it is a value after all, or null if that is not to be told.
+function origin({ node, host }, slot, where, depth = 0) {
   const link = inputLink(node, slot)
-  return link && depth < 50 ? from(link, node.graph, where, depth, where.get(node)?.host) : null
+  return link && depth < 50 ? from(link, node.graph, host, where, depth) : null
 }
 
 // getInputLink of a subgraph node is about what is inside of it.
@@ -73,59 +94,62 @@ function inputLink(node, slot) {
     (link) => String(link.target_id) === String(node.id) && Number(link.target_slot) === slot)
 }
 
-function from(link, graph, where, depth, host) {
+function from(link, graph, host, where, depth) {
   if (Number(link.origin_id) === SUBGRAPH_INPUT) {
-    const slot = host?.inputs[link.origin_slot]
+    const slot = host?.node.inputs[link.origin_slot]
     if (!slot) return null
-    if (host.isInputConnected(link.origin_slot)) return origin(host, link.origin_slot, where, depth + 1)
-    const widget = host.widgets?.find((w) => w.name === (slot.widget?.name ?? slot.name))
+    if (host.node.isInputConnected(link.origin_slot)) return origin(host, link.origin_slot, where, depth + 1)
+    const widget = host.node.widgets?.find((w) => w.name === (slot.widget?.name ?? slot.name))
     return widget ? { value: widget.value } : null
   }
   const node = graph.getNodeById(link.origin_id)
   if (!node || node.mode === MUTED) return null
+  const place = where.get(within(host, node))
   if (node.type === "PrimitiveNode") return { value: node.widgets?.[0]?.value }
-  if (node.type === "Reroute") return origin(node, 0, where, depth + 1)
+  if (node.type === "Reroute") return origin(place, 0, where, depth + 1)
   if (node.mode === BYPASSED) {
     const through = node.inputs.findIndex((input) => input.type === node.outputs[link.origin_slot].type)
-    return through < 0 ? null : origin(node, through, where, depth + 1)
+    return through < 0 ? null : origin(place, through, where, depth + 1)
   }
   if (node.subgraph) {
     const inner = node.subgraph.outputNode.slots[link.origin_slot]?.getLinks()[0]
-    return inner ? from(inner, node.subgraph, where, depth + 1, node) : null
+    return inner ? from(inner, node.subgraph, place, where, depth + 1) : null
   }
-  return node.isVirtualNode ? null : { node, slot: link.origin_slot }
+  return node.isVirtualNode ? null : { place, slot: link.origin_slot }
 }
 
 // The nodes that take a node's sampler, and those that take it from them (Sampler Options wraps a sampler).
 function users(start, where) {
-  const direct = [...where.keys()].filter((node) => node.mode !== MUTED && node.mode !== BYPASSED && node.inputs?.some(
-    (input, slot) => input.name === "sampler" && node.isInputConnected(slot) && origin(node, slot, where)?.node === start))
-  return direct.flatMap((node) => [node, ...users(node, where)])
+  const direct = [...where.values()].filter((place) => {
+    const { node } = place
+    return node.mode !== MUTED && node.mode !== BYPASSED && node.inputs?.some((input, slot) =>
+      input.name === "sampler" && node.isInputConnected(slot) && origin(place, slot, where)?.place === start)
+  })
+  return direct.flatMap((place) => [place, ...users(place, where)])
 }
 
-// The nodes that say what the sampler on `start` will do, in ComfyUI's API form.
-function around(start) {
-  const where = places()
+// The nodes that say what the sampler at `start` will do, in ComfyUI's API form.
+function around(start, where) {
   const graph = {}
   const todo = [start, ...users(start, where)]
   while (todo.length) {
-    const node = todo.pop()
-    const { id } = where.get(node)
+    const place = todo.pop()
+    const { node, id } = place
     if (graph[id]) continue
     const inputs = {}
     for (const [slot, input] of (node.inputs ?? []).entries()) {
       if (!node.isInputConnected(slot)) continue
-      const comes = origin(node, slot, where)
+      const comes = origin(place, slot, where)
       if (comes && "value" in comes) inputs[input.name] = comes.value
-      else inputs[input.name] = comes ? [where.get(comes.node).id, Number(comes.slot)] : ["?", 0]
-      if (comes?.node && !BESIDE.has(input.type)) todo.push(comes.node)
+      else inputs[input.name] = comes ? [comes.place.id, Number(comes.slot)] : ["?", 0]
+      if (comes?.place && !BESIDE.has(input.type)) todo.push(comes.place)
     }
     for (const { name, value, options } of node.widgets ?? [])
       if (!(name in inputs) && options?.serialize !== false && ["string", "number", "boolean"].includes(typeof value))
         inputs[name] = value
     graph[id] = { class_type: node.comfyClass, inputs }
   }
-  return { node: where.get(start).id, graph }
+  return { node: start.id, graph }
 }
 
 // --- the panel ---
@@ -201,8 +225,11 @@ async function asked(body) {
 
 // Ask Python again if anything that it is told has changed.
 function refresh(panel) {
-  if (!panel || panel.widget.hidden || !samples(panel.node) || !places().has(panel.node)) return
-  const body = JSON.stringify({ ...around(panel.node), locale: app.extensionManager.setting.get("Comfy.Locale") ?? "en" })
+  if (!panel || panel.widget.hidden || !samples(panel.node)) return
+  const where = places()
+  const place = use(panel.node, where)
+  if (!place) return
+  const body = JSON.stringify({ ...around(place, where), locale: app.extensionManager.setting.get("Comfy.Locale") ?? "en" })
   if (panel.asked === body) return
   panel.asked = body
   clearTimeout(panel.timer)
@@ -220,8 +247,7 @@ function refresh(panel) {
 const ours = (node) => node.constructor.nodeData?.python_module === pack.module
 const sampler = (node) => pack.nodes.includes(node.comfyClass)
 const host = (node) => pack.hosts.includes(node.comfyClass) // ComfyUI's own, which may name a sampler of ours
-const samples = (node) =>
-  sampler(node) || host(node) && pack.names.includes(node.widgets.find((widget) => widget.name === "sampler_name").value)
+const samples = (node) => sampler(node) || host(node) && pack.names.includes(chosen(node, "sampler_name"))
 
 function look(node) {
   const panel = panels.get(node) ?? (samples(node) ? open(node, sampler(node)) : null)
@@ -231,7 +257,7 @@ function look(node) {
 }
 
 function* all() {
-  for (const node of places().keys()) if (panels.has(node)) yield panels.get(node)
+  for (const node of nodes()) if (panels.has(node)) yield panels.get(node)
 }
 
 function repaint(value) {
@@ -285,8 +311,12 @@ if (pack) app.registerExtension({
   }),
 
   setup() {
-    const again = safely(() => { for (const panel of all()) refresh(panel) })
+    const again = safely(() => { for (const node of nodes()) if (sampler(node) || host(node)) look(node) })
     api.addEventListener("graphChanged", again)
+    app.canvas.canvas.addEventListener("subgraph-opened", safely(({ detail }) => {
+      opened.set(detail.subgraph, detail.fromNode)
+      again()
+    }))
     let soon // the graph is said to have changed long after some edits of neighbours
     for (const event of ["change", "keyup", "pointerup"]) window.addEventListener(event, () => {
       clearTimeout(soon)
@@ -303,7 +333,7 @@ if (pack) app.registerExtension({
     }))
     // Newer interfaces hide an error's text: it is shown on the node, or on the sampler of the node that samples.
     api.addEventListener("execution_error", safely(({ detail }) => {
-      for (const [node, { id }] of places()) {
+      for (const { node, id } of places().values()) {
         if (id !== String(detail.node_id) && panels.get(node)?.runs !== String(detail.node_id)) continue
         const panel = panels.get(node) ?? (ours(node) ? open(node, false) : null)
         if (!panel) continue
