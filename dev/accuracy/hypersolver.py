@@ -28,7 +28,8 @@ face, thinking face, winking face, avocado, banana, bread, carrot, cheese wedge,
 grapes, hamburger, ice cream, lemon, lollipop, peach, pineapple, pizza, shortcake, tangerine, tomato,
 watermelon, sun, star, fire, droplet, evergreen tree, cactus, tulip"""
 STYLES = ("noto", "fluent", "flat", "blob")
-SIZE = {"prompts": 96, "images": 4, "guidances": (1.0, 9.0)}
+SIZE = {"prompts": 192, "images": 4, "guidances": (1.0, 9.0)}
+ROUNDS = 3
 FILE = TINY_EMOJI / "hypersolver.safetensors"
 
 
@@ -95,7 +96,8 @@ def train(out: Path) -> None:
                                               sigmas, fitted=True, about=about(problem, middle))
     found = fit_hypersolver(
         Guided(problem, prompts, torch.tensor(each)), learning, statistics, guidance=each, progress=Told(),
-        prompts=[k // SIZE["images"] for k in range(len(prompts))], partial=out / "hypersolver.part")
+        prompts=[k // SIZE["images"] for k in range(len(prompts))], rounds=ROUNDS,
+        partial=out / "hypersolver.part")
     found.save(FILE, overwrite=True)
     print(f"written: {FILE}\n{found.about['hypersolver']}")
 
