@@ -35,7 +35,8 @@ EQUALS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "dpmpp_2s": ("seeds_2", {"eta": 0.0}), "dpmpp_3s": ("seeds_3", {"eta": 0.0}),
     "dpm_2s": ("dpm_2", {}), "dpm_3s": ("heunpp2", {}), "dpmpp_fast": ("dpm_fast", {}),
     "dpm_fast": ("dpm_fast", {}), "dpm_adaptive_12": ("dpm_adaptive", {"order": 2}),
-    "dpm_adaptive_23": ("dpm_adaptive", {"order": 3}), "dpmpp_sde": ("euler_ancestral", {}),
+    "dpm_adaptive_23": ("dpm_adaptive", {"order": 3}), "rk45": ("dpm_adaptive", {"order": 3}),
+    "pc": ("euler_ancestral", {}), "dpmpp_sde": ("euler_ancestral", {}),
     "dpmpp_2m_sde": ("dpmpp_2m_sde", {}), "dpmpp_3m_sde": ("dpmpp_3m_sde", {}), "ddim": ("euler", {}),
     "ddpm": ("euler_ancestral", {}), "analytic_dpm": ("euler_ancestral", {}),
     "dpm_solver_v3": ("res_multistep", {}), "fitted": ("dpmpp_2m", {}), "fitted_chosen": ("dpmpp_2m", {}),
@@ -78,7 +79,8 @@ def ours(name: str, device: str) -> Subject:
         options["noise_device"] = "gpu" if device == "cuda" else "cpu"
 
     def call(*arguments: Any, rtol: float | None = None, **usual: Any) -> Tensor:
-        own = options if rtol is None else {**options, "rtol": max(rtol, 1e-5)}
+        least = rtol and max(rtol, 1e-5)
+        own = options if rtol is None else {**options, "rtol": least, "atol": least}
         return k_diffusion_sampler(name, **own)(*arguments, **usual)
 
     return Subject(call, adaptive)

@@ -81,6 +81,7 @@ def place(name: str) -> Path:
     path = directory().joinpath(*parts[:-1], parts[-1] + ENDING)
     if not path.resolve().is_relative_to(directory().resolve()):
         raise ValueError(f"name = {name!r} leads out of {FOLDER} (through a link): choose another name")
+    directory().mkdir(parents=True, exist_ok=True)  # an OSError: no other name would help
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):

@@ -22,7 +22,7 @@ SAMPLER_NODES = ["LambdaSampler" + name.capitalize() for name in SHOWN]
 NODES = {
     *SAMPLER_NODES, "LambdaMeasureModel", "LambdaTrainAmed", "LambdaTuneFitted", "LambdaTrainHypersolver",
     "LambdaLoadCalibration", "LambdaSaveCalibration", "LambdaApplyCalibration",
-    "LambdaScheduler", "LambdaOptions", "LambdaCompareSamplers"
+    "LambdaScheduler", "LambdaOptions", "LambdaCompareSamplers", "LambdaClassifierGuider"
 }
 
 
@@ -82,9 +82,9 @@ def test_ksampler_s_function_is_ours(name: str) -> None:
     assert result.isfinite().all() and result.dtype == x.dtype
 
 
-def test_there_are_eighteen_nodes_in_one_category() -> None:
+def test_there_are_nineteen_nodes_in_one_category() -> None:
     found = nodes()
-    assert set(found) == NODES and len(found) == 18
+    assert set(found) == NODES and len(found) == 19
     assert {node.GET_SCHEMA().category for node in found.values()} == {"Lambda Solvers"}
 
 
