@@ -12,8 +12,6 @@ FOLDER = "solver_calibrations"
 ENDING = ".safetensors"
 NONE = "[none saved yet]"
 LONGEST = 200  # bytes of a name: with what is added while it is written, file systems take 255
-
-
 DEVICES = {"con", "prn", "aux", "nul", "conin$", "conout$",
            *(f"{port}{k}" for port in ("com", "lpt") for k in "123456789\u00b9\u00b2\u00b3")}
 """On Windows, whatever follows after a dot; the last three are raised 1, 2 and 3."""

@@ -11,8 +11,8 @@ from ..hosting.kinds import kind_of
 from ..hosting.library import file_name
 from ..samplers import load_calibration
 from . import picture
-from .host import CATEGORY
 from .calibration_socket import SOCKET
+from .host import CATEGORY
 from .knowledge import outputs
 
 MADE = "Measure Model, Tune Fitted, Train Hypersolver or Train AMED"

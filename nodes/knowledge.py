@@ -17,9 +17,9 @@ from ..samplers.learning.refit import FEWEST, LARGEST
 from ..samplers.learning.train_amed import TEACHER
 from ..samplers.learning.train_hypersolver import ITERATIONS, spread
 from . import identity, picture, teaching
-from .host import CATEGORY, advanced
 from .calibration_socket import SOCKET, needed
 from .guided_run import Run, measured
+from .host import CATEGORY, advanced
 from .prompts import PROMPTS
 
 FITTED = f"From {STATISTICS_KIND.makes} with fitted on, or a file of it"

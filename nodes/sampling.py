@@ -19,9 +19,9 @@ from ..samplers import FAMILIES, SAMPLERS
 from ..samplers.catalogue import Option, Sampler
 from ..samplers.denoisers import FIRST_STEPS, THRESHOLDS
 from . import nobody, settings
-from .host import CATEGORY, advanced, around, sampler_function
 from .calibration_socket import SOCKET, needed
 from .guided_run import Run
+from .host import CATEGORY, advanced, around, sampler_function
 
 
 def register() -> None:

@@ -14,8 +14,8 @@ from ..samplers.clocks import CLOCKS, evenly
 from ..samplers.schedule import Level, Path, find_path, levels
 from ..samplers.solver import finite
 from . import picture
-from .host import CATEGORY, advanced, path_of
 from .calibration_socket import SOCKET, needed
+from .host import CATEGORY, advanced, path_of
 from .knowledge import FITTED
 
 LISTS, FIT = ("list of sigmas", "list of lambdas"), "fitted"

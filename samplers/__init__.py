@@ -6,11 +6,11 @@
 Read in this order: schedule (noise levels and paths), phi (quadrature), integrand (what is interpolated),
 solver (which evaluations a step uses; score_sde: predictor and corrector), sample (the loop), catalogue and
 families (all by name), k_diffusion and model (the host's convention). Beside them stand clocks (where levels
-fall), denoisers (around the model's: the first evaluation left out, answers bounded) and noise. The folder
-learning holds what is learned of a model: record and storage (files), statistics (DPM-Solver-v3's own),
-fitted (nodes and weights from measured trajectories), hypersolver (a network for what steps miss), amed and
-predictor (a learned inner evaluation); course (probed, counted, resumable), gauss_newton, and on them
-measure, train_amed, train_hypersolver and refit.
+fall), denoisers (around the model's: the first evaluation left out, answers bounded), classifier (guidance
+that adds to them) and noise. The folder learning holds what is learned of a model: record and storage
+(files), statistics (DPM-Solver-v3's own), fitted (nodes and weights from measured trajectories), hypersolver
+(a network for what steps miss), amed and predictor (a learned inner evaluation); course (probed, counted,
+resumable), gauss_newton, and on them measure, train_amed, train_hypersolver and refit.
 
 Symbols, the same everywhere:
 

@@ -141,7 +141,7 @@ OF_DPM = ("method", "dpm-solver")
                               "as dpm_adaptive_12, for tighter tolerances",
                               {"order": 3, "method": "dpm-solver"}, citation=f"{DPM_SOLVER}, appendix C"),
     "rk45": Preset("RK45 (adaptive)",
-                   "exact reference images: of order 5, fewer evaluations from tolerances of 1e-5 on",
+                   "reference images as in Score SDE: of order 5, for tolerances near 1e-5",
                    {"method": "rk45"}, {"rtol": 1e-3, "atol": 1e-3},
                    f"{SCORE_SDE}, section 4.3; Dormand & Prince 1980"),
 })
@@ -160,7 +160,7 @@ def adaptive(
     rule: Annotated[str, replace(SINGLESTEP_RULE, where=OF_DPM)] = "midpoint",
     method: Annotated[str, Option(
         "dpm-solver: DPM-Solver-12 or -23, of the order and rule above; rk45: Dormand and Prince's pair of "
-        "orders 5 and 4, six evaluations a step, for tolerances of 1e-5 and below",
+        "orders 5 and 4, six evaluations a step, for tolerances near 1e-5",
         choices=("dpm-solver", "rk45"))] = "dpm-solver",
 ) -> Solver:
     """Steps of free length from the schedule's first to its last sigma, by an error tolerance instead of a

@@ -183,7 +183,7 @@ def _check_seal(kind: str, described: str, tensors: Mapping[str, np.ndarray],
     """ValueError if it is broken; files had none before it was thought of."""
     if metadata.keys() - {"format", "about", "seal"}:
         raise ValueError("its header has names that no file has")
-    if metadata.get("seal", _seal(kind, described, tensors)) != _seal(kind, described, tensors):
+    if "seal" in metadata and metadata["seal"] != _seal(kind, described, tensors):
         raise ValueError("it does not hold what was written: its seal is broken")
 
 

@@ -75,9 +75,11 @@ function use(node, where) {
 // What the input of a node is set to: by its widget, or where it is linked (a promoted widget is) by what comes.
 function chosen(node, name) {
   const slot = node.inputs?.findIndex((input) => input.name === name) ?? -1
-  const where = places()
-  const place = use(node, where)
-  if (place && slot >= 0 && node.isInputConnected(slot)) return origin(place, slot, where)?.value
+  if (slot >= 0 && node.isInputConnected(slot)) { // or else the graph need not be read
+    const where = places()
+    const place = use(node, where)
+    if (place) return origin(place, slot, where)?.value
+  }
   return node.widgets?.find((widget) => widget.name === name)?.value
 }
 
