@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from problems import Counted, Gaussian, reference_mixture, starting_noise
 from processes import EVERY_PLACE, IN_PLACE, KILLED, NEEDS_FORK, copy, ended, kill_within_write, slow
@@ -24,6 +24,7 @@ from samplers.schedule import levels
 from samplers.tensors import per_image
 from samplers.learning.train_amed import (BUDGET, FLOOR, Student, _teacher, predictor_loss, training_cost,
                                           watched)
+from sealed import write_sealed
 
 NAMES = {sampler.fixed["base"]: name for name, sampler in SAMPLERS.items() if "trained" in sampler.options}
 SIGMAS = [60.0 * (0.02 / 60.0) ** (i / 4) for i in range(5)]
@@ -289,7 +290,7 @@ def test_a_file_with_impossible_content_is_refused(tmp_path, change: dict, messa
     about = {
         "format": "lambda-solvers amed 2", "about": json.dumps({"base": "amed", "first_step": "evaluate"})
     }
-    save_file(tensors, tmp_path / "b.safetensors", metadata=about)
+    write_sealed(tmp_path / "b.safetensors", tensors, about)
     with pytest.raises(CalibrationError, match=message):
         Amed.load(tmp_path / "b.safetensors")
 

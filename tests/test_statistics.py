@@ -14,6 +14,7 @@ from problems import gaussian_statistics, smooth_statistics
 from processes import EVERY_PLACE, HALF, IN_PLACE, KILLED, NEEDS_FORK, copy, ended, kill_within_write
 from samplers import Statistics, CalibrationError, k_diffusion_sampler
 from samplers.learning.statistics import FORMAT
+from sealed import write_sealed
 
 
 def small(**changes) -> Statistics:
@@ -57,8 +58,7 @@ def test_impossible_curves_are_refused_each_with_its_message(changes: dict, mess
 
 
 def written(path: Path, tensors: dict, metadata: dict) -> Path:
-    save_file({name: torch.as_tensor(np.asarray(value, dtype=np.float64)) for name, value in tensors.items()},
-              path, metadata)
+    write_sealed(path, {name: np.asarray(value, dtype=np.float64) for name, value in tensors.items()}, metadata)
     return path
 
 

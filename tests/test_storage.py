@@ -19,6 +19,7 @@ from problems import reference_mixture
 from samplers import Amed, CalibrationError, Statistics, fit_amed, refit_multistep
 from samplers.learning import storage
 from samplers.learning.storage import ABOUT, SHARE, Partial, digest, plain
+from sealed import write_sealed
 from test_amed import SIGMAS, noises
 from test_calibrate import mixture, noise
 from test_fitted import calibration
@@ -48,7 +49,7 @@ KINDS = {"statistics": Statistics, "amed": Amed}
 
 
 def parts(path: Path) -> tuple[dict, dict]:
-    """Tensors and metadata, without the seal: what is made of them is no damage."""
+    """Tensors and metadata, without the seal, as problems.write_sealed takes them."""
     with safe_open(path, framework="numpy") as file:
         return ({name: file.get_tensor(name) for name in file.keys()},
                 {name: text for name, text in file.metadata().items() if name != "seal"})
@@ -80,8 +81,8 @@ def test_every_text_of_a_file_is_refused_if_it_is_not_plain_and_nothing_of_it_is
     assert len(everywhere) > 20
     for where in everywhere:
         for new in HOSTILE if isinstance(where[-1], str) or "patches" in where else HOSTILE[:1]:
-            save_file(tensors, tmp_path / "x.safetensors",
-                      {**metadata, "about": json.dumps(with_value(about, where, new))})
+            write_sealed(tmp_path / "x.safetensors", tensors,
+                         {**metadata, "about": json.dumps(with_value(about, where, new))})
             with pytest.raises(
                     CalibrationError,
                     match=f"about.{where[0]}.* is .*: it must be .*: measure again, or get it anew"
@@ -96,7 +97,7 @@ def test_a_number_is_a_finite_number(tmp_path, files, kind: str, new) -> None:
     tensors, metadata = parts(files[kind])
     about = {**json.loads(metadata["about"]), "guidance": new}
     text = json.dumps(about).replace("Infinity", "1e999")
-    save_file(tensors, tmp_path / "x.safetensors", {**metadata, "about": text})
+    write_sealed(tmp_path / "x.safetensors", tensors, {**metadata, "about": text})
     with pytest.raises(CalibrationError, match="about.guidance is .*: it must be a finite number"):
         KINDS[kind].load(tmp_path / "x.safetensors")
 
@@ -109,7 +110,7 @@ def test_the_rest_of_a_file_cannot_speak_either(tmp_path, files, kind: str) -> N
                               }), (tensors, {"format": SCRIPT}), ({**tensors, SCRIPT: np.zeros(1)}, metadata),
                    ({SCRIPT: np.zeros(1)}, metadata), (tensors, {**metadata, "about": SCRIPT}),
                    (tensors, {**metadata, "about": json.dumps([SCRIPT])})):
-        save_file(*broken[:1], tmp_path / "x.safetensors", broken[1])
+        write_sealed(tmp_path / "x.safetensors", *broken)
         with pytest.raises(CalibrationError) as refused:
             KINDS[kind].load(tmp_path / "x.safetensors")
         assert not set(str(refused.value)) & set("<>&")
@@ -132,16 +133,18 @@ def test_a_file_that_is_damaged_anywhere_is_refused_or_still_what_it_was(tmp_pat
     assert refused > 250
 
 
-def test_files_of_before_there_were_seals_are_read(tmp_path, files) -> None:
+@pytest.mark.parametrize(("more", "message"), [
+    ({}, "has no seal, so nothing tells .*: measure again, or get it anew"),
+    ({"seal": "0" * 16}, "does not hold what was written: its seal is broken"),
+    ({"sea1": "0" * 16}, "its header has names that no file has"),
+])
+def test_a_file_without_its_seal_is_refused(tmp_path, files, more: dict, message: str) -> None:
     tensors, metadata = parts(files["statistics"])
-    save_file(tensors, tmp_path / "x.safetensors", metadata)
+    save_file(tensors, tmp_path / "x.safetensors", metadata | more)
+    with pytest.raises(CalibrationError, match=message):
+        Statistics.load(tmp_path / "x.safetensors")
+    write_sealed(tmp_path / "x.safetensors", tensors, metadata)
     assert Statistics.load(tmp_path / "x.safetensors").about == Statistics.load(files["statistics"]).about
-    save_file(tensors, tmp_path / "x.safetensors", {**metadata, "seal": "0" * 16})
-    with pytest.raises(CalibrationError, match="does not hold what was written"):
-        Statistics.load(tmp_path / "x.safetensors")
-    save_file(tensors, tmp_path / "x.safetensors", {**metadata, "sea1": "0" * 16})
-    with pytest.raises(CalibrationError, match="its header has names that no file has"):
-        Statistics.load(tmp_path / "x.safetensors")
 
 
 def test_a_file_that_cannot_be_replaced_stays_whole(tmp_path, monkeypatch, caplog) -> None:
@@ -155,21 +158,39 @@ def test_a_file_that_cannot_be_replaced_stays_whole(tmp_path, monkeypatch, caplo
     with pytest.raises(PermissionError):
         calibration(intervals=4).save(tmp_path / "x.safetensors", overwrite=True)
     assert (tmp_path / "x.safetensors").read_bytes() == before
-    partial = Partial(tmp_path / "x.part", "lambda-solvers partial 1", torch.zeros(1), {}, 0.0)
-    partial.write({"x": torch.zeros(2)}, 1, at_once=True)
-    assert partial.path is None and "goes on, but starts anew if it is cut short" in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
 
 
+def test_what_cannot_be_kept_is_said_once_and_tried_again(tmp_path, monkeypatch, caplog) -> None:
+    """As on Windows while a virus scanner reads the file, or on a disk that is full for a while."""
+    def refuse(*paths) -> None:
+        raise PermissionError(13, "it is being used by another process")
+
+    partial = Partial(tmp_path / "x.part", "lambda-solvers partial 1", torch.zeros(1), {}, 0.0)
+    partial.write({"x": torch.zeros(2)}, 1, at_once=True)
+    with monkeypatch.context() as there:
+        there.setattr(os, "replace", refuse)
+        for done in (2, 3):
+            partial.write({"x": torch.ones(2)}, done, at_once=True)
+    assert partial.read()[1] == 1 and len(caplog.records) == 1
+    assert "goes on, but if it is cut short it starts again from what was kept before" in caplog.text
+    partial.write({"x": torch.ones(2)}, 4, at_once=True)
+    kept, following = partial.read()
+    assert following == 4 and kept["x"].tolist() == [1.0, 1.0]
+    partial.remove()
+    assert [*tmp_path.iterdir()] == []
+
+
 @pytest.mark.skipif(not hasattr(os, "seteuid") or os.geteuid() != 0, reason="needs root, to be nobody")
-def test_a_folder_that_cannot_be_looked_into_keeps_nothing_and_stops_no_measurement(tmp_path) -> None:
+def test_a_folder_that_cannot_be_looked_into_keeps_nothing_and_stops_no_measurement(tmp_path, caplog) -> None:
     (tmp_path / "shut").mkdir(mode=0o700)
     os.seteuid(65534)
     try:
         partial = Partial(tmp_path / "shut" / "x.part", "lambda-solvers partial 1", torch.zeros(1), {}, 0.0)
         assert partial.read() == ({}, 0)
         partial.write({"x": torch.zeros(2)}, 1, at_once=True)
-        assert partial.path is None
+        assert "x.part cannot be written" in caplog.text
+        partial.remove()
     finally:
         os.seteuid(0)
 
@@ -181,7 +202,7 @@ def test_what_is_not_known_is_left_out_and_everything_that_is_written_is_known(t
         **about, "comment": SCRIPT, SCRIPT: 1, "refits": {**about["refits"], SCRIPT: about["refits"]["4"]}
     }
     more["refits"]["4"] = {**more["refits"]["4"], "more": [SCRIPT]}
-    save_file(tensors, tmp_path / "x.safetensors", {**metadata, "about": json.dumps(more)})
+    write_sealed(tmp_path / "x.safetensors", tensors, {**metadata, "about": json.dumps(more)})
     assert Statistics.load(tmp_path / "x.safetensors").about == about == Statistics.load(
         files["statistics"]).about
     assert Amed.load(files["amed"]).about.keys() | about.keys() <= ABOUT.keys()
@@ -224,8 +245,8 @@ def test_a_file_larger_than_any_of_ours_is_not_read_nor_written(tmp_path, monkey
                {"losses": {"trained": {"training": [1.0] * 4}, "untrained": {"held out": [1.0] * 4}}}])
 def test_errors_that_cannot_be_drawn_are_refused(tmp_path, files, change: dict) -> None:
     tensors, metadata = parts(files["amed"])
-    save_file(tensors, tmp_path / "x.safetensors",
-              {**metadata, "about": json.dumps({**json.loads(metadata["about"]), **change})})
+    write_sealed(tmp_path / "x.safetensors", tensors,
+                 {**metadata, "about": json.dumps({**json.loads(metadata["about"]), **change})})
     with pytest.raises(CalibrationError,
                        match="about.losses must have 4 errors of the same images in every part"):
         Amed.load(tmp_path / "x.safetensors")
@@ -235,8 +256,8 @@ def test_a_refit_without_its_errors_is_refused(tmp_path, files) -> None:
     tensors, metadata = parts(files["statistics"])
     for selection in ([], [1.0], None):
         told = {"prompts": 1, **({} if selection is None else {"selection": selection})}
-        save_file(tensors, tmp_path / "x.safetensors",
-                  {**metadata, "about": json.dumps({"refits": {"4": told}})})
+        write_sealed(tmp_path / "x.safetensors", tensors,
+                     {**metadata, "about": json.dumps({"refits": {"4": told}})})
         with pytest.raises(CalibrationError,
                            match="about.refits.4 does not say the two errors of its selection: refit again"):
             Statistics.load(tmp_path / "x.safetensors")

@@ -106,7 +106,7 @@ def write_checked(path: Path, kind: str, tensors: Mapping[str, np.ndarray], abou
     overwrite."""
     described = json.dumps(checked(_plainly(about)), sort_keys=True, allow_nan=False)
     content = save({name: np.asarray(value, order="C") for name, value in tensors.items()},
-                   metadata={"format": kind, "about": described, "seal": _seal(kind, described, tensors)})
+                   metadata={"format": kind, "about": described, "seal": seal(kind, described, tensors)})
     if len(content) > largest:
         raise CalibrationError(
             f"{path.name} would have {len(content)} bytes: files have at most {largest:.0f}; measure "
@@ -159,7 +159,7 @@ def read_checked(path: Path, expected: Sequence[str],
                 raise CalibrationError(
                     f"{shown} has tensors that no file of {_kind(found)} has: measure again, or get it anew")
             tensors, told = {name: file.get_tensor(name) for name in names}, metadata.get("about", "{}")
-            _check_seal(found, told, tensors, metadata)
+            _check_seal(shown, seal(found, told, tensors), metadata)
             about = json.loads(told, parse_constant=_no_number)
             return found, tensors, checked(about, where=f"{shown}: about")
     except FileNotFoundError:
@@ -173,17 +173,19 @@ def read_checked(path: Path, expected: Sequence[str],
         raise Damaged(f"{shown} is damaged or was cut short: {plain(str(fault))}") from None
 
 
-def _seal(kind: str, described: str, tensors: Mapping[str, np.ndarray]) -> str:
+def seal(kind: str, described: str, tensors: Mapping[str, np.ndarray]) -> str:
     """What a file says of its content, so that damage is seen: safetensors itself has no checksum."""
     return hashlib.sha256(json.dumps([kind, described, digest(tensors)]).encode()).hexdigest()[:16]
 
 
-def _check_seal(kind: str, described: str, tensors: Mapping[str, np.ndarray],
-                metadata: Mapping[str, str]) -> None:
-    """ValueError if it is broken; files had none before it was thought of."""
+def _check_seal(shown: str, own: str, metadata: Mapping[str, str]) -> None:
+    """CalibrationError without a seal, ValueError for another one than the content's own."""
     if metadata.keys() - {"format", "about", "seal"}:
         raise ValueError("its header has names that no file has")
-    if "seal" in metadata and metadata["seal"] != _seal(kind, described, tensors):
+    if "seal" not in metadata:
+        raise CalibrationError(f"{shown} has no seal, so nothing tells that it holds what was written: "
+                               "measure again, or get it anew from where it came from")
+    if metadata["seal"] != own:
         raise ValueError("it does not hold what was written: its seal is broken")
 
 
@@ -230,7 +232,8 @@ class Partial:
     """The file in which a calibration that was cut short goes on; without a path, none is kept.
 
     It belongs to x and to settings, all that decides what is found but the model. A file that cannot be
-    written is a warning, once: what is measured is not lost for it.
+    written is a warning, once: what is measured is not lost for it, and the next writing is tried all the
+    same.
     """
 
     def __init__(self, path: Path | str | None, kind: str, x: Tensor, settings: Mapping[str, Any],
@@ -239,6 +242,7 @@ class Partial:
         belongs = json.dumps([digest({"x": x.cpu().numpy()}), settings], sort_keys=True)
         self.key = hashlib.sha256(belongs.encode()).hexdigest()
         self.seconds, self.device, self.written, self.took = seconds, x.device, time.monotonic(), 0.0
+        self.warned = False
 
     def read(self) -> tuple[dict[str, Tensor], int]:
         """What was kept, and the first part that is not; nothing if there is no file of the same
@@ -261,10 +265,10 @@ class Partial:
                 write_checked(self.path, self.format, tensors, {"key": self.key, "next": following}, True,
                               math.inf)
             except OSError as fault:
-                logging.warning(
-                    "%s cannot be written (%s): the measuring goes on, but starts anew if it is cut short",
-                    self.path, fault)
-                self.path = None
+                if not self.warned:
+                    logging.warning("%s cannot be written (%s): the measuring goes on, but if it is cut short "
+                                    "it starts again from what was kept before", self.path, fault)
+                self.warned = True
             self.written = time.monotonic()
             self.took = self.written - start
 
