@@ -109,7 +109,9 @@ def calibrated(sampler: Sampler, how: str | None = None) -> Callable[..., Tensor
 
 def _condition(option: Option) -> str:
     """When an option counts, before what it does."""
-    return "For {} {} alone. ".format(*option.where) if option.where else ""
+    wanted = " and ".join(f"{name} {str(value).lower() if isinstance(value, bool) else value}"
+                          for name, value in option.where)
+    return f"For {wanted} alone. " if wanted else ""
 
 
 def _sockets(kind: Kind, condition: str) -> list[io.Input]:
@@ -128,8 +130,8 @@ def _measure(kind: Kind, condition: str) -> list[io.Input]:
 
 def _input(name: str, option: Option) -> io.Input:
     """The widget of one option."""
-    said = {"default": option.default, "tooltip": f"{option.help}. {option.range.capitalize()}; default "
-                                                  f"{option.default}."}
+    said = {"default": option.default, "tooltip": f"{_condition(option)}{option.help}. "
+                                                  f"{option.range.capitalize()}; default {option.default}."}
     if option.choices:
         widget = io.Combo.Input(name, options=list(option.choices), **said)
     elif option.kind is bool:

@@ -36,7 +36,7 @@ class Option:
     kind: type = str
     default: Any = None
     stand_in: Any = None  # for planning without running, where a value must be given to run
-    where: tuple[str, str] | None = None  # it counts only where this other option has this value
+    where: tuple[tuple[str, Any], ...] = ()  # it counts only where these other options have these values
 
     @property
     def range(self) -> str:
@@ -104,10 +104,9 @@ class Sampler:
         """Whether this is an option of the sampler's that counts beside the others; or, if they are not told,
         may count."""
         option = self.options.get(name)
-        if option is None or option.where is None or options is None:
+        if option is None or options is None:
             return option is not None
-        other, value = option.where
-        return options.get(other, self.options[other].default) == value
+        return all(options.get(other, self.options[other].default) == value for other, value in option.where)
 
     def solver(self, **options: Any) -> Solver:
         return self.solver_of(self.settings(options))
@@ -141,6 +140,13 @@ class Sampler:
         (adaptive)."""
         total = nfe(self.name, range(13, 0, -1))
         return None if total is None else total // 12
+
+    @property
+    def draws(self) -> bool:
+        """Whether it adds noise, with its defaults."""
+        solver = self.solver(**self.stand_ins)
+        return not isinstance(solver, Adaptive) and any(
+            step.noisy for step in solver.steps(levels([9.0, 3.0, 1.0], find_path("ve")), find_path("ve")))
 
     @property
     def stand_ins(self) -> dict[str, Any]:
@@ -195,10 +201,10 @@ def family(title: str, citation: str,
 def _free(options: Mapping[str, Option], preset: Preset) -> Iterator[tuple[str, Option]]:
     """The options that a preset leaves open: not those that never count with what it fixes."""
     for name, option in options.items():
-        other, value = option.where or ("", "")
-        if name in preset.fixed or preset.fixed.get(other, value) != value:
+        never = any(preset.fixed.get(other, value) != value for other, value in option.where)
+        if name in preset.fixed or never:
             continue
-        where = option.where if other not in preset.fixed else None
+        where = tuple(pair for pair in option.where if pair[0] not in preset.fixed)
         yield name, replace(option, default=preset.defaults.get(name, option.default), where=where)
 
 

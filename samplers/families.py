@@ -42,12 +42,13 @@ Corrector = Annotated[str, Option(
     "half of the way", choices=("off", "full", "half"), advanced=True)]
 CORRECTING = {**RULES, "midpoint": bh2, "published": taylor}
 """The rule of a corrector beside that of its predictor: of the order that one more node gives."""
-NoiseDevice = Annotated[str, Option(
+NOISE_DEVICE = Option(
     "Where the noise is drawn. cpu: the same image on every device; gpu: quicker for large latents, tied to "
     "the device",
-    choices=("cpu", "gpu"), advanced=True)]
-SNoise = Annotated[float, Option(
-    "Factor on the added noise; 1 is exact, a little more adds texture", 0.0, 10.0, 0.01)]
+    choices=("cpu", "gpu"), advanced=True)
+NoiseDevice = Annotated[str, NOISE_DEVICE]
+S_NOISE = Option("Factor on the added noise; 1 is exact, a little more adds texture", 0.0, 10.0, 0.01)
+SNoise = Annotated[float, S_NOISE]
 ORDER_HELP = "Order of accuracy. 2 was the best choice up to 20 steps in our measurements; 3 needs more"
 
 DPM_SOLVER = "Lu et al. 2022, DPM-Solver (arXiv:2206.00927)"
@@ -96,9 +97,11 @@ def multistep(
 
 
 SINGLESTEP = f"{DPM_SOLVER}, Algorithms 1-2 and section 3.4; {DPM_SOLVER_PP}, Algorithm 1"
+SEEDS = "Gonzalez et al. 2023, SEEDS (arXiv:2305.14267)"
+OF_DATA = (("prediction", "data"),)
 
 
-@family("DPM-Solver Singlestep", SINGLESTEP, {
+@family("DPM-Solver Singlestep", f"{SINGLESTEP}; {SEEDS}", {
     "dpmpp_2s": Preset("DPM-Solver++(2S)",
                        "two evaluations a step and no history, so a run can be cut anywhere",
                        {"order": 2, "prediction": "data", "fast": False}),
@@ -108,6 +111,10 @@ SINGLESTEP = f"{DPM_SOLVER}, Algorithms 1-2 and section 3.4; {DPM_SOLVER_PP}, Al
                      {"order": 2, "prediction": "noise", "fast": False}),
     "dpm_3s": Preset("DPM-Solver-3", "many steps only: far behind dpmpp_3s in few",
                      {"order": 3, "prediction": "noise", "fast": False}),
+    "dpmpp_2s_sde": Preset("SDE-DPM-Solver++(2S)",
+                           "stochastic without a history; ComfyUI's seeds_2 with rule midpoint",
+                           {"order": 2, "prediction": "data", "fast": False}, {"eta": 1.0, "rule": "taylor"},
+                           SEEDS),
     "dpmpp_fast": Preset("DPM-Solver++ fast",
                          "singlestep methods that cost exactly one evaluation an interval",
                          {"prediction": "data", "fast": True}, {"order": 3}),
@@ -122,15 +129,29 @@ def singlestep(
     fast: Annotated[bool, Option(
         "Let a step take as many intervals of the schedule as it makes evaluations, so that steps = "
         "evaluations, exactly: of order 3, 3, ... and the rest")] = False,
+    c2: Annotated[float, Option(
+        "Where in the step the second evaluation is made: 0.5 is the middle in lambda, 1 the end, as Heun "
+        "does", 0.05, 1.0, 0.05, advanced=True, where=(("order", 2), ("fast", False)))] = 0.5,
+    eta: Annotated[float, Option(
+        "Share of noise: 1 is the diffusion SDE, 0 the ODE (no noise)", 0.0, 10.0, 0.01,
+        where=OF_DATA)] = 0.0,
+    s_noise: Annotated[float, replace(S_NOISE, where=OF_DATA, advanced=True)] = 1.0,
+    noise_device: Annotated[str, replace(NOISE_DEVICE, where=OF_DATA)] = "cpu",
 ) -> Solver:
     """DPM-Solver and DPM-Solver++, singlestep: every step makes all its evaluations itself, 1, 2 or 3 of
-    them."""
-    integrand = PREDICTIONS[prediction]
-    return Grouped(integrand, order, rule) if fast else Singlestep(integrand, TABLEAUX[order, rule])
+    them. With data prediction also of the diffusion SDE: all stages of a step see one path of its noise."""
+    if eta and prediction != "data":
+        raise ValueError(f"eta = {eta:g} adds noise, and prediction = {prediction!r} has none: set "
+                         "prediction to data, or eta to 0")
+    integrand = DataPrediction(eta, s_noise) if eta else PREDICTIONS[prediction]
+    if fast:
+        return Grouped(integrand, order, rule)
+    tableau = TABLEAUX[order, rule]
+    return Singlestep(integrand, tableau._replace(c=(c2,)) if order == 2 else tableau)
 
 
 SCORE_SDE = "Song et al. 2021, Score SDE (arXiv:2011.13456)"
-OF_DPM = ("method", "dpm-solver")
+OF_DPM = (("method", "dpm-solver"),)
 
 
 @family("DPM-Solver Adaptive", f"{DPM_SOLVER}, appendix C; {SCORE_SDE}, section 4.3", {
@@ -181,7 +202,7 @@ ANALYTIC_DPM = "Bao et al. 2022, Analytic-DPM (arXiv:2201.06503)"
 LAWS = {"sde": lambda eta, s_noise, *measured: DataPrediction(eta, s_noise),
         "ddim": lambda eta, s_noise, *measured: AncestralPrediction(eta, s_noise),
         "analytic": AnalyticPrediction}
-OF_ANALYTIC = ("law", "analytic")
+OF_ANALYTIC = (("law", "analytic"),)
 
 
 @family("DPM-Solver++ SDE", f"{SDE}; {DDIM}; {ANALYTIC_DPM}", {
@@ -219,8 +240,8 @@ def sde(
         "the model's statistics: samplers.estimate_statistics(...), or Statistics.load(path)",
         stand_in=Statistics.constant(), where=OF_ANALYTIC)] = None,
     half_range: Annotated[float, Option(
-        "Of law analytic: half the range of the data, which bounds how far the denoised image may be off. 1 "
-        "for pixels from -1 to 1, large for latents, whose range is not known", 0.0, 1000.0, 0.1,
+        "Half the range of the data, which bounds how far the denoised image may be off. 1 for pixels from "
+        "-1 to 1, large for latents, whose range is not known", 0.0, 1000.0, 0.1,
         advanced=True, where=OF_ANALYTIC)] = 1000.0,
     noise_device: NoiseDevice = "cpu",
 ) -> Solver:

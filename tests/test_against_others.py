@@ -115,6 +115,18 @@ def test_a_singlestep_method_of_the_sde_is_seeds(stages: int, tableau, eta: floa
     torch.testing.assert_close(sampled(ours, path, model, x, sigmas), theirs, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("path", ["ve", "flow"])
+@pytest.mark.parametrize("c2", [0.3, 0.9])
+def test_the_singlestep_family_is_seeds_2_with_any_c2(c2: float, path: str) -> None:
+    model, x, sigmas = problem(path, KARRAS if path == "ve" else FLOW)
+    for eta in (0.0, 1.0):
+        theirs = comfy_sampling().sample_seeds_2(model, x, sigmas, disable=True, eta=eta, s_noise=0.9, r=c2,
+                                                 noise_sampler=noise_of(x, path, 5))
+        ours = k_diffusion_sampler("dpmpp_2s_sde", path, rule="midpoint", c2=c2, eta=eta, s_noise=0.9)(
+            model, x, sigmas, extra_args={"seed": 5}, disable=True)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+
+
 def sampled(solver, path: str, model, x, sigmas, **how):
     """A solver that is not in the catalogue, with the noise of seed 5."""
     steps = solver.steps(levels(sigmas.tolist(), PATHS[path]), PATHS[path])

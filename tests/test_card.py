@@ -10,8 +10,7 @@ import card
 from problems import ADAPTIVE
 from samplers import SAMPLERS
 
-NOISY = [name for name, sampler in SAMPLERS.items()
-         if "noise_device" in sampler.options and name not in ("ddim", "heun")]  # these draw none by default
+NOISY = [name for name, sampler in SAMPLERS.items() if sampler.draws]
 SHORT = (4, 8, 8)
 
 

@@ -144,8 +144,10 @@ def planned(solver, path: str, n: int, x, noise, model=None, start: float = -2.2
     return sample(lambda x, sigma: model(x, x.new_full((len(x),), sigma)), x, steps, noise=noise)
 
 
-def std_error(solver, path: str, n: int) -> float:
-    """Of N(0, 0.4^2), without any draw: x holds its coefficients over the start and all increments."""
+def moment_errors(solver, path: str, n: int) -> tuple[float, float]:
+    """Of the mean and the spread of N(0, 0.4^2) by the SDE, without any draw: x holds its coefficients over
+    the start and all increments. The mean of x given x_s is x_s alpha_s v_t / (alpha_t v_s), with v = alpha^2
+    0.4^2 + sigma^2."""
     start, end = PATHS[path].at(-2.2), PATHS[path].at(4.0)
     sources: dict = {}
 
@@ -155,9 +157,15 @@ def std_error(solver, path: str, n: int) -> float:
         return unit
 
     x = torch.zeros(1, 3 * n + 2, dtype=torch.float64)
-    x[0, 0] = (start.alpha**2 * 0.16 + start.sigma**2) ** 0.5
+    before, after = (level.alpha**2 * 0.16 + level.sigma**2 for level in (start, end))
+    x[0, 0] = before**0.5
     result = planned(solver, path, n, x, noise, Gaussian(path, mean=0.0))
-    return abs(float(result.norm()) / (end.alpha**2 * 0.16 + end.sigma**2) ** 0.5 - 1.0)
+    kept = start.alpha * after / (end.alpha * before)
+    return (abs(float(result[0, 0] / x[0, 0]) / kept - 1.0), abs(float(result.norm()) / after**0.5 - 1.0))
+
+
+def std_error(solver, path: str, n: int) -> float:
+    return moment_errors(solver, path, n)[1]
 
 
 @pytest.mark.parametrize("path", ["ve", "flow"])
@@ -167,6 +175,24 @@ def test_the_variance_is_right_at_the_solver_s_weak_order(solver, order: int, pa
     errors = [std_error(solver, path, n) for n in (48, 96)]
     assert errors[0] < (0.07 if order == 1 else 0.015)
     assert errors[0] / errors[1] > 2**order * (0.9 if order == 1 else 0.88)
+
+
+@pytest.mark.parametrize("rule", ["midpoint", "taylor"])
+@pytest.mark.parametrize("c2", [0.25, 0.5, 1.0])
+def test_the_singlestep_sde_has_the_right_mean_and_variance_to_order_two_with_any_c2(rule: str,
+                                                                                     c2: float) -> None:
+    """The mean exactly: of normal data the denoised image is a martingale of the SDE, and every stage keeps
+    it. Short steps, as with midpoint and c2 = 0.25 two parts of the variance's error nearly cancel in long
+    ones."""
+    solver = FAMILIES["singlestep"].solver(order=2, rule=rule, c2=c2, eta=1.0)
+    (mean, long), (same, short) = (moment_errors(solver, "ve", n) for n in (192, 384))
+    assert max(mean, same) < 1e-12
+    assert long < 1e-3 and long / short > 2**2 * 0.94
+
+
+def test_noise_of_noise_prediction_is_refused() -> None:
+    with pytest.raises(ValueError, match="eta = 1 adds noise, and prediction = 'noise' has none: set"):
+        FAMILIES["singlestep"].solver(prediction="noise", eta=1.0)
 
 
 @EVERY_PLANNED

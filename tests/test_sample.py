@@ -232,7 +232,7 @@ def test_the_peak_is_order_plus_two_latents(name: str) -> None:
     with Trace(x.numel(), "meta") as memory:
         run(name, ("ve", [float(s) for s in range(20, -1, -1)]), x, model=model, callback=lambda info: None)
     settings = SAMPLERS[name].settings(needed(name))
-    latents = order_of(settings) + 2
+    latents = order_of(settings) + 2 + ("fast" in settings and bool(settings.get("eta")))
     if {"trained", "s_churn", "snr"} & {*settings}:
         latents += 1  # where the step began, and all its evaluations
     if settings.get("corrector", "off") != "off":
@@ -263,7 +263,7 @@ def test_an_update_passes_over_the_latents_once_for_each_tensor_that_enters_it(n
     order, steps = order_of(SAMPLERS[name].settings(needed(name))), 20
     with Trace(x.numel(), "meta") as seen:
         run(name, ("ve", [float(s) for s in range(steps, -1, -1)]), x, model=lambda x, sigma, **extra: token)
-    stochastic = "eta" in SAMPLERS[name].options
+    stochastic = bool(SAMPLERS[name].settings(needed(name)).get("eta"))
     noise_prediction = SAMPLERS[name].settings(needed(name)).get("prediction", "noise") == "noise"
     corrected = (order + 3) * ("corrector" in SAMPLERS[name].options) + ("statistics"
                                                                          in SAMPLERS[name].options)

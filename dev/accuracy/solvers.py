@@ -184,8 +184,8 @@ TRAINED = [  # name, what is different, options, training: for every schedule by
 def plain() -> Iterator[str]:
     """Of the catalogue what is deterministic, has a fixed cost and learns nothing beforehand."""
     for name, sampler in samplers.SAMPLERS.items():
-        learns = sampler.options.keys() & {"statistics", "trained", "eta"}
-        if not learns and sampler.evaluations_per_step is not None:
+        learns = sampler.options.keys() & {"statistics", "trained"}
+        if not learns and sampler.evaluations_per_step is not None and not sampler.draws:
             yield name
 
 
