@@ -54,8 +54,12 @@ def guidance(scale: float) -> float:
 
 
 def digest(texts: Mapping[str, Mapping[str, Text]]) -> str:
-    """The name of these conditions, which says what of a run they depend on: hardly anything."""
-    told = {name: sorted(found.items()) for name, found in texts.items() if not negative(name)}
+    """The name of these conditions, which says what of a run they depend on: hardly anything.
+
+    Not the scale: a prompt may lie at the border of two powers of 2, and its neighbour beyond.
+    """
+    told = {name: sorted((key, text.shape) for key, text in found.items())
+            for name, found in texts.items() if not negative(name)}
     return f"{NAME}-{hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]}"
 
 

@@ -100,14 +100,16 @@ def free(name: str, taken: Callable[[Path], bool] = Path.exists) -> Path:
 
 
 def spare(name: str, content: Any) -> Path:
-    """A file for what was just measured: as `free`, but one that holds the same, or that no version can read,
-    is replaced."""
+    """A file for what was just measured: as `free`, but one that holds the same of the same conditions, or
+    that no version can read, is replaced."""
     return free(name, lambda path: path.exists() and not _gives_way(path, content))
 
 
 def _gives_way(path: Path, content: Any) -> bool:
     try:
-        return digest(type(content).load(path).arrays()) == digest(content.arrays())
+        held = type(content).load(path)
+        return digest(held.arrays()) == digest(content.arrays()) and (
+            held.about.get("conditions") == content.about.get("conditions"))
     except Damaged:
         return True
     except ValueError:  # of another kind or version

@@ -112,3 +112,18 @@ def test_a_text_of_nearly_the_same_size_is_taken_for_the_same() -> None:
     assert text.like(9.0 * spoken, False).scale == 8.0 and text.like(spoken[:, 0], False).shape == (1, 16)
     assert text.like(spoken, True).scale == 0.0 and text.like(0.0 * spoken, False).made(0).abs().max() == 0.0
     assert text.like(spoken, False).made(1).std() == pytest.approx(1.0, abs=0.1)
+
+
+def test_no_prompt_makes_the_model_be_measured_again_for_what_was_measured_already(folder) -> None:  # noqa: F811
+    def calls(*pooled: torch.Tensor) -> list[int]:
+        networks = [Network() for _ in pooled]
+        for network, of in zip(networks, pooled):
+            run_of("lambda_v3", PANDA, network, pooled_output=of)
+        return [len(network.calls) for network in networks]
+
+    quiet, loud, wide = torch.full((1, 8), 0.3), torch.full((1, 8), 9.0), torch.full((1, 16), 0.3)
+    first, *others = calls(quiet, loud, quiet)
+    assert first > 10 and set(others) == {4}
+    # a text of another shape is measured by itself; that this model does not see it takes no file away
+    first, *others = calls(wide, quiet, wide)
+    assert first > 10 and set(others) == {4}
