@@ -14,7 +14,8 @@ from test_server_compare import comparison, run as compare
 from test_server_v3 import files
 
 FILE = environment.ROOT / "dev" / "tiny_emoji" / "hypersolver.safetensors"  # of this checkpoint
-USED = "with their hypersolver, trained for 4 steps at guidance 1.01 to 8.99"
+USED = "with their hypersolver, trained for 4 steps at guidance {:.3g} to {:.3g}".format(
+    *Statistics.load(FILE).hypersolver.guidances)
 
 
 def train(graph: Graph, **changes) -> str:
