@@ -6,6 +6,7 @@ of its own.
 """
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from contextlib import ExitStack
@@ -13,11 +14,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path += [str(ROOT / "tests"), str(ROOT), str(ROOT / "dev")]
 from slow import QUICK, part  # noqa: E402
 
+settings.register_profile("the same every time", derandomize=True)
+if os.environ.get("CI"):  # new examples are for who can look into what they find
+    settings.load_profile("the same every time")
 torch.set_num_threads(1)  # the tensors here are small: threads would only wait for each other
 
 LONGEST = [

@@ -61,7 +61,7 @@ def test_from_nothing_it_is_trained_once_saved_and_found_again(server, folder, n
         re.search(r"training AMED: evaluation \d+ of \d+, as long as \d+ images, error [0-9.]+, \d+ s left",
                   text) for text in run.texts)
     [file] = files(folder)
-    assert re.fullmatch(rf"TinyEmoji-[0-9a-f]{{12}}-{kind}-3steps-[0-9a-f]{{6}}-cfg3\.safetensors", file)
+    assert re.fullmatch(rf"NanoEmoji-[0-9a-f]{{12}}-{kind}-3steps-[0-9a-f]{{6}}-cfg3\.safetensors", file)
     trained = Amed.load(folder / file)
     spent = trained.about["evaluations"]
     assert 20 < spent <= 15 * 5 and trained.about["guidance"] == 3.0
@@ -149,7 +149,7 @@ def test_amed_of_another_checkpoint_brings_a_warning_that_names_both(server, fol
     samples, run = sampler_node(graph, calibration=trained, sigmas=sigmas, interpolate=True).run(server)
     assert run.status == "success", run.error
     [warning] = [text for text in run.texts if text.startswith("warning")]
-    assert re.search(r"the AMED may not fit: measured on SD3-[0-9a-f]{12}, and this is TinyEmoji-", warning)
+    assert re.search(r"the AMED may not fit: measured on SD3-[0-9a-f]{12}, and this is NanoEmoji-", warning)
 
 
 def test_cancel_while_training_leaves_a_partial_file_from_which_the_next_run_goes_on(
@@ -231,7 +231,7 @@ def test_other_sizes_single_conds_and_batches_work_with_one_training(server, fol
 
 @pytest.mark.parametrize("flag", ["--fp16-unet", "--bf16-unet"])
 def test_half_precision_is_trained_and_sampled(servers, folder, flag: str) -> None:
-    samples, run = batched(Graph("panda")).ksampler("lambda_amed", steps=3,
+    samples, run = batched(Graph.emoji("panda")).ksampler("lambda_amed", steps=3,
                                                     scheduler="karras").run(servers(flag))
     assert run.status == "success", run.error
     assert looks_like_an_image(samples)

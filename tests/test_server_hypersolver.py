@@ -53,7 +53,7 @@ def test_it_is_trained_and_says_before_what_it_costs_and_after_what_it_gained(se
 
 def test_it_is_used_for_its_guidances_and_numbers_of_steps(server, folder) -> None:
     def made(steps: int, cfg: float, calibration: str | None = None) -> tuple[torch.Tensor, list[str]]:
-        other = Graph("tulip").counted()
+        other = Graph.emoji("tulip").counted()
         model = [other.add("LambdaApplyCalibration", model=other.model, calibration=[
             other.add("LambdaLoadCalibration", name=calibration), 0]), 0] if calibration else other.model
         samples, run = other.ksampler("lambda_fitted", steps=steps, cfg=cfg, model=model).run(server)
@@ -72,10 +72,10 @@ def test_it_is_used_for_its_guidances_and_numbers_of_steps(server, folder) -> No
     samples, said = made(12, 5.5)  # a number of steps it was not trained for
     assert said == [f"statistics: {plain}"]
     torch.testing.assert_close(samples, made(12, 5.5, plain)[0], rtol=0, atol=1e-5)
-    compared = comparison(Graph("tulip").counted(), samplers="lambda_fitted", evaluations="4", cfg=5.0)
+    compared = comparison(Graph.emoji("tulip").counted(), samplers="lambda_fitted", evaluations="4", cfg=5.0)
     ran, [row], *_ = compare(compared, server)
     assert ran.status == "success" and USED in ran.texts and row[:4] == ["lambda_fitted", "karras", "4", "4"]
-    _, run = Graph("tulip").ksampler("lambda_fitted", steps=4, cfg=5.0, denoise=0.6).run(server)
+    _, run = Graph.emoji("tulip").ksampler("lambda_fitted", steps=4, cfg=5.0, denoise=0.6).run(server)
     assert run.status == "success" and run.texts[-1] == USED
 
 

@@ -48,10 +48,10 @@ def test_from_nothing_it_is_measured_once_saved_and_found_again(server, folder) 
     assert any("measuring the model's statistics: evaluation" in text and "s left" in text
                for text in run.texts)
     told = f"serves this run: measuring once, as long as {round(IMAGES * 54 / STEPS)} images"
-    assert any("no saved statistics for TinyEmoji-" in text and text.endswith(told) for text in run.texts)
+    assert any("no saved statistics for NanoEmoji-" in text and text.endswith(told) for text in run.texts)
     [name] = files(folder)
     statistics = Statistics.load(folder / name)
-    assert re.fullmatch(r"TinyEmoji-[0-9a-f]{12}-cfg3\.safetensors", name)
+    assert re.fullmatch(r"NanoEmoji-[0-9a-f]{12}-cfg3\.safetensors", name)
     spent = statistics.about["evaluations"]
     assert statistics.about["guidance"] == 3.0 and 30 < spent <= MOST and not statistics.about["patches"]
     assert calls == IMAGES * spent  # one image at once, as in the run
@@ -326,7 +326,7 @@ def test_statistics_of_another_checkpoint_or_guidance_bring_a_warning_that_names
     samples, run = sampler_node(graph, calibration=statistics).run(server)
     assert run.status == "success"
     [warning] = [text for text in run.texts if text.startswith("warning")]
-    assert re.search(r"measured on SD3-[0-9a-f]{12}, and this is TinyEmoji-[0-9a-f]{12}", warning)
+    assert re.search(r"measured on SD3-[0-9a-f]{12}, and this is NanoEmoji-[0-9a-f]{12}", warning)
     assert warning.removeprefix("warning: ") in server.log.read_text()
 
     graph = Graph("panda")
@@ -339,7 +339,7 @@ def test_without_leave_to_measure_the_error_names_the_nodes_to_add(server, folde
     _, run = sampler_node(Graph()).run(server)
     assert run.status == "error" and "Load Calibration or Measure Model" in run.error["exception_message"]
     _, run = sampler_node(Graph(), measure="saved only").run(server)
-    assert run.status == "error" and "no saved statistics for TinyEmoji-" in run.error["exception_message"]
+    assert run.status == "error" and "no saved statistics for NanoEmoji-" in run.error["exception_message"]
     assert files(folder) == []
 
 
@@ -479,7 +479,7 @@ def test_a_lora_is_another_model_of_the_same_checkpoint(base, server, folder) ->
 @pytest.mark.parametrize("flag", ["--fp16-unet", "--fp8_e4m3fn-unet"])
 def test_the_fingerprint_is_the_same_in_every_precision(servers, server, folder, flag: str) -> None:
     # a seed of its own: not what the server remembers
-    Graph().ksampler(NAME, steps=4, seed=len(flag)).samples(server)
+    Graph.emoji().ksampler(NAME, steps=4, seed=len(flag)).samples(server)
     [name] = files(folder)
-    samples, run = Graph().ksampler(NAME, steps=4).run(servers(flag))
+    samples, run = Graph.emoji().ksampler(NAME, steps=4).run(servers(flag))
     assert run.status == "success" and run.texts == [f"statistics: {name}"] and samples.isfinite().all()

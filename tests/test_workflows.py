@@ -8,12 +8,21 @@ import shutil
 import pytest
 from PIL import Image
 
+import demo
 import workflows
 from test_tree import published
 from workflow import load, nodes_of
 
 EXAMPLES = sorted(workflows.FOLDER.glob("*.json"))
 EVERY_EXAMPLE = pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+
+
+def prepared(server, path) -> dict:
+    """An example in API form, with the nano emoji."""
+    prompt = workflows.tried(server, path, "panda")
+    for node in nodes_of(prompt, "CheckpointLoaderSimple"):
+        node["ckpt_name"] = demo.NANO
+    return prompt
 
 
 def saved(path) -> dict:
@@ -72,7 +81,7 @@ def test_links_name_each_other_and_nothing_overlaps(path) -> None:
 
 @EVERY_EXAMPLE
 def test_an_example_runs_on_the_tiny_checkpoint_and_its_image_restores_it(server, path) -> None:
-    prompt, example = workflows.tried(server, path, "panda"), saved(path)
+    prompt, example = prepared(server, path), saved(path)
     run = server.run(prompt, saved=example)
     assert run.status == "success", run.error
     shown = [
@@ -96,7 +105,7 @@ def test_a_calibration_s_name_is_restored_from_an_image(server, base) -> None:
     folder = base / "models" / "solver_calibrations"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    prompt = workflows.tried(server, workflows.FOLDER / "measure_and_share.json", "panda")
+    prompt = prepared(server, workflows.FOLDER / "measure_and_share.json")
     for node in nodes_of(prompt, "LambdaSaveCalibration"):
         node["name"] = "shared/panda"
     assert server.run(prompt).status == "success"
@@ -109,7 +118,7 @@ def test_a_calibration_s_name_is_restored_from_an_image(server, base) -> None:
     path.write_text(json.dumps(canvas.saved()))
     workflows.EXAMPLES.setdefault("restored", None)
     try:
-        run = server.run(workflows.tried(server, path, "panda"), saved=saved(path))
+        run = server.run(prepared(server, path), saved=saved(path))
     finally:
         del workflows.EXAMPLES["restored"]
     [shown] = next(output["images"] for output in run.outputs.values() if output.get("images"))

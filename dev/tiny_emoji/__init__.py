@@ -10,10 +10,10 @@ import comfy.supported_models
 import folder_paths
 from comfy_api.latest import ComfyExtension
 
-from .family import TinyEmoji
+from .family import NanoEmoji, TinyEmoji
 from .flow import TinyEmojiAsFlow
 
-comfy.supported_models.models.append(TinyEmoji)
+comfy.supported_models.models += [TinyEmoji, NanoEmoji]
 for folder in ("checkpoints", "classifiers"):
     folder_paths.add_model_folder_path(folder, str(Path(__file__).resolve().parent / folder))
 

@@ -1,8 +1,10 @@
-"""The model family of the tiny emoji checkpoint, as ComfyUI's loader asks for it."""
+"""The model families of the two checkpoints, as ComfyUI's loader asks for them."""
+import comfy.ops
 from comfy.latent_formats import LatentFormat
 from comfy.supported_models_base import BASE, ClipTarget
 
-from .network import CONTEXT_DIM, HEAD_CHANNELS, IMAGE_CHANNELS, MODEL_CHANNELS, narrow_groups
+from .network import (CONTEXT_DIM, HEAD_CHANNELS, IMAGE_CHANNELS, MODEL_CHANNELS, NANO_CHANNELS, narrow,
+                      narrow_groups)
 from .text import WordEncoder, WordTokenizer
 
 
@@ -40,3 +42,14 @@ class TinyEmoji(BASE):
         target = ClipTarget(WordTokenizer, WordEncoder)
         target.params["vocab_size"] = len(state_dict["cond_stage_model.token_embedding.weight"])
         return target
+
+
+class NanoEmoji(TinyEmoji):
+    """The same with fewer channels than ComfyUI's groups are; in full precision only."""
+
+    unet_config = TinyEmoji.unet_config | {"model_channels": NANO_CHANNELS}
+    unet_extra_config = TinyEmoji.unet_extra_config | {"num_head_channels": NANO_CHANNELS}
+
+    def get_model(self, state_dict, prefix="", device=None):
+        self.custom_operations = narrow(comfy.ops.disable_weight_init)
+        return BASE.get_model(self, state_dict, prefix, device=device)

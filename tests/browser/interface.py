@@ -260,11 +260,11 @@ def until(what: str, true: Callable[[], bool], state: Callable[[], Any] = lambda
 
 
 def example(name: str) -> dict:
-    """An example workflow with the tiny checkpoint and a latent of its size."""
+    """An example workflow with the nano emoji and a latent of its size."""
     workflow = json.loads((demo.WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
     for node in workflow["nodes"]:
         if node["type"] == "CheckpointLoaderSimple":
-            node["widgets_values"] = [demo.CHECKPOINT]
+            node["widgets_values"] = [demo.NANO]
         if node["type"] == "EmptyLatentImage":
             node["widgets_values"] = [demo.SIZE, demo.SIZE, 1]
     return workflow

@@ -112,13 +112,13 @@ def import_tiny_emoji(comfyui: Path, device: str):
     return comfy.ops, UNetModel, network, text
 
 
-def untrained(ops, UNetModel, network, text, vocabulary: int):
+def untrained(ops, UNetModel, network, text, vocabulary: int, **other):
     """A U-Net and a text encoder with PyTorch's usual initial weights, which ComfyUI's layers skip."""
     config = dict(UNET, in_channels=network.IMAGE_CHANNELS, out_channels=network.IMAGE_CHANNELS,
                   model_channels=network.MODEL_CHANNELS, context_dim=network.CONTEXT_DIM,
-                  num_head_channels=network.HEAD_CHANNELS)
-    unet = UNetModel(**copy.deepcopy(config), dtype=torch.float32, operations=ops.disable_weight_init)
-    network.narrow_groups(unet)
+                  num_head_channels=network.HEAD_CHANNELS) | other
+    unet = UNetModel(**copy.deepcopy(config), dtype=torch.float32,
+                     operations=network.narrow(ops.disable_weight_init))
     words = text.WordEncoder(vocabulary, dtype=torch.float32)
     for module in [*unet.modules(), *words.modules()]:
         for layer in (torch.nn.Conv2d, torch.nn.Linear, torch.nn.GroupNorm, torch.nn.LayerNorm,
@@ -132,14 +132,16 @@ def untrained(ops, UNetModel, network, text, vocabulary: int):
     return unet, words, config
 
 
-def train(unet, words, pictures: Pictures, seconds: float, batch: int, rate: float, exponent: float):
-    """Train for `seconds`; the parameters are left at their running average. Returns the number of steps."""
+def train(unet, words, pictures: Pictures, seconds: float, batch: int, rate: float, exponent: float,
+          half: bool = True):
+    """Train for `seconds`, the network in bfloat16 if `half`; the parameters are left at their running
+    average. Returns the number of steps."""
     device = pictures.device
     betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, STEPS, dtype=torch.float64) ** 2
     abar = torch.cumprod(1 - betas, 0).float().to(device)
     weight = abar ** -exponent  # 1 + sigma^2 = 1 / abar
     weight = weight / weight.mean()
-    parameters = [*unet.parameters(), *words.parameters()]
+    parameters = [part for part in (*unet.parameters(), *words.parameters()) if part.requires_grad]
     average = [parameter.detach().clone() for parameter in parameters]
     optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01, betas=(0.9, 0.99))
     start = time.monotonic()
@@ -153,7 +155,7 @@ def train(unet, words, pictures: Pictures, seconds: float, batch: int, rate: flo
         t = ((torch.arange(batch) + torch.rand(batch)) / batch * STEPS).long().clamp(max=STEPS - 1).to(device)
         eps = torch.randn_like(x0)
         a = abar[t].view(-1, 1, 1, 1)
-        with autocast(device, dtype=torch.bfloat16):
+        with autocast(device, dtype=torch.bfloat16, enabled=half):
             predicted = unet(a.sqrt() * x0 + (1 - a).sqrt() * eps, t.float(), context=words(numbers))
         error = (predicted.float() - eps).square().mean((1, 2, 3))
 
