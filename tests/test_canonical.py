@@ -114,7 +114,7 @@ def test_a_text_of_nearly_the_same_size_is_taken_for_the_same() -> None:
     assert text.like(spoken, False).made(1).std() == pytest.approx(1.0, abs=0.1)
 
 
-def test_no_prompt_makes_the_model_be_measured_again_for_what_was_measured_already(folder) -> None:  # noqa: F811
+def test_no_prompt_makes_the_model_be_measured_again_for_what_was_measured(folder) -> None:  # noqa: F811
     def calls(*pooled: torch.Tensor) -> list[int]:
         networks = [Network() for _ in pooled]
         for network, of in zip(networks, pooled):

@@ -58,7 +58,8 @@ def test_impossible_curves_are_refused_each_with_its_message(changes: dict, mess
 
 
 def written(path: Path, tensors: dict, metadata: dict) -> Path:
-    write_sealed(path, {name: np.asarray(value, dtype=np.float64) for name, value in tensors.items()}, metadata)
+    arrays = {name: np.asarray(value, dtype=np.float64) for name, value in tensors.items()}
+    write_sealed(path, arrays, metadata)
     return path
 
 

@@ -266,8 +266,8 @@ class Partial:
                               math.inf)
             except OSError as fault:
                 if not self.warned:
-                    logging.warning("%s cannot be written (%s): the measuring goes on, but if it is cut short "
-                                    "it starts again from what was kept before", self.path, fault)
+                    logging.warning("%s cannot be written (%s): the measuring goes on, but if it is cut "
+                                    "short it starts again from what was kept before", self.path, fault)
                 self.warned = True
             self.written = time.monotonic()
             self.took = self.written - start
