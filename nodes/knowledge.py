@@ -56,7 +56,7 @@ def outputs() -> list[io.Output]:
     return [SOCKET.Output(display_name="CALIBRATION", tooltip="For solver nodes, Save Calibration or Apply "
                                                               "Calibration"),
             io.Image.Output(display_name="picture", tooltip=(
-                "Of a measurement the curves l, s, b and gamma over lambda and, for Fitted, the error to "
+                "Of a measurement the curves l, s and b over lambda and, for Fitted, the error to "
                 "expect, without and with a hypersolver too; of AMED r, c and a of every step, and the error "
                 "after it"))]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..samplers import Amed, Statistics, fit_multistep
 from ..samplers.schedule import Level
 
-COLOURS = {"l": (31, 119, 180), "s": (214, 39, 40), "b": (44, 160, 44), "gamma": (148, 103, 189),
+COLOURS = {"l": (31, 119, 180), "s": (214, 39, 40), "b": (44, 160, 44), "s_alone": (148, 103, 189),
            "damping": (200, 130, 0)}
 EXPECTED = (3, 4, 5, 6, 8, 10, 12, 15, 20)
 """Evaluations for which the error to expect is drawn."""
@@ -25,7 +25,7 @@ def of(found: Statistics | Amed) -> Tensor:
 
 
 def curves(statistics: Statistics, width: int = 480, height: int = 300) -> Tensor:
-    """l, s, b, gamma and damping over lambda, [1, H, W, 3]; below, where they serve it, Fitted's error.
+    """l, s, b, s_alone and damping over lambda, [1, H, W, 3]; below, where they serve it, Fitted's error.
 
     Of several channels each is a thin line.
     """

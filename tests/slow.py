@@ -11,8 +11,11 @@ SLOW = {
     "test_an_example_runs_on_the_tiny_checkpoint_and_its_image_restores_it[few_steps|compare]": "other cases",
     "test_the_share_of_the_colour_that_is_led_to_rises_with_the_scale":
         "test_a_run_with_the_exact_classifier_is_the_conditional_model_s",
-    "test_checkpoints_in_low_precision_sample_as_in_float32[bf16|fp8]": "other cases",
-    "test_the_fingerprint_is_the_same_in_every_precision[fp8]": "other cases",
+    "test_checkpoints_in_low_precision_sample_as_in_float32":
+        "test_the_result_has_the_input_s_precision_and_the_input_is_left_alone",
+    "test_the_fingerprint_is_the_same_in_every_precision":
+        "test_a_checkpoint_keeps_its_fingerprint_in_other_formats_and_in_other_versions_of_comfyui",
+    "test_a_flow_model_with_trained_weights_makes_an_image[pc]": "other cases",
     "test_half_precision_is_trained_and_sampled":
         "test_models_in_half_precision_are_measured_refitted_and_trained",
     "test_another_schedule_guidance_or_base_is_trained_anew":
@@ -44,8 +47,7 @@ BOTH_ENDS = ("test_an_edited_step_count_is_seen_at_once_on_the_sampler",
              "test_every_example_runs_by_the_run_button_and_shows_its_evaluations[ksampler]",
              "test_a_collapsed_sampler_hides_its_panel_and_shows_it_again")
 """What the kind of nodes makes a difference to. All of the browser's tests run in INTERFACE, the newest with
-Nodes 2.0, and these in OPPOSITE too; with --all these in all four interfaces, and in OPPOSITE all but the
-examples' runs. What is left is THOROUGH: it runs when it is named, as in python dev/test.py tests/browser."""
+Nodes 2.0; with --all these in all four interfaces, and in OPPOSITE all but the examples' runs. What is left is THOROUGH: it runs when it is named, as in python dev/test.py tests/browser."""
 RUNS_LONG = ("few_steps", "compare_samplers", "amed", "share", "flow_models")
 QUICK, SLOW_REST, THOROUGH = "quick", "slow", "thorough"
 
@@ -68,6 +70,4 @@ def part(name: str, browser: bool) -> str:
     runs, both = "by_the_run_button" in name, any(matches(key, name) for key in BOTH_ENDS)
     if INTERFACE in name:
         return SLOW_REST if runs and any(example in name for example in RUNS_LONG) else QUICK
-    if OPPOSITE in name:
-        return QUICK if both else THOROUGH if runs else SLOW_REST
-    return SLOW_REST if both else THOROUGH
+    return SLOW_REST if both or OPPOSITE in name and not runs else THOROUGH

@@ -14,6 +14,7 @@ import torch
 from problems import Gaussian, Mixture, gaussian_statistics, starting_noise
 from processes import EVERY_PLACE, IN_PLACE, KILLED, NEEDS_FORK, copy, ended, kill_within_write, slow
 from samplers import PATHS, Statistics, estimate_statistics, fit_amed, k_diffusion_sampler, refit_multistep
+from samplers.learning import measure
 from samplers.learning.measure import nodes
 from samplers.model import PROBE, UnsteadyModel
 
@@ -42,13 +43,28 @@ def test_the_statistics_of_a_gaussian_are_the_exact_ones_on_every_path(path: str
         assert np.abs(found.at(name, found.lam) - exact.at(name, found.lam))[inner].max() < tolerance, name
 
 
+@pytest.mark.parametrize("pool", ["all", "channel"])
+def test_s_and_b_are_the_least_squares_of_f_s_slope_and_s_alone_those_without_b(pool: str) -> None:
+    grid = [PATHS["ve"].at(lam) for lam in (0.0, 0.1, 0.2)]
+    f = [2.0 + noise(5, 1.0, seed) for seed in range(3)]
+    kept = {f"f.{k}": value for k, value in enumerate(f)}
+    measure._regress(kept, grid, 2, measure.POOLS[pool])
+    slope = (f[2] - f[0]) / 0.2
+    for channels in ([0, 1, 2],) if pool == "all" else ([0], [1], [2]):
+        x, y = (v[:, channels].reshape(-1, 1) for v in (f[1], slope))
+        s, b = torch.linalg.lstsq(torch.cat([x, torch.ones_like(x)], 1), y).solution.flatten()
+        for name, value in (("s", s), ("b", b), ("s_alone", torch.linalg.lstsq(x, y).solution[0, 0])):
+            found = kept[f"{name}.1"].expand(1, 3, 1, 1)[0, channels, 0, 0]
+            torch.testing.assert_close(found, value.expand_as(found))
+
+
 def test_statistics_belong_to_the_model_not_to_the_path() -> None:
     ratios = [10.0, 0.05]
     x = noise(16, 10.0)
     ve = estimate_statistics(mixture(), x, ratios, intervals=20)
     flow = estimate_statistics(mixture(path="flow"), x / 11.0, [r / (1 + r) for r in ratios], intervals=20,
                                path="flow")
-    for name in ("l", "s", "b", "gamma"):
+    for name in ("l", "s", "b", "s_alone"):
         assert np.allclose(getattr(ve, name), getattr(flow, name), atol=1e-6)
 
 
@@ -162,7 +178,7 @@ def test_a_cancelled_estimation_goes_on_where_it_was(tmp_path) -> None:
                                 progress=lambda done, total: counts.append(done))
     assert counts[:PROBE] == [1, 2, 3, 4] and counts[PROBE] > 16 and counts[-1] == 30 and list(
         tmp_path.iterdir()) == []
-    for name in ("l", "s", "b", "gamma"):
+    for name in ("l", "s", "b", "s_alone"):
         assert np.array_equal(getattr(found, name), getattr(expected, name))
 
 
@@ -201,7 +217,7 @@ def test_what_was_kept_of_another_estimation_is_not_taken_up(tmp_path, other: st
     taken_up = counts != list(range(1, 19))
     assert taken_up == (other == "nothing")
     expected, _ = run(**OTHER.get(other, {}))
-    for name in ("l", "s", "b", "gamma"):
+    for name in ("l", "s", "b", "s_alone"):
         assert np.array_equal(getattr(found, name), getattr(expected, name))
 
 
@@ -224,7 +240,7 @@ def test_an_estimation_killed_within_a_write_goes_on_from_what_was_kept(tmp_path
     found = estimate_statistics(mixture(), noise(4), [14.6, 0.03], intervals=12, partial=partial,
                                 progress=lambda done, total: counts.append(done))
     assert counts[PROBE] > 8 and counts[-1] == 30 and list(tmp_path.iterdir()) == []
-    for name in ("l", "s", "b", "gamma"):
+    for name in ("l", "s", "b", "s_alone"):
         assert np.array_equal(getattr(found, name), getattr(expected, name))
 
 

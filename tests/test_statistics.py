@@ -27,11 +27,11 @@ def small(**changes) -> Statistics:
 
 def test_what_is_saved_is_loaded(tmp_path) -> None:
     whole = Statistics(np.linspace(-2, 3, 6), *np.random.default_rng(0).normal(size=(3, 6, 4, 1, 1)),
-                       gamma=np.ones(6), about={"model": "SD15", "guidance": 3.0, "patches": ["a"]})
+                       s_alone=np.ones(6), about={"model": "SD15", "guidance": 3.0, "patches": ["a"]})
     whole.save(tmp_path / "x.safetensors")
     again = Statistics.load(tmp_path / "x.safetensors")
     assert again.about == whole.about
-    for name in ("lam", "l", "s", "b", "gamma"):
+    for name in ("lam", "l", "s", "b", "s_alone"):
         assert np.array_equal(getattr(again, name), getattr(whole, name))
 
 

@@ -81,7 +81,7 @@ def estimate_statistics(model: Callable[..., Tensor], x: Tensor, sigmas: Sequenc
     with course:
         found = _along(course, schedule, grid, gaussian, x, POOLS[pool], seed, fitted)
     curves = {name: np.stack([found[f"{name}.{i}"].cpu().double().numpy() for i in range(len(grid))])
-              for name in ("l", "s", "b", "gamma", *["damping"] * fitted)}
+              for name in ("l", "s", "b", "s_alone", *["damping"] * fitted)}
     if fitted:
         curves["root"] = _roots([found[f"pair.{i}"] for i in range(len(grid))])
     return Statistics(
@@ -125,7 +125,7 @@ def _along(course: Course, schedule: Sequence[Level], grid: Sequence[Level], pat
 
 def _measured(kept: dict[str, Tensor], course: Course, grid: Sequence[Level], i: int,
               pooled: Callable[[Tensor], Tensor], seed: int) -> Tensor:
-    """D at one node, by two evaluations; l, f and gamma of it are entered."""
+    """D at one node, by two evaluations; l and f of it are entered."""
     x, level = kept["x"], grid[i]
     denoised = course.denoise(x, level.sigma)
     d = level.alpha * course.delta(level) * signs(x, seed * 1_000_003 + i)
@@ -135,7 +135,6 @@ def _measured(kept: dict[str, Tensor], course: Course, grid: Sequence[Level], i:
     slope, y = pooled(level.alpha * change / d), x / level.alpha
     kept[f"l.{i}"] = 1.0 - slope
     kept[f"f.{i}"] = slope.to(y) * y - denoised
-    kept[f"gamma.{i}"] = (y - denoised).square().mean() * (level.alpha / level.sigma) ** 2
     return denoised
 
 
@@ -172,8 +171,8 @@ def _trajectories(x: Tensor, samples: int | None, seed: int) -> Tensor:
 
 def _regress(kept: dict[str, Tensor], grid: Sequence[Level], i: int,
              pooled: Callable[[Tensor], Tensor]) -> None:
-    """Enter s and b where only node i was missing: the regression of f' on f, with f' from the parabola
-    through three nodes, of which the middle one is the nearest."""
+    """Enter s, b and s_alone where only node i was missing: the regression of f' on f, with f' from the
+    parabola through three nodes, of which the middle one is the nearest."""
     points = (i - 2, i - 1, i)
     for at in (k for k in points if min(max(k, 1), len(grid) - 2) == i - 1):
         weights = _slope_weights([grid[k].lam for k in points], grid[at].lam)
@@ -182,6 +181,7 @@ def _regress(kept: dict[str, Tensor], grid: Sequence[Level], i: int,
         variance, covariance = pooled((f - mean).square()), pooled((f - mean) * (slope - mean_slope))
         s = torch.where(variance > 1e-10 * mean**2, covariance / variance, 0.0)
         kept[f"s.{at}"], kept[f"b.{at}"] = s, mean_slope - s * mean
+        kept[f"s_alone.{at}"] = pooled(f * slope) / pooled(f.square()).clamp(min=1e-30)
 
 
 def _slope_weights(nodes_: Sequence[float], at: float) -> list[float]:
