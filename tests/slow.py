@@ -47,7 +47,8 @@ BOTH_ENDS = ("test_an_edited_step_count_is_seen_at_once_on_the_sampler",
              "test_every_example_runs_by_the_run_button_and_shows_its_evaluations[ksampler]",
              "test_a_collapsed_sampler_hides_its_panel_and_shows_it_again")
 """What the kind of nodes makes a difference to. All of the browser's tests run in INTERFACE, the newest with
-Nodes 2.0; with --all these in all four interfaces, and in OPPOSITE all but the examples' runs. What is left is THOROUGH: it runs when it is named, as in python dev/test.py tests/browser."""
+Nodes 2.0; with --all these in all four interfaces, and in OPPOSITE all but the examples' runs. What is left
+is THOROUGH: it runs when it is named, as in python dev/test.py tests/browser."""
 RUNS_LONG = ("few_steps", "compare_samplers", "amed", "share", "flow_models")
 QUICK, SLOW_REST, THOROUGH = "quick", "slow", "thorough"
 

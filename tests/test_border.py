@@ -184,7 +184,8 @@ for case in sys.argv[1:]:
         os._exit(0)
     os.waitpid(copy, 0)
 """
-CASES = ("server", "aiohttp", "comfy_extras,comfy_extras.nodes_align_your_steps,comfy_extras.nodes_custom_sampler")
+CASES = ("server", "aiohttp",
+         "comfy_extras,comfy_extras.nodes_align_your_steps,comfy_extras.nodes_custom_sampler")
 
 
 @pytest.fixture(scope="module")

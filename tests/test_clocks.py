@@ -173,8 +173,8 @@ def own_statistics():
     import sys
     found = fitted_statistics()
     own = sys.modules["custom_nodes_x_lambda-solvers.samplers"].Statistics
-    return own(**{field: getattr(found, field) for field in ("lam", "l", "s", "b", "s_alone", "damping", "root",
-                                                             "about")})
+    return own(**{field: getattr(found, field)
+                  for field in ("lam", "l", "s", "b", "s_alone", "damping", "root", "about")})
 
 
 @pytest.mark.parametrize(("changes", "message"), [

@@ -327,19 +327,22 @@ WITHOUT = {
 
 
 def test_a_server_that_says_nothing_of_the_pack_leaves_the_interface_as_it_is(ui) -> None:
-    for answer in ("no routes of ours", "other JSON", "no answer"):
-        ui.page.route("**/lambda_solvers/pack", WITHOUT.get(answer, hanging))
-        ui.logs.clear()
-        ui.open()
-        ui.load(example("sampler_node"))
-        ui.run()
-        assert ui.images() and ui.panels() == [] and ui.saved()["nodes"], answer
-        assert ui.do("() => app.extensionManager.setting.get('Comfy.Locale')") == "en"
-        said = [entry for entry in ui.logs if "Lambda Solvers" in entry[1]]
-        assert [kind for kind, _ in said] == ["warning"] and "no panels on nodes" in said[0][1], answer
-        assert not [
-            entry for entry in ui.logs if entry[0] == "pageerror" or "Error loading extension" in entry[1]
-        ], answer
+    try:
+        for answer in ("no routes of ours", "other JSON", "no answer"):
+            ui.page.unroute("**/lambda_solvers/pack")
+            ui.page.route("**/lambda_solvers/pack", WITHOUT.get(answer, hanging))
+            ui.logs.clear()
+            ui.open()
+            ui.load(example("sampler_node"))
+            ui.run()
+            assert ui.images() and ui.panels() == [] and ui.saved()["nodes"], answer
+            assert ui.do("() => app.extensionManager.setting.get('Comfy.Locale')") == "en"
+            said = [entry for entry in ui.logs if "Lambda Solvers" in entry[1]]
+            assert [kind for kind, _ in said] == ["warning"] and "no panels on nodes" in said[0][1], answer
+            assert not [
+                entry for entry in ui.logs if entry[0] == "pageerror" or "Error loading extension" in entry[1]
+            ], answer
+    finally:
         ui.page.unroute("**/lambda_solvers/pack")
     ui.open()
     ui.logs.clear()
