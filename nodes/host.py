@@ -8,11 +8,14 @@ from typing import Any, Callable, Mapping, Sequence
 import comfy.model_sampling
 import comfy.sample
 import torch
+from comfy.model_patcher import set_model_options_post_cfg_function
 from comfy.samplers import KSAMPLER
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..hosting.kinds import kind_for
 from ..samplers.catalogue import Sampler
+from ..samplers.denoisers import plus
 from ..samplers.k_diffusion import k_diffusion_function
 from . import first_steps
 
@@ -106,6 +109,38 @@ def around(sampler: KSAMPLER, passed: Callable[[Tensor], Tensor]) -> KSAMPLER:
     @functools.wraps(sampler.sampler_function)
     def function(model: Any, *arguments: Any, **named: Any) -> Tensor:
         return sampler.sampler_function(_Around(model, passed), *arguments, **named)
+
+    return KSAMPLER(function, sampler.extra_options, sampler.inpaint_options)
+
+
+def guided_by_step(sampler: KSAMPLER) -> KSAMPLER:
+    """A sampler, whosever, whose guidance is that of CFG++: an evaluation belongs to the interval of the
+    schedule that it begins or lies in. Not for one of ours that learns what the model says beforehand."""
+    ours = getattr(sampler.sampler_function, "lambda_solvers", None)
+
+    @functools.wraps(sampler.sampler_function)
+    def function(model: Any, x: Tensor, sigmas: Tensor, extra_args: dict, *arguments: Any,
+                 **named: Any) -> Tensor:
+        if ours and (kind_for(ours, named) or named.get("first_step") == "mean"):
+            raise ValueError("cfg_pp is another guidance in every step, and what this sampler learned "
+                             "beforehand is of one: connect a sampler without calibration, such as "
+                             "Multistep, with first_step evaluate or afs, or set cfg_pp to false")
+        path = path_of(model.inner_model.model_patcher.get_model_object("model_sampling"))
+        levels = sigmas.float()
+        noise = levels / (1.0 - levels) if path == "flow" else levels
+        ratios = noise[1:] / noise[:-1]
+
+        def guided(said: dict) -> Tensor:
+            if said["uncond"] is None:
+                raise ValueError("cfg_pp needs the model's answer to the negative prompt, and this guider "
+                                 "has none: use KSampler or CFGGuider, or set cfg_pp to false")
+            after = torch.searchsorted(-levels[:-1], said["sigma"].float() * -(1.0 - 1e-5), right=True)
+            return plus(said["denoised"], said["uncond_denoised"], ratios[after.clamp(min=1) - 1])
+
+        options = set_model_options_post_cfg_function(extra_args["model_options"].copy(), guided,
+                                                      disable_cfg1_optimization=True)
+        told = {**extra_args, "model_options": options}
+        return sampler.sampler_function(model, x, sigmas, told, *arguments, **named)
 
     return KSAMPLER(function, sampler.extra_options, sampler.inpaint_options)
 

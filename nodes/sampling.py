@@ -21,7 +21,7 @@ from ..samplers.denoisers import FIRST_STEPS, THRESHOLDS
 from . import nobody, settings
 from .calibration_socket import SOCKET, needed
 from .guided_run import Run
-from .host import CATEGORY, advanced, around, sampler_function
+from .host import CATEGORY, advanced, around, guided_by_step, sampler_function
 
 
 def register() -> None:
@@ -155,8 +155,9 @@ class SamplerOptions(io.ComfyNode):
             display_name="Sampler Options",
             category=CATEGORY,
             description="Changes what a sampler gets for the model's answers: the first one left out (afs: "
-                        "Dockhorn et al. 2022, arXiv:2210.05475), or all kept within bounds (dynamic: "
-                        "Saharia et al. 2022, Imagen, arXiv:2205.11487).",
+                        "Dockhorn et al. 2022, arXiv:2210.05475), all kept within bounds (dynamic: Saharia "
+                        "et al. 2022, Imagen, arXiv:2205.11487), or guided by CFG++ (Chung et al. 2024, "
+                        "arXiv:2406.08070).",
             inputs=[
                 io.Sampler.Input("sampler", tooltip="Any sampler; first_step is for those of this pack"),
                 io.Combo.Input("first_step", options=list(FIRST_STEPS), default="evaluate", tooltip=(
@@ -174,17 +175,23 @@ class SamplerOptions(io.ComfyNode):
                 io.Float.Input("bound", default=1.0, min=0.01, max=1000.0, step=0.01, round=False, tooltip=(
                     "What a threshold keeps the image within, from -bound to bound: 1 for pixels. Latents "
                     "have no known range")),
+                io.Boolean.Input("cfg_pp", optional=True, default=False, tooltip=(
+                    "CFG++: guidance as strong as the step is short, so that it moves the image and leaves "
+                    "the noise alone. cfg is then its scale: from 0 to 1 as published, higher guides "
+                    "more")),
             ],
             outputs=[_output()])
 
     @classmethod
-    def execute(cls, sampler: Any, first_step: str, threshold: str, quantile: float,
-                bound: float) -> io.NodeOutput:
+    def execute(cls, sampler: Any, first_step: str, threshold: str, quantile: float, bound: float,
+                cfg_pp: bool = False) -> io.NodeOutput:
         if not isinstance(sampler, comfy.samplers.KSAMPLER):
             raise ValueError("Sampler Options wraps ComfyUI's KSAMPLER, and this is a "
                              f"{type(sampler).__name__}: connect KSamplerSelect or the node of a sampler")
         if first_step != "evaluate":
             sampler = _skipping(sampler, first_step)
+        if cfg_pp:
+            sampler = guided_by_step(sampler)
         bounded = THRESHOLDS[threshold]
         return io.NodeOutput(around(sampler, partial(bounded, quantile=quantile, bound=bound))
                              if bounded else sampler)

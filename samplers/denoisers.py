@@ -1,5 +1,5 @@
 """Denoisers around a denoiser: the first evaluation at full noise answered without the model, a limit to
-how many there are, and a bound on what is answered.
+how many there are, a bound on what is answered, and guidance by the length of the step.
 
 At the highest level x is almost nothing but noise, and what the model makes of it hardly depends on which:
 
@@ -127,6 +127,19 @@ def static(denoised: Tensor, quantile: float, bound: float) -> Tensor:
 THRESHOLDS: Mapping[str, Callable[[Tensor, float, float], Tensor] | None] = {
     "off": None, "dynamic": dynamic, "static": static}
 """How an answer may be kept within bounds."""
+
+
+def plus(denoised: Tensor, unconditional: Tensor, ratio: Tensor) -> Tensor:
+    """CFG++: guidance as strong as the step to come is short, of any solver.
+
+        D_u + (D - D_u) / (1 - ratio),     D = D_u + w (D_c - D_u),   0 <= w <= 1,
+        ratio = varsigma_t / varsigma_s of the step's levels,  varsigma = sigma / alpha
+
+    So the first-order step is  y_t = D + ratio (y_s - D_u),  y = x / alpha: towards the guided image by the
+    unguided noise. Chung et al. 2024 (arXiv:2406.08070), Algorithm 2. ratio: one for each image.
+    """
+    strength = (1.0 / (1.0 - ratio)).to(denoised.dtype)
+    return unconditional + strength.view(-1, *[1] * (denoised.ndim - 1)) * (denoised - unconditional)
 
 
 def limited(denoise: Denoiser, solver: Adaptive) -> Denoiser:

@@ -193,6 +193,23 @@ def test_a_threshold_bounds_the_images_of_any_sampler(server, name: str, how: st
     assert made(False).abs().max() > 0.9 and made(True).abs().max() <= 0.8 + 1e-5
 
 
+def test_cfg_pp_makes_euler_euler_cfg_pp(server) -> None:
+    def made(name: str, cfg_pp: bool) -> torch.Tensor:
+        graph = Graph("doughnut").counted()
+        sampler = [graph.add("KSamplerSelect", sampler_name=name), 0]
+        if cfg_pp:
+            sampler = [graph.add("LambdaOptions", sampler=sampler, first_step="evaluate", threshold="off",
+                                 quantile=0.995, bound=1.0, cfg_pp=True), 0]
+        sigmas = [graph.add("BasicScheduler", model=graph.model, scheduler="karras", steps=8, denoise=1.0), 0]
+        samples, run = graph.custom(sampler, sigmas).run(server)
+        assert run.status == "success", run.error
+        return samples
+
+    theirs = made("euler_cfg_pp", False)
+    torch.testing.assert_close(made("euler", True), theirs, rtol=0, atol=1e-3)
+    assert (made("euler", False) - theirs).abs().max() > 0.1
+
+
 @pytest.mark.parametrize("family", ["multistep", "sde"])
 def test_a_corrector_costs_no_evaluation(server, family: str) -> None:
     graph = Graph("doughnut").counted().family(family, order=3, rule="bh2", corrector="full", steps=12)

@@ -59,8 +59,8 @@ def run(sampler, denoiser) -> torch.Tensor:
                                     callback=None, disable=True, **sampler.extra_options)
 
 
-def wrapped(sampler, first_step: str = "evaluate", threshold: str = "off"):
-    return nodes()["LambdaOptions"].execute(sampler, first_step, threshold, 0.9, 0.3).result[0]
+def wrapped(sampler, first_step: str = "evaluate", threshold: str = "off", cfg_pp: bool = False):
+    return nodes()["LambdaOptions"].execute(sampler, first_step, threshold, 0.9, 0.3, cfg_pp).result[0]
 
 
 @pytest.mark.parametrize(("threshold", "bounded"), [("dynamic", dynamic), ("static", static)])
@@ -105,3 +105,68 @@ def test_what_cannot_be_wrapped_is_refused() -> None:
     with pytest.raises(ValueError, match="first_step = 'afs' is for samplers of this pack, and this is "
                                          "sample_euler: connect"):
         wrapped(comfy.samplers.sampler_object("euler"), "afs")
+
+
+class Guided(Model):
+    """Two answers and a guidance, put together by ComfyUI."""
+
+    def __init__(self, path: str, cfg: float = 0.6, negative: object = ()) -> None:
+        mixture = reference_mixture(path)[0]
+        super().__init__(mixture, sampling_of({"ve": "EPS", "flow": "CONST"}[path]))
+        self.cfg, self.negative = cfg, negative
+
+    def __call__(self, x, sigma, model_options={}, seed=None):
+        import comfy.samplers
+        answer = self.denoiser(x, sigma)
+        return comfy.samplers.cfg_function(None, answer, 0.7 * answer + 0.1, self.cfg, x, sigma,
+                                           model_options, (), self.negative)
+
+
+def guided(sampler, path: str, **how) -> torch.Tensor:
+    sigmas = torch.tensor({"ve": [14.6, 5.0, 2.0, 0.4, 0.0], "flow": [0.98, 0.9, 0.6, 0.2, 0.0]}[path])
+    x = reference_mixture(path)[1].double() * sigmas[0]
+    return sampler.sampler_function(Guided(path, **how), x, sigmas, {"seed": 3, "model_options": {}},
+                                    callback=None, disable=True, **sampler.extra_options)
+
+
+@pytest.mark.parametrize("path", ["ve", "flow"])
+@pytest.mark.parametrize("name", ["ours", "euler"])
+def test_the_first_order_step_with_cfg_pp_is_comfyui_s_euler_cfg_pp(name: str, path: str) -> None:
+    comfy_sampling(), pack()
+    import comfy.samplers
+    plain = (nodes()["LambdaSamplerMultistep"].execute(order=1).result[0] if name == "ours"
+             else comfy.samplers.sampler_object(name))
+    theirs = guided(comfy.samplers.sampler_object("euler_cfg_pp"), path)
+    torch.testing.assert_close(guided(wrapped(plain, cfg_pp=True), path), theirs, rtol=0, atol=2e-5)
+    assert (guided(plain, path) - theirs).abs().max() > 0.01
+
+
+def test_inner_evaluations_with_cfg_pp_are_guided_as_their_step_is() -> None:
+    pack()
+    strengths = []
+
+    class Told(Guided):
+        def __call__(self, x, sigma, model_options={}, seed=None):
+            for fn in model_options["sampler_post_cfg_function"]:
+                strengths.append(float(fn({"denoised": torch.ones(1, 1), "uncond_denoised": torch.zeros(1, 1),
+                                           "uncond": (), "sigma": sigma[:1]})))
+            return super().__call__(x, sigma, model_options, seed)
+
+    sampler = wrapped(nodes()["LambdaSamplerSinglestep"].execute(order=2).result[0], cfg_pp=True)
+    x, sigmas = reference_mixture("ve")[1].double() * 8.0, torch.tensor([8.0, 2.0, 1.0, 0.0])
+    sampler.sampler_function(Told("ve"), x, sigmas, {"model_options": {}}, callback=None, disable=True,
+                             **sampler.extra_options)
+    assert strengths == pytest.approx([4 / 3, 4 / 3, 2.0, 2.0, 1.0])
+
+
+def test_cfg_pp_is_refused_where_it_cannot_be() -> None:
+    pack()
+    import comfy.samplers
+    plain = comfy.samplers.sampler_object("lambda_2m")
+    with pytest.raises(ValueError, match="cfg_pp needs the model's answer to the negative prompt"):
+        guided(wrapped(plain, cfg_pp=True), "ve", negative=None)
+    learned = (wrapped(comfy.samplers.sampler_object("lambda_v3"), cfg_pp=True),
+               wrapped(plain, "mean", cfg_pp=True), wrapped(wrapped(plain, cfg_pp=True), "mean"))
+    for sampler in learned:
+        with pytest.raises(ValueError, match="cfg_pp is another guidance in every step, .* connect a sam"):
+            guided(sampler, "ve")
