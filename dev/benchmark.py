@@ -6,6 +6,7 @@ gpu          kernels, waits, time and memory of a step on a graphics card: see c
 stochastic   distance of 10^4 images to the data, ours against ComfyUI's SDE samplers: minutes; and of the
              emoji model's images to converged ones (--images, --seconds)
 distribution distance of the emoji model's images to converged ones, few evaluations (--images, --seconds)
+table        writes the table of all samplers in docs/solvers.md, with a figure of each: some minutes
 classifier   how often the emoji model's images have the colour they are led to (--images: 64)
 hypersolver  trains the emoji model's anew: two hours or more
 the others   error to the converged solution at equal model evaluations (see accuracy/__init__.py)
@@ -36,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["overhead", "gpu", "stochastic", "distribution", "classifier",
-                                         "hypersolver", "quick", "steps", "ours", "few", "hyper",
+                                         "table", "hypersolver", "quick", "steps", "ours", "few", "hyper",
                                          "accuracy", "best"])
     parser.add_argument("--out", type=Path, default=environment.HOME / "accuracy",
                         help="a folder (default .dev/accuracy)")
@@ -62,6 +63,9 @@ def main() -> None:
         from accuracy.stochastic import stochastic
         stochastic()
         stochastic_emoji(options.out, options.images, options.seconds)
+    elif options.what == "table":
+        from accuracy.table import table
+        table(options.out)
     elif options.what == "classifier":
         from accuracy.classifier import classifier
         classifier(options.images)

@@ -10,10 +10,10 @@ import sys
 import zipfile
 from pathlib import Path
 
-import pytest
 from PIL import Image
 
 import slow
+from accuracy import table
 from comfy_host import pack
 from samplers import SAMPLERS
 
@@ -110,14 +110,14 @@ def test_nothing_is_required_at_run_time() -> None:
     assert all(line.startswith("#") or not line.strip() for line in lines)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_the_table_of_solvers_has_every_sampler_with_its_evaluations(name: str) -> None:
-    evaluations = SAMPLERS[name].evaluations_per_step
-    row = [
-        f"`{name}`", SAMPLERS[name].title, "adaptive" if evaluations is None else str(evaluations),
-        SAMPLERS[name].help
-    ]
-    assert "| " + " | ".join(row) + " |" in SOLVERS.splitlines()
+def test_the_table_of_solvers_is_what_its_command_writes() -> None:
+    """Every sampler with its equation and source, as the catalogue has them, and a figure that was
+    measured."""
+    found, names = table.rows(SOLVERS), list(SAMPLERS)
+    figures = [row[table.FIGURE] for row in found]
+    assert found == [table.row(SAMPLERS[name], figure) for name, figure in zip(names, figures, strict=True)]
+    assert all(re.fullmatch(r"\d+\.\d\d( \(\d+\))?", figure) for figure in figures)
+    assert all(f"| ({number}) |" in SOLVERS for number in table.EQUATIONS)
 
 
 def test_the_readme_is_one_screen_and_all_that_documents_link_to_is_there() -> None:

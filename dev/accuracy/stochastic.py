@@ -10,11 +10,11 @@ the floor. All samplers start from the same draws of noise, on levels of Stable 
 from __future__ import annotations
 
 import math
-from typing import Callable
+from typing import Any, Callable
 
 import comfy_host
 import torch
-from samplers import PATHS, estimate_statistics, k_diffusion_sampler
+from samplers import PATHS, SAMPLERS, Statistics, estimate_statistics, k_diffusion_sampler
 from samplers.clocks import CLOCKS, evenly
 from torch import Tensor
 
@@ -31,6 +31,7 @@ OURS = {  # label: name and options
     "lambda_3m_sde": ("dpmpp_3m_sde", {}),
     "2M SDE, corrector": ("dpmpp_2m_sde", {"corrector": "full"}),
     "2M SDE, taylor, corrector": ("dpmpp_2m_sde", {"rule": "taylor", "corrector": "full"}),
+    "2S SDE": ("dpmpp_2s_sde", {}),
     "ddpm": ("ddpm", {}),
     "ddim, eta 0.5": ("ddim", {"eta": 0.5}),
     "analytic_dpm": ("analytic_dpm", {}),
@@ -67,36 +68,50 @@ def schedule(name: str, steps: int) -> Tensor:
     return torch.tensor([*(level.sigma for level in found), 0.0], dtype=torch.float64)
 
 
+class Problem:
+    """The mixture as a model, and the same starts and draws of the data for every sampler."""
+
+    def __init__(self) -> None:
+        self.data = data = mixture()
+
+        def model(x: Tensor, sigma: Tensor, **extra) -> Tensor:
+            """Of one image whose elements are COUNT draws, as a sampler's noise is made for each image
+            anew."""
+            return data(x.view(COUNT, *SHAPE), sigma.expand(COUNT)).view(x.shape)
+
+        self.host = comfy_host.Model(model, comfy_host.sampling_of("ModelSamplingDiscrete", "EPS"))
+        self.start = drawn(data, 3) + HIGH * torch.randn(COUNT, math.prod(SHAPE), dtype=torch.float64,
+                                                         generator=torch.Generator().manual_seed(4))
+        self.target = drawn(data, 1)
+
+    def statistics(self) -> Statistics:
+        return estimate_statistics(self.data, self.start[:64].view(64, *SHAPE), [HIGH, LOW])
+
+    def ours(self, name: str, **options: Any) -> Callable[..., Tensor]:
+        known = {"statistics": self.statistics()} if "statistics" in SAMPLERS[name].options else {}
+        return k_diffusion_sampler(name, **options, **known)
+
+    def distance(self, run: Callable[..., Tensor], scheduler: str, steps: int) -> float:
+        torch.manual_seed(7)
+        images = run(self.host, self.start.view(1, COUNT, *SHAPE).clone(), schedule(scheduler, steps),
+                     extra_args={"seed": 7}, disable=True)
+        return distance(images.view(COUNT, -1), self.target)
+
+
+def theirs(name: str) -> Callable[..., Tensor]:
+    return getattr(comfy_host.comfy_sampling(), f"sample_{name}")
+
+
 def stochastic() -> None:
     torch.set_num_threads(1)
-    data = mixture()
-
-    def model(x: Tensor, sigma: Tensor, **extra) -> Tensor:
-        """Of one image whose elements are COUNT draws, as a sampler's noise is made for each image anew."""
-        return data(x.view(COUNT, *SHAPE), sigma.expand(COUNT)).view(x.shape)
-
-    host = comfy_host.Model(model, comfy_host.sampling_of("ModelSamplingDiscrete", "EPS"))
-    start = drawn(data, 3) + HIGH * torch.randn(COUNT, math.prod(SHAPE), dtype=torch.float64,
-                                                generator=torch.Generator().manual_seed(4))
-    target, x = drawn(data, 1), start.view(1, COUNT, *SHAPE)
-    few = start[:64].view(64, *SHAPE)
-    statistics = estimate_statistics(data, few, [HIGH, LOW])
-
-    def told(label: str, evaluations: int, run: Callable[..., Tensor]) -> None:
-        cells = []
-        for name in SCHEDULES:
-            for budget in BUDGETS:
-                torch.manual_seed(7)
-                sigmas = schedule(name, (budget + evaluations - 1) // evaluations)
-                images = run(host, x.clone(), sigmas, extra_args={"seed": 7}, disable=True)
-                cells.append(f"{distance(images.view(COUNT, -1), target):.4f}")
-        print("|", " | ".join([label, *cells]), "|", flush=True)
-
+    problem = Problem()
     heads = [f"{name}, {budget}" for name in SCHEDULES for budget in BUDGETS]
-    print(f"floor, data to data: {distance(drawn(data, 2), target):.4f}\n")
+    print(f"floor, data to data: {distance(drawn(problem.data, 2), problem.target):.4f}\n")
     print("|", " | ".join(["sampler", *heads]), "|\n|" + "---|" * (1 + len(heads)))
-    for label, (name, options) in OURS.items():
-        known = {"statistics": statistics} if name == "analytic_dpm" else {}
-        told(label, 1, k_diffusion_sampler(name, **options, **known))
-    for name, evaluations in CORE.items():
-        told(f"ComfyUI's {name}", evaluations, getattr(comfy_host.comfy_sampling(), f"sample_{name}"))
+    columns = [(label, problem.ours(name, **options), SAMPLERS[name].evaluations_per_step)
+               for label, (name, options) in OURS.items()]
+    columns += [(f"ComfyUI's {name}", theirs(name), evaluations) for name, evaluations in CORE.items()]
+    for label, run, evaluations in columns:
+        cells = [f"{problem.distance(run, name, -(-budget // evaluations)):.4f}"
+                 for name in SCHEDULES for budget in BUDGETS]
+        print("|", " | ".join([label, *cells]), "|", flush=True)
