@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Iterator, Mapping, Protocol, Sequence
 
+from ..samplers.denoisers import check_full_noise
 from ..samplers.schedule import Level
 from . import canonical, events, store
 from .events import Used, say
@@ -65,7 +66,10 @@ def rule(setting: str | None, name: str) -> str:
 
 @contextmanager
 def provided(kind: Kind, run: Run, given: Any, how: str) -> Iterator[Any]:
-    """What the solver of a run needs to know of the model, ready for it; the run's notes are told."""
+    """What the solver of a run needs to know of the model, ready for it; the run's notes are told. What the
+    run would be refused for is refused before anything is measured."""
+    if run.options["first_step"] != "evaluate":
+        check_full_noise(run.levels[0], run.ends[0])
     run = replace(run, image=kind.sampled(run.options, run.levels))
     used = calibration_for(kind, run, given, how)
     events.use(kind.option, used)

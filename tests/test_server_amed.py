@@ -311,6 +311,16 @@ def test_more_than_10_steps_are_refused_before_the_model_is_asked_and_a_training
     assert run.status == "success" and len(graph.evaluations(server)) == 21, run.error
 
 
+@pytest.mark.parametrize("family", ["fitted", "v3"])
+def test_a_first_step_that_cannot_be_left_out_is_refused_before_anything_is_measured(server, folder,
+                                                                                     family: str) -> None:
+    graph = Graph("panda").ksampler("euler", 2).counted()
+    sigmas = [graph.add("BasicScheduler", model=graph.model, scheduler="karras", steps=4, denoise=0.6), 0]
+    _, run = graph.family(family, sigmas=sigmas, first_step="afs").run(server)
+    assert run.status == "error" and "the first step cannot be skipped" in run.error["exception_message"]
+    assert not (server.base / "output" / f"{graph.counter}.count").exists() and files(folder) == []
+
+
 def test_train_amed_saves_what_the_sampler_then_finds(server, folder) -> None:
     graph = Graph("panda")
     [node, _] = train(graph, prompt="any", save=True)

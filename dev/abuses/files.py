@@ -1,4 +1,7 @@
-"""Calibration files, damaged and edited: refused by name, or what they were. Never read as something else."""
+"""Calibration files, damaged and edited: refused by name, or what they were. Never read as something else.
+
+What someone has made on purpose carries the seal of what it holds: it is refused by name, or read as any
+other."""
 from __future__ import annotations
 
 import json
@@ -16,12 +19,13 @@ from problems import fitted_statistics, gaussian_statistics
 from samplers import fit_amed, load_calibration, refit_multistep
 from samplers.learning.record import Record
 from samplers.learning.storage import CalibrationError, digest
+from sealed import sealed
 from test_calibrate import mixture, noise
 from test_fitted import calibration
 
 from .found import Found
 
-STRANGE = [float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e300, -1.0, 5e-324, 2.0**70]
+STRANGE = [float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e300, -1.0, 5e-324, 2.0**70, 2.0**63]
 ODD = [None, True, -1, 0, 1e999, 10**400, "", "x" * 300, "<img src=x onerror=alert(1)>", "\0", "\u202e", [],
        {}, [[1.0]], {"a": {}}, "NaN", [None] * 5000]
 """JSON values where others should be."""
@@ -44,16 +48,20 @@ def files(folder: Path, chance: random.Random, seconds: float) -> Found:
         if changed == originals[name]:
             continue
         found.figures["files"] += 1
+        own, told = change in SEALED, f"{name}, {change.__name__}"
         try:
             read = _content(path, changed)
         except CalibrationError:
-            found.figures["refused"] += 1
+            found.figures["refused, with a seal of their own" if own else "refused"] += 1
         except BaseException as fault:
-            found.fault(f"{name}, {change.__name__}: {type(fault).__name__}: {str(fault)[:200]}")
+            found.fault(f"{told}: {type(fault).__name__}: {str(fault)[:200]}")
         else:
-            found.figures["read, of the same content"] += read == contents[name]
-            if read != contents[name]:
-                found.fault(f"{name}, {change.__name__}: read as something else")
+            if read == contents[name]:
+                found.figures["read, of the same content"] += 1
+            elif own:
+                found.figures["read, with a seal of their own"] += 1
+            else:
+                found.fault(f"{told}: read as something else")
     return found
 
 
@@ -126,36 +134,58 @@ def edited_header(whole: bytes, chance: random.Random) -> bytes:
 
 
 def edited_about(whole: bytes, chance: random.Random) -> bytes:
+    tensors, metadata = _parts(whole)
+    return save(tensors, _edited_about(metadata, chance))
+
+
+def edited_tensor(whole: bytes, chance: random.Random) -> bytes:
+    tensors, metadata = _parts(whole)
+    return save(_edited_tensor(tensors, chance), metadata)
+
+
+def made_about(whole: bytes, chance: random.Random) -> bytes:
+    tensors, metadata = _parts(whole)
+    return sealed(tensors, _edited_about(metadata, chance))
+
+
+def made_tensor(whole: bytes, chance: random.Random) -> bytes:
+    tensors, metadata = _parts(whole)
+    return sealed(_edited_tensor(tensors, chance), metadata)
+
+
+def _parts(whole: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    header = json.loads(whole[8:8 + struct.unpack("<Q", whole[:8])[0]])
+    return dict(load(whole)), header["__metadata__"]
+
+
+def _edited_about(metadata: dict[str, str], chance: random.Random) -> dict[str, str]:
     """A value of what is said another one, at any depth."""
-    header = _header(whole)
-    about = json.loads(header["__metadata__"]["about"])
+    about = json.loads(metadata["about"])
     inner: Any = about
     while chance.random() < 0.7 and isinstance(inner, dict) and any(isinstance(v, dict) and v
                                                                     for v in inner.values()):
         inner = chance.choice([v for v in inner.values() if isinstance(v, dict) and v])
     inner[chance.choice([*inner, "more"])] = chance.choice(ODD)
-    return save(load(whole), {**header["__metadata__"], "about": json.dumps(about)})
+    return {**metadata, "about": json.dumps(about)}
 
 
-def edited_tensor(whole: bytes, chance: random.Random) -> bytes:
+def _edited_tensor(tensors: dict[str, np.ndarray], chance: random.Random) -> dict[str, np.ndarray]:
     """A number, a shape, a type, a name of one tensor another one."""
-    tensors, metadata = dict(load(whole)), _header(whole)["__metadata__"]
     name = chance.choice([*tensors])
     value = tensors.pop(name).copy()
     if chance.random() < 0.5 and value.size:
-        value.flat[chance.randrange(value.size)] = chance.choice(STRANGE)
+        with np.errstate(over="ignore"):
+            value.flat[chance.randrange(value.size)] = chance.choice(STRANGE)
     else:
         value = chance.choice(SHAPES)(value)
     name = chance.choice([name] * 8 + ["x", "lam", "l", name + ".x", "../" + name])
-    return save({**tensors, name: np.ascontiguousarray(value)}, metadata)
+    return {**tensors, name: np.ascontiguousarray(value)}
 
 
 SHAPES: list[Callable[[np.ndarray], np.ndarray]] = [
     lambda v: v[:-1], lambda v: v[None], lambda v: v[..., None], lambda v: v.flatten(), lambda v: v[:0],
     lambda v: v[::-1], lambda v: np.zeros((0, 3)), lambda v: v.astype(np.float16), lambda v: v.astype(bool),
     lambda v: v.astype(np.int8), lambda v: np.concatenate([v, v]), lambda v: v * 0.0, lambda v: v.T]
-CHANGES = [flipped, flipped_header, cut, longer, zeroed, moved, edited_header, edited_about, edited_tensor]
-
-
-def _header(whole: bytes) -> dict[str, Any]:
-    return json.loads(whole[8:8 + struct.unpack("<Q", whole[:8])[0]])
+SEALED = [made_about, made_tensor]
+CHANGES = [flipped, flipped_header, cut, longer, zeroed, moved, edited_header, edited_about, edited_tensor,
+           *SEALED]

@@ -12,7 +12,7 @@ from typing import Any, Callable, ClassVar, Iterator, Mapping
 
 import numpy as np
 
-from .storage import CalibrationError, read_checked, write_checked
+from .storage import GREATEST, CalibrationError, read_checked, write_checked
 
 KINDS: dict[str, type[Record]] = {}
 """By the format of their files."""
@@ -51,8 +51,8 @@ class Record:
             KINDS[format] = cls
 
     def __post_init__(self) -> None:
-        """CalibrationError for arrays that do not fit together, that are not finite, or where lam does not
-        increase."""
+        """CalibrationError for arrays that do not fit together, that are not finite or of no possible size,
+        or where lam does not increase."""
         n = len(self.lam) if self.lam.ndim else 0
         if self.lam.ndim != 1 or n < 2:
             raise CalibrationError(
@@ -135,5 +135,7 @@ def _check_shape(name: str, value: np.ndarray, wanted: tuple) -> None:
 
 
 def _check_finite(name: str, value: np.ndarray) -> None:
-    if not np.isfinite(value).all():
-        raise CalibrationError(f"{name} has {int((~np.isfinite(value)).sum())} values that are not finite")
+    wrong = ~(np.abs(value) <= GREATEST)
+    if wrong.any():
+        raise CalibrationError(f"{name} has {int(wrong.sum())} values that are not finite, or beyond "
+                               f"{GREATEST:.0e}")

@@ -40,6 +40,7 @@ class OtherKind(CalibrationError):
 LARGEST = 256 * 2**20  # bytes of a file: a hundred times what the nodes' defaults make
 MOST = 4096            # tensors in one, and items of a list
 LONGEST = 200          # characters of a text
+GREATEST = 2.0**64     # a number's size
 NAME = re.compile("[a-z0-9._]{1,40}")
 """Of a tensor, or of an entry where any is allowed."""
 UNSAFE = str.maketrans("<>&", "()+")
@@ -83,7 +84,7 @@ def checked(value: Any, kind: Any = ABOUT, where: str = "about") -> Any:
         return {name: checked(part, kind.get(name, kind.get("*")), f"{where}.{name}")
                 for name, part in value.items() if name in kind or "*" in kind and NAME.fullmatch(name)}
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not {str: isinstance(value, str) and value == plain(value), float: number and abs(value) <= 2**64,
+    if not {str: isinstance(value, str) and value == plain(value), float: number and abs(value) <= GREATEST,
             bool: isinstance(value, bool), None: value is None}.get(of, False):
         raise CalibrationError(
             f"{where} is {plain(repr(value), 60)}: it must be {WORDS[of]}. No file is written so: "
