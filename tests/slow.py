@@ -8,7 +8,14 @@ SLOW = {
     "test_a_short_campaign_finds_no_fault[kills|files|prompts]": "other cases",
     "test_the_example_workflows_run_with_every_sampler":
         "test_an_example_runs_on_the_tiny_checkpoint_and_its_image_restores_it",
-    "test_an_example_runs_on_the_tiny_checkpoint_and_its_image_restores_it[few_steps|compare]": "other cases",
+    "test_an_example_runs_on_the_tiny_checkpoint_and_its_image_restores_it[few_steps|compare|amed]":
+        "other cases",
+    "test_any_sampler_is_led[lambda_fitted|lambda_v3]": "other cases",
+    "test_context_windows_work_while_a_video_model_is_measured_and_sampled[amed]": "other cases",
+    "test_the_opening_from_pure_noise_errs_less_than_the_tolerance[1e-05|0.05]": "other cases",
+    "test_where_new_numbers_are_tried_such_an_answer_says_that_they_are_bad[refit_multistep]": "other cases",
+    "test_other_sizes_single_conds_and_batches_work_with_one_training":
+        "test_a_predictor_is_trained_on_a_model_that_takes_the_run_s_batch_and_no_more",
     "test_the_share_of_the_colour_that_is_led_to_rises_with_the_scale":
         "test_a_run_with_the_exact_classifier_is_the_conditional_model_s",
     "test_checkpoints_in_low_precision_sample_as_in_float32":
@@ -49,7 +56,7 @@ BOTH_ENDS = ("test_an_edited_step_count_is_seen_at_once_on_the_sampler",
 """What the kind of nodes makes a difference to. All of the browser's tests run in INTERFACE, the newest with
 Nodes 2.0; with --all these in all four interfaces, and in OPPOSITE all but the examples' runs. What is left
 is THOROUGH: it runs when it is named, as in python dev/test.py tests/browser."""
-RUNS_LONG = ("few_steps", "compare_samplers", "amed", "share", "flow_models")
+RUNS_LONG = ("few_steps", "compare_samplers", "amed", "share", "flow_models", "classifier", "corrector", "v3")
 QUICK, SLOW_REST, THOROUGH = "quick", "slow", "thorough"
 
 
