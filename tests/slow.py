@@ -54,8 +54,9 @@ BOTH_ENDS = ("test_an_edited_step_count_is_seen_at_once_on_the_sampler",
              "test_every_example_runs_by_the_run_button_and_shows_its_evaluations[ksampler]",
              "test_a_collapsed_sampler_hides_its_panel_and_shows_it_again")
 """What the kind of nodes makes a difference to. All of the browser's tests run in INTERFACE, the newest with
-Nodes 2.0; with --all these in all four interfaces, and in OPPOSITE all but the examples' runs. What is left
-is THOROUGH: it runs when it is named, as in python dev/test.py tests/browser."""
+Nodes 2.0; with --all these in all four interfaces, and in OPPOSITE all but the examples' runs and what opens
+the page anew. What is left is THOROUGH: it runs when it is named, as in python dev/test.py tests/browser."""
+OPENS_PAGE = ("test_a_server_that_says_nothing", "test_after_a_reload")
 RUNS_LONG = ("few_steps", "compare_samplers", "amed", "share", "flow_models", "classifier", "corrector", "v3")
 QUICK, SLOW_REST, THOROUGH = "quick", "slow", "thorough"
 
@@ -78,4 +79,5 @@ def part(name: str, browser: bool) -> str:
     runs, both = "by_the_run_button" in name, any(matches(key, name) for key in BOTH_ENDS)
     if INTERFACE in name:
         return SLOW_REST if runs and any(example in name for example in RUNS_LONG) else QUICK
-    return SLOW_REST if both or OPPOSITE in name and not runs else THOROUGH
+    once = runs or any(name.startswith(load) for load in OPENS_PAGE)
+    return SLOW_REST if both or OPPOSITE in name and not once else THOROUGH
