@@ -18,10 +18,12 @@ EVERY_EXAMPLE = pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.
 
 
 def prepared(server, path) -> dict:
-    """An example in API form, with the nano emoji."""
+    """An example in API form, with the nano emoji, and of several prompts two."""
     prompt = workflows.tried(server, path, "panda")
     for node in nodes_of(prompt, "CheckpointLoaderSimple"):
         node["ckpt_name"] = demo.NANO
+    for node in nodes_of(prompt, "LambdaTuneFitted"):
+        node["prompts"] = "\n".join(node["prompts"].split("\n")[:2])
     return prompt
 
 

@@ -260,11 +260,14 @@ def until(what: str, true: Callable[[], bool], state: Callable[[], Any] = lambda
 
 
 def example(name: str) -> dict:
-    """An example workflow with the nano emoji and a latent of its size."""
+    """An example workflow with the nano emoji, a latent of its size, and of several prompts two."""
     workflow = json.loads((demo.WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
     for node in workflow["nodes"]:
         if node["type"] == "CheckpointLoaderSimple":
             node["widgets_values"] = [demo.NANO]
         if node["type"] == "EmptyLatentImage":
             node["widgets_values"] = [demo.SIZE, demo.SIZE, 1]
+        if node["type"] == "LambdaTuneFitted":
+            node["widgets_values"] = ["\n".join(value.split("\n")[:2]) if isinstance(value, str) else value
+                                      for value in node["widgets_values"]]
     return workflow
