@@ -51,6 +51,9 @@ def test_a_file_is_never_overwritten_silently(tmp_path) -> None:
     ({"l": np.ones(5)}, r"l has shape \[5\]: it must be \[6, ...\]"),
     ({"s": np.ones((6, 3, 1, 1))}, "s has shape .*must agree"),
     ({"b": [1, np.nan, 1, 1, np.inf, 1]}, "b has 2 values that are not finite"),
+    ({"l": np.full(6, 1e3)}, r"the integral of .l. over lam is 5e[+]03: no model has more than 300"),
+    ({"root": np.ones((0, 13, 13))}, r"root has shape \[0, 13, 13\]: it must be \[trajectories, 13, 13\]"),
+    ({"damping": np.ones((6, 2))}, r"damping has shape \[6, 2\]: it must be \[6\]"),
     ({"b": [1, 1e20, 1, 1, 1, -1e300]}, "b has 2 values that are not finite, or beyond 2e[+]19"),
 ])
 def test_impossible_curves_are_refused_each_with_its_message(changes: dict, message: str) -> None:

@@ -56,7 +56,7 @@ def workflow(kind: str, chance: random.Random) -> Graph:
     if kind == "options":
         sampler = [graph.add("LambdaOptions", sampler=sampler, quantile=0.9, bound=0.8,
                              first_step="afs" if denoise == 1.0 else "evaluate",
-                             threshold=chance.choice([*THRESHOLDS])), 0]
+                             threshold=chance.choice([*THRESHOLDS]), cfg_pp=chance.random() < 0.5), 0]
     sigmas = _sigmas(graph, chance, steps, denoise, None if trained else scheduler)
     if kind == "guider":
         return _guided(graph, sampler, sigmas, seed, chance.choice(["red", "blue"]))

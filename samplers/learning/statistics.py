@@ -37,7 +37,19 @@ from .storage import CalibrationError
 FORMAT = "lambda-solvers statistics 1"
 CURVES = ("l", "s", "b")
 COUNT = re.compile("[1-9][0-9]{0,3}")
+EXPONENT = 300.0
 SLACK = 0.01  # in lam: schedules are computed in float32, and end a little beside the model's own last level
+
+
+def integral(lam: np.ndarray, curve: np.ndarray, zero: int = 0) -> np.ndarray:
+    """The cumulative trapezoidal integral of a curve over lam, 0 at the point `zero`."""
+    pieces = _column(np.diff(lam), curve) * (curve[1:] + curve[:-1]) / 2.0
+    total = np.concatenate([np.zeros_like(curve[:1]), np.cumsum(pieces, axis=0)])
+    return total - total[zero]
+
+
+def _column(values: np.ndarray, like: np.ndarray) -> np.ndarray:
+    return values.reshape(values.shape + (1,) * (like.ndim - 1))
 
 
 def _read_plans(arrays: Mapping[str, np.ndarray]) -> dict[int, np.ndarray]:
@@ -66,7 +78,7 @@ class Statistics(Record, format=FORMAT):
     s: np.ndarray = array(lambda n: (n, ...))
     b: np.ndarray = array(lambda n: (n, ...))
     s_alone: np.ndarray | None = array(lambda n: (n, ...), optional=True)
-    damping: np.ndarray | None = array(lambda n: (n, ...), optional=True)
+    damping: np.ndarray | None = array(lambda n: (n,), optional=True)
     root: np.ndarray | None = array(lambda n: ("trajectories", 2 * n + 1, 2 * n + 1), optional=True)
     plans: Mapping[int, np.ndarray] = group("plan", lambda plans: {str(n): rows for n, rows in plans.items()},
                                             _read_plans, dict)
@@ -79,6 +91,12 @@ class Statistics(Record, format=FORMAT):
             if (shape := getattr(self, name).shape) != self.l.shape:
                 raise CalibrationError(
                     f"{name} has shape {list(shape)} and l has {list(self.l.shape)}: they must agree")
+        for name in ("l", "s"):
+            reach = float(integral(self.lam, np.abs(getattr(self, name)))[-1].max())
+            if reach > EXPONENT:
+                raise CalibrationError(
+                    f"the integral of |{name}| over lam is {reach:.3g}: no model has more than {EXPONENT:g}, "
+                    "and the solver takes its exponential; measure again")
         for n, rows in self.plans.items():
             self._check_plan(n, rows)
         for n, errors in self.about.get("hypersolver", {}).get("selection", {}).items():
@@ -281,17 +299,6 @@ class EmpiricalPrediction:
         share = np.concatenate([np.arange(n) / n for n in counts])
         return np.append(
             np.repeat(coarse[:-1], counts) + np.repeat(np.diff(coarse), counts) * share, coarse[-1])
-
-
-def integral(lam: np.ndarray, curve: np.ndarray, zero: int = 0) -> np.ndarray:
-    """The cumulative trapezoidal integral of a curve over lam, 0 at the point `zero`."""
-    pieces = _column(np.diff(lam), curve) * (curve[1:] + curve[:-1]) / 2.0
-    total = np.concatenate([np.zeros_like(curve[:1]), np.cumsum(pieces, axis=0)])
-    return total - total[zero]
-
-
-def _column(values: np.ndarray, like: np.ndarray) -> np.ndarray:
-    return values.reshape(values.shape + (1,) * (like.ndim - 1))
 
 
 def _plain(value: np.ndarray) -> float | np.ndarray:
