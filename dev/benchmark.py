@@ -26,8 +26,9 @@ SHAPES = {"image 1x4x128x128": (1, 4, 128, 128), "video 1x16x13x64x64": (1, 16, 
 PAIRS = [  # label, our name and options, ComfyUI's function and options
     ("2M / dpmpp_2m", ("dpmpp_2m", {}), ("sample_dpmpp_2m", {})),
     ("3M / dpmpp_3m_sde, eta 0", ("dpmpp_3m", {}), ("sample_dpmpp_3m_sde", {"eta": 0.0})),
-    ("2M SDE / dpmpp_2m_sde", ("dpmpp_2m_sde", {}), ("sample_dpmpp_2m_sde", {})),
-    ("3M SDE / dpmpp_3m_sde", ("dpmpp_3m_sde", {}), ("sample_dpmpp_3m_sde", {})),
+    ("2M SDE / dpmpp_2m_sde", ("dpmpp_2m_sde", {"eta": 1.0, "corrector": "off"}),
+     ("sample_dpmpp_2m_sde", {})),
+    ("3M SDE / dpmpp_3m_sde", ("dpmpp_3m_sde", {"eta": 1.0}), ("sample_dpmpp_3m_sde", {})),
 ]
 STEPS = 20
 ROUNDS = 15  # timed, in turn

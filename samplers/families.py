@@ -208,34 +208,37 @@ ANALYTIC_DPM = "Bao et al. 2022, Analytic-DPM (arXiv:2201.06503)"
 LAWS = {"sde": lambda eta, s_noise, *measured: DataPrediction(eta, s_noise),
         "ddim": lambda eta, s_noise, *measured: AncestralPrediction(eta, s_noise),
         "analytic": AnalyticPrediction}
+PUBLISHED = {"eta": 1.0, "corrector": "off"}
+"""Of what is of first order, where the family's defaults have less noise and a corrector."""
 OF_ANALYTIC = (("law", "analytic"),)
 
 
 @family("DPM-Solver++ SDE", f"{SDE}; {DDIM}; {ANALYTIC_DPM}", {
     "dpmpp_sde": Preset("SDE-DPM-Solver++(1)",
                         "stochastic, of first order: needs the most steps", {"order": 1, "law": "sde"},
-                        citation=SDE),
+                        PUBLISHED, SDE),
     "dpmpp_2m_sde": Preset("SDE-DPM-Solver++(2M)",
                            "stochastic: an image of its own for every seed and eta",
                            {"order": 2, "law": "sde"}, citation=SDE),
     "dpmpp_3m_sde": Preset("SDE-DPM-Solver++(3M)", "as dpmpp_2m_sde, of higher order",
-                           {"order": 3, "law": "sde"}, {"rule": "published"}, SDE),
+                           {"order": 3, "law": "sde"}, {"rule": "published", "corrector": "off"}, SDE),
     "ddim": Preset("DDIM(eta)", "dpmpp_1m with a share of noise, as ComfyUI's euler_ancestral",
-                   {"order": 1, "law": "ddim"}, {"eta": 0.0}, DDIM),
+                   {"order": 1, "law": "ddim"}, {**PUBLISHED, "eta": 0.0}, DDIM),
     "ddpm": Preset("DDPM, ancestral",
                    "the first diffusion sampler, for hundreds of steps: dpmpp_sde at eta 1",
-                   {"order": 1, "law": "ddim"}, citation=DDPM),
+                   {"order": 1, "law": "ddim"}, PUBLISHED, DDPM),
     "analytic_dpm": Preset("Analytic-DPM",
                            "noise of the right size in long steps, once the model was measured",
-                           {"order": 1, "law": "analytic"}, citation=ANALYTIC_DPM),
+                           {"order": 1, "law": "analytic"}, PUBLISHED, ANALYTIC_DPM),
 })
 def sde(
     order: Annotated[int, Option(ORDER_HELP, 1, 3)] = 2,
     eta: Annotated[float, Option(
-        "Share of noise: 1 is the diffusion SDE, 0 the ODE (no noise)", 0.0, 10.0, 0.01)] = 1.0,
+        "Share of noise: 1 is the diffusion SDE, 0 the ODE (no noise). Around 0.4 was the best at 10 "
+        "evaluations, and from 20 on all were level", 0.0, 10.0, 0.01)] = 0.4,
     s_noise: SNoise = 1.0,
     rule: MultistepRule = "midpoint",
-    corrector: Corrector = "off",
+    corrector: Corrector = "half",
     lower_order_final: LowerOrderFinal = "auto",
     law: Annotated[str, Option(
         "What eta is a share of. sde: of the SDE's noise in every stretch of lambda; ddim: of the ancestral "

@@ -61,8 +61,9 @@ def test_2m_sde_is_theirs(functions, eta: float, rule: str, solver_type: str) ->
     model, x, sigmas = problem("ve", KARRAS)
     theirs = functions().sample_dpmpp_2m_sde(model, x, sigmas, disable=True, eta=eta, s_noise=0.9,
                                              solver_type=solver_type, noise_sampler=noise_of(x, "ve", 5))
-    ours = k_diffusion_sampler("dpmpp_2m_sde", eta=eta, s_noise=0.9, rule=rule, lower_order_final="off")(
-        model, x, sigmas, extra_args={"seed": 5}, disable=True)
+    options = {"eta": eta, "s_noise": 0.9, "rule": rule, "corrector": "off", "lower_order_final": "off"}
+    ours = k_diffusion_sampler("dpmpp_2m_sde", **options)(model, x, sigmas, extra_args={"seed": 5},
+                                                          disable=True)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
@@ -166,8 +167,8 @@ def test_on_flow_models_the_sde_solvers_are_comfyui_s(ours: str, theirs: str) ->
     model, x, sigmas = problem("flow", FLOW)
     expected = getattr(comfy_sampling(), theirs)(model, x, sigmas, disable=True,
                                                  noise_sampler=noise_of(x, "flow", 5))
-    result = k_diffusion_sampler(ours, "flow", lower_order_final="off")(model, x, sigmas,
-                                                                        extra_args={"seed": 5}, disable=True)
+    result = k_diffusion_sampler(ours, "flow", eta=1.0, corrector="off", lower_order_final="off")(
+        model, x, sigmas, extra_args={"seed": 5}, disable=True)
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-11)
 
 

@@ -77,9 +77,9 @@ def test_an_adaptive_run_is_one_run_on_every_path_too(name: str, prediction: str
 @pytest.mark.parametrize("name", [name for name in SAMPLERS if SAMPLERS[name].family == "DPM-Solver++ SDE"
                                   and name != "analytic_dpm"])
 def test_the_sde_without_noise_is_the_ode(name: str, path: str) -> None:
-    order, rule = (SAMPLERS[name].settings({})[key] for key in ("order", "rule"))
+    same = {key: SAMPLERS[name].settings({})[key] for key in ("order", "rule", "corrector")}
     x = start(path, FULL[path][0])
-    ode = k_diffusion_function(FAMILIES["multistep"], path, {"order": order, "rule": rule})
+    ode = k_diffusion_function(FAMILIES["multistep"], path, same)
     expected = ode(reference_mixture(path)[0], x, torch.tensor(FULL[path], dtype=torch.float64), disable=True)
     torch.testing.assert_close(run(name, path, FULL[path], x, eta=0.0), expected, rtol=0, atol=1e-13)
 

@@ -26,7 +26,7 @@ PLANNED = {  # solvers of the SDE, and the weak order of each
     "order 2": (Multistep(SDE, 2), 2),
     "order 1 with corrector": (Multistep(SDE, 1, corrector="full"), 2),
     "order 2 with corrector": (Multistep(SDE, 2, corrector="full"), 2),
-    "2M with corrector": (FAMILIES["sde"].solver(order=2, corrector="full"), 2),
+    "2M with corrector": (FAMILIES["sde"].solver(order=2, eta=1.0, corrector="full"), 2),
     "2S midpoint": (Singlestep(SDE, DPM_2S), 2),
     "2S": (Singlestep(SDE, DPM_2S_TAYLOR), 2),
     "3S": (Singlestep(SDE, DPM_3S_TAYLOR), 2),

@@ -38,7 +38,7 @@ FLAGS = ["--skip-prepare-environment", "--skip-version-check", "--skip-install",
 CLOSED = "closed form of a cat"
 PLOT = "x/y/z plot"
 PANEL = "#script_txt2img_lambda_solvers_panel"
-DEFAULTS = {"order": "2", "eta": "1", "first_step": "evaluate", "calibration": "as in the settings"}
+DEFAULTS = {"order": "2", "eta": "0.4", "first_step": "evaluate", "calibration": "as in the settings"}
 PICTURES = environment.HOME / "browser" / "webui"
 """Where screenshots are left."""
 FORGE = {"hr_additional_modules": ["Use same choices"], "styles": []}

@@ -66,7 +66,7 @@ def nodes(sampler: Sampler) -> set[Fraction]:
     solver, path = sampler.solver(**sampler.stand_ins), PATHS["ve"]
     if isinstance(solver, Adaptive):
         return {Fraction(c).limit_denominator(10) for c in (0.0, *solver.tableau.c)}
-    steps = solver.steps([path.at(-2.0 + k / 4.0) for k in range(25)], path)
+    steps = solver.steps([path.at(k / 4.0) for k in range(25)], path)
     past = [evaluation.at for step in reversed(steps[:3]) for evaluation in reversed(step.evaluations)]
     step: Step = steps[3]
     s, h = step.s.lam, step.t.lam - step.s.lam
