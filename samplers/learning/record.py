@@ -128,8 +128,8 @@ def _having(record: Any, what: str) -> list[Field]:
 def _check_shape(name: str, value: np.ndarray, wanted: tuple) -> None:
     more = wanted[-1] is ...
     sizes = wanted[:-1] if more else wanted
-    fits = value.ndim == len(sizes) or more and value.ndim > len(sizes)
-    if not fits or not value.size or any(isinstance(size, int) and size != own for size, own in zip(sizes, value.shape)):
+    fits = value.size and (value.ndim == len(sizes) or more and value.ndim > len(sizes))
+    if not fits or any(isinstance(size, int) and size != own for size, own in zip(sizes, value.shape)):
         shown = ", ".join("..." if size is ... else str(size) for size in wanted)
         raise CalibrationError(f"{name} has shape {list(value.shape)}: it must be [{shown}]")
 
