@@ -106,7 +106,7 @@ def pixels(file: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(file)).convert("RGB"))
 
 
-def panel(order: int = 2, eta: float = 1.0, first_step: str = "evaluate", rule: str = "auto") -> dict:
+def panel(order: int = 2, eta: float = 0.4, first_step: str = "evaluate", rule: str = "auto") -> dict:
     return {"alwayson_scripts": {"Lambda Solvers": {"args": [order, eta, first_step, rule]}}}
 
 
