@@ -10,6 +10,7 @@ import torch
 
 from problems import Gaussian
 from samplers import CalibrationError, Statistics, fit_multistep, k_diffusion_sampler, refit_multistep
+from samplers.learning.gauss_newton import Quadratic, damped_step
 from samplers.learning.refit import DIFFERENCES, Shape, _Runs, refit_cost
 from samplers.schedule import PATHS
 from test_fitted import calibration, mixture, noise
@@ -216,3 +217,12 @@ def test_what_was_kept_of_another_refit_is_not_used(tmp_path, found, other: str)
     assert (seen[4] > 40) == (other == "nothing")
     assert {n: rows.tolist() for n, rows in result.plans.items()
             } == {n: rows.tolist() for n, rows in refit_multistep(**how).plans.items()}
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-15, 1.0, 1e15])
+def test_a_step_is_found_where_two_numbers_do_the_same_whatever_the_errors_size(size: float) -> None:
+    residual = size * torch.tensor([[1.0, 2.0]], dtype=torch.float64)
+    slopes = torch.tensor([[[1.0, 2.0], [1.0, 2.0]]], dtype=torch.float64)
+    u = damped_step(Quadratic.of(residual, slopes), slice(None), 0.3 * size**2 + 1e-30,
+                    lambda G, e: np.zeros(2), most=1e20)
+    assert u == pytest.approx(np.full(2, -0.5 * size), rel=1e-3)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 FLOOR = 0.3  # in mean squared errors
+TINY = np.finfo(np.float64).tiny
 
 
 class Quadratic(NamedTuple):
@@ -52,4 +53,5 @@ def damped_step(quadratic: Quadratic, images: slice, floor: float,
     e, g, G = (part[images] for part in quadratic)  # noqa: N806
     weight = 1.0 / (e + floor)
     g, G = (np.tensordot(weight, part, 1) for part in (g, G))  # noqa: N806
-    return np.clip(-np.linalg.solve(G + np.diag(ridge(G, float(weight @ e)) + 1e-12), g), -most, most)
+    least = 1e-12 * G.diagonal().max() + TINY  # so that it is regular, whatever the errors' size
+    return np.clip(-np.linalg.solve(G + np.diag(ridge(G, float(weight @ e)) + least), g), -most, most)
