@@ -14,6 +14,14 @@ SLOW = {
     "test_context_windows_work_while_a_video_model_is_measured_and_sampled[amed]": "other cases",
     "test_the_opening_from_pure_noise_errs_less_than_the_tolerance[1e-05|0.05]": "other cases",
     "test_where_new_numbers_are_tried_such_an_answer_says_that_they_are_bad[refit_multistep]": "other cases",
+    "test_it_is_used_for_its_guidances_and_numbers_of_steps":
+        "test_a_run_uses_it_says_so_and_warns_only_where_it_does_not_fit",
+    "test_a_predictor_is_no_worse_than_its_table_and_runs_every_image_by_itself":
+        "test_a_predictor_of_zero_is_its_table",
+    "test_training_lowers_the_error_at_the_end_and_spends_its_budget_at_most[euler|dpm_2|ipndm|3m]":
+        "other cases",
+    "test_a_model_that_does_not_answer_for_itself_is_refused_and_what_wraps_it_named[amed]": "other cases",
+    "test_telling_levels_leaves_the_caller_s_options_as_they_were[amed]": "other cases",
     "test_other_sizes_single_conds_and_batches_work_with_one_training":
         "test_a_predictor_is_trained_on_a_model_that_takes_the_run_s_batch_and_no_more",
     "test_the_share_of_the_colour_that_is_led_to_rises_with_the_scale":
@@ -77,7 +85,7 @@ def part(name: str, browser: bool) -> str:
     if not browser:
         return SLOW_REST if any(matches(key, name) for key in SLOW) else QUICK
     runs, both = "by_the_run_button" in name, any(matches(key, name) for key in BOTH_ENDS)
+    opens = any(name.startswith(load) for load in OPENS_PAGE)
     if INTERFACE in name:
-        return SLOW_REST if runs and any(example in name for example in RUNS_LONG) else QUICK
-    once = runs or any(name.startswith(load) for load in OPENS_PAGE)
-    return SLOW_REST if both or OPPOSITE in name and not once else THOROUGH
+        return SLOW_REST if opens or runs and any(example in name for example in RUNS_LONG) else QUICK
+    return SLOW_REST if both or OPPOSITE in name and not runs and not opens else THOROUGH
