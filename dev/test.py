@@ -7,6 +7,7 @@
 """
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -28,6 +29,7 @@ def run(*arguments: str) -> int:
 def timed(name: str, marks: str) -> tuple[int, str]:
     """The exit status of a part of all tests, and a line on how it went."""
     start = time.monotonic()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes: more threads would wait for each other
     print(f"--- {name}", flush=True)
     status = run(*TWO, "-m", marks, str(environment.ROOT / "tests"))
     minutes, seconds = divmod(round(time.monotonic() - start), 60)
