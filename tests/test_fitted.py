@@ -13,15 +13,20 @@ import torch
 from problems import Gaussian, fitted_statistics, reference_mixture, starting_noise
 from samplers import (PATHS, Statistics, CalibrationError, estimate_statistics, fit_multistep,
                       k_diffusion_sampler)
-from samplers.learning import course, fitted, measure
-from samplers.learning.fitted import (_candidates, _correction, _costs, _jumps, _last, _pooled, _rows,
-                                      fit_weights, fitted_sigmas)
+from samplers.learning import course, measure
+from samplers.learning.fitted import EVEN, HIGHEST, _correction, _even, fit_weights, fitted_sigmas
 from samplers.integrand import DataPrediction
 from samplers.phi import midpoint
 from samplers.sample import sample
 from samplers.schedule import levels
 from samplers.solver import Multistep
 from test_calibrate import mixture, noise
+
+
+@pytest.fixture
+def exact(monkeypatch) -> None:
+    """Nothing is damped that the trajectories explain wholly."""
+    monkeypatch.setattr("samplers.learning.fitted.LEAST", 0.0)
 
 
 def calibration(model=None, x=None, **how) -> Statistics:
@@ -41,13 +46,10 @@ def run(model, x: torch.Tensor, steps) -> torch.Tensor:
 
 @pytest.mark.parametrize("path", ["ve", "vp"])
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 10, 20])
-def test_a_gaussian_is_solved_exactly_in_any_number_of_steps(n: int, path: str, monkeypatch) -> None:
+@pytest.mark.usefixtures("exact")
+def test_a_gaussian_is_solved_exactly_in_any_number_of_steps(n: int, path: str) -> None:
     """Its denoiser is linear, so the trajectories' step from anywhere to anywhere is a combination of y_s and
-    f_s.
-
-    On the grid itself; between its points what is known of D is interpolated.
-    """
-    monkeypatch.setattr(fitted, "REFINE", 1)
+    f_s. Between the points of the grid what is known of D is interpolated."""
     ends = {"ve": [14.6, 0.03], "vp": [0.998, 0.03]}[path]
     model = Gaussian(path)
     found = estimate_statistics(model, starting_noise((4, 3, 4, 4), ends[0], path), ends, path=path,
@@ -56,60 +58,64 @@ def test_a_gaussian_is_solved_exactly_in_any_number_of_steps(n: int, path: str, 
     goal = teacher(model, x, found, path)
     end = float(found.lam[-1])
     given = found.lam[np.linspace(0, 24, n + 1).astype(int)[:-1]]
-    for plan in (fit_multistep(found, n, end=end), fit_weights(found, given, end)):
+    for plan, near in ((fit_weights(found, given, end), 1e-8), (fit_multistep(found, n, end=end), 5e-4)):
         assert len(plan.lam) == n and plan.error < 1e-8
-        torch.testing.assert_close(run(model, x, plan.steps(PATHS[path])), goal, rtol=0, atol=1e-8)
+        torch.testing.assert_close(run(model, x, plan.steps(PATHS[path])), goal, rtol=0, atol=near)
 
 
+@pytest.mark.usefixtures("exact")
 def test_the_weights_of_a_polynomial_integrand_are_recovered() -> None:
-    """D = a + b lam: y = a + b (lam - 1) + c e^-lam. v3's weights are wrong for it, with s that it does
-    not have."""
-    a, b, c = np.random.default_rng(0).normal(size=(3, 4, 50))
+    """D = a + b lam + c lam^2: y = a + b (lam - 1) + c (lam^2 - 2 lam + 2) + d e^-lam, for which three values
+    of D are enough. v3's weights are wrong for it, with s that it does not have."""
+    a, b, c, d = np.random.default_rng(0).normal(size=(4, 4, 50))
     lam = np.linspace(-2.0, 3.0, 11)
-    denoised = a + b * lam[:, None, None]
-    y = a + b * (lam[:, None, None] - 1) + c * np.exp(-lam)[:, None, None]
+    t = lam[:, None, None]
+    denoised, y = a + b * t + c * t**2, a + b * (t - 1) + c * (t**2 - 2 * t + 2) + d * np.exp(-t)
     pairs = [torch.as_tensor(np.stack(pair)) for pair in zip(y, denoised)]
     flat = np.ones_like(lam)
     found = Statistics(lam, flat, 0.3 * flat, 0 * flat, damping=flat, root=measure._roots(pairs))
     nodes = [0, 2, 3, 6, 8]
     plan = fit_weights(found, lam[nodes], float(lam[-1]))
-    exact = Multistep(DataPrediction(), 2, lower_order_final="off").steps(
+    exact = Multistep(DataPrediction(), 3, lower_order_final="off").steps(
         [PATHS["ve"].at(lam[i]) for i in [*nodes, 10]], PATHS["ve"])
-    for fitted, step in list(zip(plan.steps(PATHS["ve"]), exact))[1:]:  # the first has no history
+    for fitted, step in list(zip(plan.steps(PATHS["ve"]), exact))[2:]:  # the first have not the history
         update, goal = fitted.updates[0], step.updates[0]
         assert update.decay == pytest.approx(goal.decay, abs=1e-9)
         # f = -D
         assert [(k, -w) for k, w in update.terms] == [(k, pytest.approx(w, abs=1e-9)) for k, w in goal.terms]
 
 
-def test_the_nodes_are_the_best_of_all_paths_through_the_grid() -> None:
+def test_the_levels_err_least_of_those_that_are_tried() -> None:
     found = calibration(intervals=8)
-    lam = _candidates(found, 4, None, None)
-    cost = _costs(found, lam) * _jumps(lam)
-    final = np.square((_rows(found, lam)[1] - _last(found)) @ _pooled(found).T).sum(1)
-
-    def total(path) -> float:
-        steps = [cost[max(path[k - 1], 0) if k else 0, path[k], path[k + 1]] for k in range(len(path) - 1)]
-        return sum(steps) + final[path[-1]]
-
-    for n in (2, 3, 4):
-        best = min(((0, *rest) for rest in itertools.combinations(range(1, len(lam)), n - 1)), key=total)
-        assert fit_multistep(found, n).lam == tuple(lam[list(best)])
+    low, high = map(float, found.lam[[0, -1]])
+    for n in (2, 5, 9):
+        plan = fit_multistep(found, n)
+        tried = {last: fit_weights(found, _even(low, last, n, *EVEN[-1])).error
+                 for last in np.linspace(high, high - HIGHEST * (high - low), 6).tolist()}
+        assert plan.error <= min(tried.values())
+        assert plan.error == min(fit_weights(found, _even(low, plan.lam[-1], n, *even)).error
+                                 for even in EVEN)
+        assert plan == fit_weights(found, plan.lam)
 
 
-def test_v3_s_errors_in_the_search_are_those_of_its_steps() -> None:
-    """The search's own quadrature, against the coefficients of EmpiricalPrediction."""
-    found = calibration(intervals=8)
-    lam = _candidates(found, 4, None, None)
-    cost = _costs(found, lam)
-    alone = replace(found, root=_pooled(found)[None])  # one trajectory: v3's weights, and its error
-    for path in ([0, 4, 9], [0, 1, 2], [0, 10, 16]):
-        plan = fit_weights(alone, lam[path[:2]], float(lam[path[2]]))
-        undamped = replace(alone, damping=0 * found.damping)
-        exact = fit_weights(undamped, lam[path[:2]], float(lam[path[2]])).error ** 2
-        searched = _costs(undamped, lam)
-        assert searched[0, 0, path[1]] + searched[0, path[1], path[2]] == pytest.approx(exact, rel=1e-3)
-        assert plan.error**2 <= exact and (cost[0, 0, path[1]] <= searched[0, 0, path[1]])
+def test_the_error_to_expect_is_that_of_the_run_on_what_was_measured(monkeypatch) -> None:
+    """Where the model's answer hardly depends on x hardly anything is fed back, and errors of steps add up as
+    they are: the run of the plan on the calibrating noise ends as far from the trajectory's end as was
+    said."""
+    monkeypatch.setattr("samplers.learning.fitted.CHANCE", 0.0)
+    a, b = np.random.default_rng(1).normal(size=(2, 3, 4, 4))
+
+    def model(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        lam = -float(sigma[0].log())
+        return torch.as_tensor(a * math.tanh(lam) + b * math.sin(lam)) + 0.01 * x
+
+    x = noise(3)
+    found = calibration(model, x)
+    goal = model(teacher(model, x, found), torch.tensor([math.exp(-found.lam[-1])]))
+    for n in (3, 6):
+        plan = fit_multistep(found, n)
+        left = run(model, x, plan.steps(PATHS["ve"])) - goal
+        assert float(left.square().mean().sqrt()) == pytest.approx(plan.error, rel=0.1)
 
 
 def test_a_single_trajectory_proves_nothing_and_leaves_v3() -> None:
@@ -120,6 +126,7 @@ def test_a_single_trajectory_proves_nothing_and_leaves_v3() -> None:
     torch.testing.assert_close(*results, rtol=0, atol=1e-9)
 
 
+@pytest.mark.usefixtures("exact")
 def test_a_correction_is_made_only_where_it_holds_on_trajectories_left_out() -> None:
     """One feature, v, and a residual that is 2 v on every trajectory; or 2 v on one and -2 v on the other."""
     v, residual = np.array([[1.0, 0.0]]), np.array([0.0, 1.0])
@@ -255,7 +262,8 @@ def test_a_cancelled_calibration_goes_on_where_it_was(tmp_path) -> None:
 def test_any_number_of_evaluations_has_nodes_of_its_own() -> None:
     """More than the grid has levels, and from low noise on, where it has few."""
     found = calibration(intervals=8)
-    for n, start in ((1, None), (18, None), (60, None), (9, 2.5)):
+    high = float(found.lam[-1])
+    for n, start in ((1, None), (18, None), (60, None), (9, 2.5), (2, high), (5, high + 0.005)):
         plan = fit_multistep(found, n, start=start)
         assert len(plan.lam) == n and all(b > a for a, b in itertools.pairwise(plan.lam))
         assert plan.lam[0] == pytest.approx(found.lam[0] if start is None else start)

@@ -13,7 +13,6 @@ from problems import Gaussian
 from samplers import (CalibrationError, Statistics, estimate_statistics, k_diffusion_sampler,
                       load_calibration)
 from samplers.learning import train_hypersolver
-from samplers.learning.fitted import nodes_to
 from samplers.learning.hypersolver import (Conditions, Hypersolver, Network, error_of, flat, last_of, unflat)
 from samplers.learning.train_hypersolver import School, ending, fit_hypersolver, hypersolver_cost, lessons
 from samplers.learning.storage import write_checked
@@ -79,13 +78,11 @@ def converged(x: torch.Tensor) -> torch.Tensor:
     return k_diffusion_sampler("dpmpp_2m")(mixture(), x, fine, disable=True)
 
 
-def test_what_has_learned_nothing_is_2m_on_the_chosen_levels() -> None:
+def test_what_has_learned_nothing_is_2m_on_karras_levels_to_the_last_one_it_learned() -> None:
     x = noise(2, seed=5)
-    start, high = -math.log(14.6), float(statistics().lam[-1])
-    last = last_of(END, 4, start, high, [1.0])
-    nodes = nodes_to(statistics().for_another_prompt(), 4, start, last)
-    assert nodes == sorted(nodes) and (nodes[0], nodes[-1]) == (pytest.approx(start), last)
-    sigmas = torch.tensor([*np.exp(-np.array(nodes)), 0.0], dtype=torch.float64)
+    last = math.exp(-last_of(END, 4, -math.log(14.6), float(statistics().lam[-1]), [1.0]))
+    ramp = np.linspace(14.6 ** (1 / 7), last ** (1 / 7), 4) ** 7
+    sigmas = torch.tensor([*ramp, 0.0], dtype=torch.float64)
     plain = k_diffusion_sampler("dpmpp_2m")(mixture(), x, sigmas, disable=True)
     torch.testing.assert_close(run(having(hypersolver(None)), x), plain, rtol=0, atol=1e-12)
     assert not torch.equal(run(having(hypersolver()), x), plain)

@@ -1,18 +1,20 @@
 """The fitted solver: nodes and weights for any number of evaluations, from statistics measured once.
 
 The calibrating trajectories (y_i, D_i), y = x / alpha, are kept by their inner products alone
-(Statistics.root): every multistep update is a linear combination of such tensors, so its local error on them
-is a norm that needs no model. An error made at lam has shrunk to
+(Statistics.root): every multistep update is a linear combination of such tensors, so what it misses on them,
+e, is known without a model. So is where a run ends that is off by d at its levels: its f is off by kappa d,
+and
 
-    gamma(lam) = exp(-int_lam^end damping)
+    d_(i+1) = decay d_i + sum_k terms[k] kappa_(i-k) d_(i-k) + e_i,        kappa = damping - l
 
-of itself at the end, with the damping measured on errors like a solver's own. Both choices start from
-DPM-Solver-v3:
+so that in short steps d dies out with the damping that was measured, on errors like a solver's own. Both
+choices start from DPM-Solver-v3:
 
-    nodes      minimise  sum_j gamma(lam_j)^2 |v3's error in step j|^2 e^(GRADED log(h_j / h_(j-1))^2)
-               exactly, over all paths of n steps through the grid: steps whose lengths change little
-               from one to the next
-    weights    v3's own, each step's corrected as far as the correction holds on trajectories left out
+    levels     even in lam or in (sigma / alpha)^(1 / rho). The last one and then rho are chosen of a few, for
+               the least  |d at x0|^2 + CHANCE^2 sum_j gamma_j^2 |e_j|^2,  gamma_j what is left of an error at
+               lam_j in the end: exp(-int_(lam_j) damping)
+    weights    v3's own with one more value of f, each step's corrected as far as the correction holds on
+               trajectories left out
 
 The last step goes to x0 = D_0 + c (D_-1 - D_0), whatever y is: where the model knows the answer, as in what
 inpainting keeps, so does the result. Without y it loses up to 3 % (rms, emoji model), with D_0 alone up to 6
@@ -24,37 +26,32 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Sequence
+from typing import Iterable, Literal, NamedTuple, Sequence
 
 import numpy as np
 
+from ..clocks import CLOCKS, evenly
 from ..integrand import DataPrediction, Evaluation, Stage, Update
 from ..schedule import Level, Path, VarianceExploding, find_path, levels
 from ..solver import LONG, SHORT_RUN, Step, ddim, finite
-from .hypersolver import Hypersolver
+from .hypersolver import Hypersolver, spaced
 from .statistics import SLACK, EmpiricalPrediction, Statistics, integral
 
-REFINE = 2
-"""Candidate nodes to each interval of the calibration's grid, and at least to each evaluation: 2 gave about 5
-% less error than 1 on the emoji model."""
-MOST = 50
-"""Intervals between candidates, unless there are more evaluations: the search's time and memory grow with
-the cube."""
-POINTS = 16
-"""Of the search's quadrature, to each interval between candidates."""
-EVEN = 1e-12
-"""Squared error that the search adds for a step of one candidate's length, and four times it for two: where
-every choice is exact, as on a Gaussian, nodes are even."""
-GRADED = 10.0
-"""How much the search minds a step longer or shorter than the one before: a factor e^(GRADED log(ratio)^2) on
-its squared error, 1.6 for a quarter longer, 122 for twice as long. The error of one step from exact values
-says nothing of what a multistep method makes of values that are not: it multiplies their errors where the
-length jumps (the classical bound of BDF2 is a ratio of 2.4). With a factor 1 lengths jumped eightfold, and
-the runs erred 10 to 40 times as much as was predicted. rms and median against that, in docs/notes.md: two
-thirds and 1.0 on exact Gaussians, 0.7 and 0.5 on exact digits; rms 0.85 on the emoji model without
-guidance."""
-NEAR = 1e-9
-"""In lam: levels this close to one another are one."""
+EVEN = ("lambda", 1.0), ("sigma", 12.0), ("sigma", 7.0)
+"""Clocks, and their rho, on which levels are even (clocks.CLOCKS)."""
+HIGHEST = 0.7
+"""Of the way from the model's lowest level back to the run's first, in lam: where the last evaluation is at
+most."""
+PLACES = 11
+"""Where it may be."""
+SHORTEST = 1e-3
+"""In lam: a run to x0 of several evaluations, from wherever it begins, goes as far at least."""
+CHANCE = 0.4
+"""The share of what each step misses that does not add up with its sign, as the calibrating trajectories say,
+but by chance, on others."""
+
+LEAST = 1e-5
+"""Of the ridge: a step that is explained but for rounding must not have weights that rounding decides."""
 
 
 class Weights(NamedTuple):
@@ -119,29 +116,33 @@ class Plan:
 
 def fit_multistep(calibration: Statistics, evaluations: int, *, order: int = 2, start: float | None = None,
                   end: float | None = None) -> Plan:
-    """The best nodes for so many evaluations from lam = start to lam = end, and weights for them.
+    """The best levels for so many evaluations from lam = start to lam = end, and weights for them.
 
     start: the calibration's first level unless given; end: x0 unless given, else a lam at which noise is
     left.
     """
-    return fit_weights(calibration, fit_nodes(calibration, evaluations, start, end), end, order)
-
-
-def fit_nodes(calibration: Statistics, evaluations: int, start: float | None = None,
-              end: float | None = None) -> list[float]:
-    """The lam of those nodes alone."""
     check(calibration)
     if evaluations < 1:
         raise ValueError(f"evaluations = {evaluations} is out of range: choose a whole number >= 1")
-    lam = _candidates(calibration, evaluations, start, end)
-    nodes = range(evaluations) if evaluations >= MOST else _search(calibration, lam, evaluations, end
-                                                                   is not None)
-    return [float(lam[i]) for i in nodes]
+    low, high = (float(usual if given is None else given)
+                 for given, usual in zip((start, end), calibration.lam[[0, -1]]))
+    many = evaluations + (end is not None)
+
+    def best(choices: Iterable[tuple[str, float, float]]) -> Plan:
+        return min((fit_weights(calibration, _even(low, last, many, clock, rho)[:evaluations], end, order)
+                    for clock, rho, last in choices), key=lambda plan: plan.error)
+
+    if end is None and evaluations > 1:
+        high = max(high, low + SHORTEST)
+        lasts = high - (high - low) * np.linspace(0.0, HIGHEST, PLACES)
+        high = best((*EVEN[-1], last) for last in lasts.tolist()).lam[-1]
+    return best((*even, high) for even in EVEN)
 
 
-def nodes_to(calibration: Statistics, evaluations: int, start: float, last: float) -> list[float]:
-    """The best nodes of which the last is at lam = last."""
-    return [*(fit_nodes(calibration, evaluations - 1, start, last) if evaluations > 1 else []), last]
+def _even(low: float, high: float, n: int, clock: str, rho: float) -> list[float]:
+    """n values of lam from low to high."""
+    path = VarianceExploding()
+    return [level.lam for level in evenly(path.at(low), path.at(high), n, CLOCKS[clock](path, ()), rho)]
 
 
 def fit_weights(calibration: Statistics, nodes: Sequence[float], end: float | None = None,
@@ -161,25 +162,34 @@ def fit_weights(calibration: Statistics, nodes: Sequence[float], end: float | No
     y, denoised = _rows(calibration, lam)
     l = calibration.at("l", lam)  # noqa: E741
     f = (1.0 - l)[:, None] * y - denoised
+    off, damping = np.zeros((len(lam), y.shape[1])), np.interp(lam, calibration.lam, calibration.damping)
     shrunk = _shrinking(calibration, lam, end)[1:]
-    weights, total = [], 0.0
+    weights, missed = [], 0.0
     orders = _orders(lam, order) if end is None else [order] * n
     for i, (decay, terms, bias) in enumerate(_v3(calibration, lam, orders)):
-        residual = decay * y[i] + sum(c * f[i - k] for k, c in enumerate(terms)) - y[i + 1]
-        residual[-1] += bias
-        features = np.stack([y[i], f[i], *(f[i - k] - f[i] for k in range(1, min(orders[i], i + 1)))])
-        c, error = _correction(calibration.root, features, residual)
+        own = decay * y[i] + sum(c * f[i - k] for k, c in enumerate(terms)) - y[i + 1]
+        own[-1] += bias
+        features = np.stack([y[i], f[i], *(f[i - k] - f[i] for k in range(1, min(orders[i], i) + 1))])
+        c, error = _correction(calibration.root, features, own)
         change = [c[1] - c[2:].sum(), *c[2:]]
-        weights.append(Weights(float(decay + c[0]), tuple(
-            float(w + dw) for w, dw in zip([*terms, *[0.0] * (len(change) - len(terms))], change)), bias))
-        total += shrunk[i] ** 2 * error
+        decay += c[0]
+        terms = [w + dw for w, dw in zip([*terms, *[0.0] * (len(change) - len(terms))], change)]
+        off[i + 1] = own + c @ features + decay * off[i] + sum(
+            w * (damping - l)[i - k] * off[i - k] for k, w in enumerate(terms))
+        missed += shrunk[i] ** 2 * error
+        weights.append(Weights(float(decay), tuple(map(float, terms)), bias))
+    arrived = off[-1]
     if end is None:
-        feature, residual = denoised[max(n - 2, 0)] - denoised[-1:], denoised[-1] - _last(calibration)
+        before, x0 = max(n - 2, 0), _last(calibration)
+        feature, residual = denoised[before] - denoised[-1:], denoised[-1] - x0
         [c], error = _correction(calibration.root, feature, residual, wanted=order > 1)
         weights.append(Weights(0.0, (float(1.0 - c), float(c))[:n], 0.0))
-        total += error
+        seen = denoised + (1.0 - damping)[:, None] * off
+        arrived = seen[-1] + c * (seen[before] - seen[-1]) - x0
+        missed += error
+    error = math.sqrt(np.square(calibration.root @ arrived).sum(1).mean() + CHANCE**2 * missed)
     return Plan(tuple(map(float, lam[:n])), math.inf if end is None else float(end), tuple(map(float, l[:n])),
-                tuple(weights), math.sqrt(total))
+                tuple(weights), error)
 
 
 def planned(calibration: Statistics, nodes: Sequence[float]) -> Plan:
@@ -228,9 +238,8 @@ class Fitted:
             if n == 0:
                 return opening
         if learned:
-            start, high = levels[0].lam, float(self.calibration.lam[-1])
-            nodes = nodes_to(self.calibration.for_another_prompt(), n, start, learned.last(n, start, high))
-            return [*opening, *learned.steps([*map(path.at, nodes), levels[-1]], path)]
+            last = learned.last(n, levels[0].lam, float(self.calibration.lam[-1]))
+            return [*opening, *learned.steps(spaced(levels[0], path.at(last), n, path), path)]
         if refitted is not None:
             plan = Plan.read(refitted, self.calibration)
         elif given:
@@ -280,21 +289,6 @@ class Unmeasured(Statistics):
         grid = np.linspace(-40.0, 40.0, 5)
         flat = np.zeros_like(grid)
         super().__init__(grid, flat + 1.0, flat, flat, damping=flat, root=np.eye(2 * len(grid) + 1)[None])
-
-
-def _candidates(calibration: Statistics, evaluations: int, start: float | None,
-                end: float | None) -> np.ndarray:
-    """Levels from start to end, spaced as the calibration's grid is; as many as are needed, if that is the
-    more."""
-    grid = calibration.lam
-    low, high = grid[0] if start is None else start, grid[-1] if end is None else end
-    if high - low < NEAR:
-        return np.array([low])
-    place = np.interp([low, high], grid, np.arange(len(grid)))
-    intervals = max(min(math.ceil(REFINE * max(place[1] - place[0] - NEAR, evaluations)), MOST), evaluations)
-    lam = np.interp(np.linspace(*place, intervals + 1), np.arange(len(grid)), grid)
-    lam[[0, -1]] = low, high
-    return lam
 
 
 def _rows(calibration: Statistics, lam: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -351,102 +345,30 @@ def _correction(root: np.ndarray, features: np.ndarray, residual: np.ndarray,
                 wanted: bool = True) -> tuple[np.ndarray, float]:
     """Coefficients of the features to add to a step, and the squared error left on trajectories not fitted
     to."""
-    design, target = root @ features.T, -(root @ residual)  # [K, M, features], [K, M]
+    rows = np.linalg.qr(root @ np.stack([*features, -residual]).T, mode="r")
+    design, target = rows[..., :-1], rows[..., -1]
     none = np.zeros(len(features)), float(np.square(target).sum(1).mean())
     if len(root) == 1 or none[1] == 0.0 or not wanted:
         return none
     q = math.sqrt(_left_out(design, target, 0.0) / none[1])
     if q >= 1.0:
         return none
-    rho = q / (1.0 - q)
-    return _ridge(design, target, rho), _left_out(design, target, rho)
+    rho = max(q / (1.0 - q), LEAST)
+    return _ridge(design.reshape(-1, len(features)), target.ravel(), rho), _left_out(design, target, rho)
 
 
 def _left_out(design: np.ndarray, target: np.ndarray, rho: float) -> float:
     """The mean squared error on each trajectory of a fit to the others."""
-    others = [_ridge(np.delete(design, k, 0), np.delete(target, k, 0), rho) for k in range(len(design))]
-    return float(np.mean([np.square(a @ c - b).sum() for a, b, c in zip(design, target, others)]))
+    count = len(design)
+    others = np.array([[k for k in range(count) if k != left] for left in range(count)])
+    c = _ridge(design[others].reshape(count, -1, design.shape[-1]), target[others].reshape(count, -1), rho)
+    return float(np.square((design @ c[..., None])[..., 0] - target).sum(1).mean())
 
 
-def _ridge(design: np.ndarray, target: np.ndarray, rho: float) -> np.ndarray:
-    """c of the least |design c - target|^2 + rho sum_a |design_a|^2 c_a^2, over all trajectories."""
-    a, b = design.reshape(-1, design.shape[-1]), target.ravel()
-    scale = np.sqrt(np.square(a).sum(0))
+def _ridge(a: np.ndarray, b: np.ndarray, rho: float) -> np.ndarray:
+    """c of the least |a c - b|^2 + rho sum_k |a_k|^2 c_k^2, a_k the columns of a; of each of a batch."""
+    scale = np.sqrt(np.square(a).sum(-2, keepdims=True))
     scale[scale == 0.0] = 1.0
-    a = np.concatenate([a / scale, math.sqrt(rho) * np.eye(len(scale))])
-    return np.linalg.lstsq(a, np.concatenate([b, np.zeros(len(scale))]), rcond=1e-12)[0] / scale
-
-
-def _search(calibration: Statistics, lam: np.ndarray, n: int, to_end: bool) -> list[int]:
-    """Which candidates the best path of n evaluations visits, by dynamic programming over pairs of
-    neighbouring nodes."""
-    at = np.arange(len(lam))
-    cost = _costs(calibration, lam) * _jumps(lam) + EVEN * np.square(at - at[:, None])
-    if to_end:
-        cost_of_end = np.where(at == at[-1], 0.0, np.inf)
-    else:
-        off = (_rows(calibration, lam)[1] - _last(calibration)) @ _pooled(calibration).T
-        cost_of_end = np.square(off).sum(1) + EVEN * np.square(len(lam) - at)
-    best = np.full((len(lam), len(lam)), np.inf)  # [h, i]: of the paths that end in h, i
-    best[0, 0] = 0.0
-    before = []
-    for _ in range(n if to_end else n - 1):
-        total = best[:, :, None] + cost
-        before.append(total.argmin(0))
-        best = total.min(0)
-    h, i = np.unravel_index((best + cost_of_end).argmin(), best.shape)
-    path = [i]
-    for previous in reversed(before):
-        h, i = previous[h, i], h
-        path.append(i)
-    return [int(i) for i in path[::-1]][:n]
-
-
-def _costs(calibration: Statistics, lam: np.ndarray) -> np.ndarray:
-    """[h, i, j]: gamma_j^2 times the squared error of v3's step i -> j with h before it; h = i is the first
-    step, from 0.
-
-    v3's coefficients of order 2 (EmpiricalPrediction has the equations), for all triples at once by
-    cumulative integrals.
-    """
-    m = len(lam)
-    fine = np.append((lam[:-1, None] + np.diff(lam)[:, None] * np.arange(POINTS) / POINTS).ravel(), lam[-1])
-    l, s, b = (calibration.at(name, fine) for name in ("l", "s", "b"))  # noqa: E741
-    big_l, big_s = integral(fine, l), integral(fine, s)
-    big_b, weight = integral(fine, np.exp(-big_s) * b), np.exp(big_l + big_s)
-    m0, m1, mb = (integral(fine, weight * v)[::POINTS] for v in (np.ones_like(fine), fine, big_b))
-    l, big_l, big_s, big_b = (v[::POINTS] for v in (l, big_l, big_s, big_b))  # noqa: E741
-    h, i, j = np.nonzero((np.arange(m)[:, None, None] <= np.arange(m)[:, None])
-                         & (np.arange(m)[:, None] < np.arange(m)))
-    keep = (h < i) | (i == 0)
-    h, i, j = h[keep], i[keep], j[keep]
-    gap = np.where(h < i, lam[i] - lam[h], 1.0)
-    zeroth = np.exp(-big_l[i] - big_s[i]) * (m0[j] - m0[i])
-    first = np.exp(-big_l[i] - big_s[i]) * (m1[j] - m1[i]) - lam[i] * zeroth
-    w_h = np.where(h < i, -first / gap, 0.0)
-    decay = np.exp(big_l[i] - big_l[j])
-    c_i, c_h = -decay * (zeroth - w_h), -decay * w_h * np.exp(big_s[i] - big_s[h])
-    bias = decay * (w_h * np.exp(big_s[i]) * (big_b[h] - big_b[i])
-                    - np.exp(-big_l[i]) * (mb[j] - mb[i] - big_b[i] * (m0[j] - m0[i])))
-    root = _pooled(calibration)
-    y, denoised = (rows @ root.T for rows in _rows(calibration, lam))
-    f = (1.0 - l)[:, None] * y - denoised
-    error = (decay[:, None] * y[i] + c_i[:, None] * f[i] + c_h[:, None] * f[h] + bias[:, None] * root[:, -1] -
-             y[j])
-    cost = np.full((m, m, m), np.inf)
-    cost[h, i, j] = _shrinking(calibration, lam, lam[-1])[j] ** 2 * np.square(error).sum(1)
-    return cost
-
-
-def _jumps(lam: np.ndarray) -> np.ndarray:
-    """[h, i, j]: by how much the cost of a step i -> j grows because it is not as long as h -> i; 1 for a
-    first step, h = i."""
-    apart = lam - lam[:, None]
-    length = np.log(np.where(apart > 0.0, apart, 1.0))
-    return np.where(apart[:, :, None] > 0.0, np.exp(GRADED * np.square(length - length[:, :, None])), 1.0)
-
-
-def _pooled(calibration: Statistics) -> np.ndarray:
-    """One root for the mean over the trajectories, [M, M]."""
-    return np.linalg.qr(calibration.root.reshape(-1, calibration.root.shape[2]), mode="r") / math.sqrt(
-        len(calibration.root))
+    damped = np.broadcast_to(math.sqrt(rho) * np.eye(a.shape[-1]), (*a.shape[:-2], *a.shape[-1:] * 2))
+    inverse = np.linalg.pinv(np.concatenate([a / scale, damped], -2), rcond=1e-12)[..., :a.shape[-2]]
+    return (inverse @ b[..., None])[..., 0] / scale[..., 0, :]

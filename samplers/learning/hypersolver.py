@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn import Conv2d, Linear, Module, ModuleList
 from torch.nn.functional import silu
 
+from ..clocks import CLOCKS, evenly
 from ..integrand import DataPrediction
 from ..phi import midpoint
 from ..schedule import Level, Path
@@ -40,6 +41,7 @@ VIEWS, TERMS = 4, 16  # parts of v; terms of the polynomial
 WIDTH, HIDDEN = 48, 64
 DILATIONS = 1, 2      # of the layers in the middle
 EXACT = "weights", "sizes"  # what is kept in full precision: they are few
+RHO = 7.0             # a run's levels are even in varsigma^(1 / RHO): Karras et al. 2022, eq. (5)
 BOUND = 6.0           # of both answers, in units of their sizes: hardly anything that was taught is beyond
 
 
@@ -135,6 +137,11 @@ def views(x: Tensor, at: Level, answers: Sequence[Tensor]) -> Tensor:
     d = [flat(answer) for answer in answers]
     parts = [flat(x) / math.hypot(at.alpha, at.sigma), d[0], *(a - b for a, b in zip(d, d[1:]))]
     return torch.stack([*parts, *[torch.zeros_like(d[0])] * (VIEWS - len(parts))], 1)
+
+
+def spaced(start: Level, last: Level, n: int, path: Path) -> list[Level]:
+    """The levels of n evaluations, of which the last is at `last`, and sigma = 0."""
+    return [*evenly(start, last, n, CLOCKS["sigma"](path, ()), RHO), path.level(0.0)]
 
 
 def flat(x: Tensor) -> Tensor:

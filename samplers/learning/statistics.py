@@ -70,7 +70,7 @@ class Statistics(Record, format=FORMAT):
     for every combination c of them.
 
     plans: for a number n of evaluations that was refitted, its steps, [n, 3 + order] (fitted.Plan has the
-    columns). hypersolver: what was trained for steps over the levels that these statistics choose, or None.
+    columns). hypersolver: what was trained to add what each step misses, or None.
     """
 
     lam: np.ndarray = array(lambda n: (n,))

@@ -35,14 +35,14 @@ from ..sample import Place, combine, on_device, onward, sample
 from ..schedule import Level, Path, find_path
 from ..solver import ddim
 from .course import Course
-from .fitted import check, fit_nodes, nodes_to
+from .fitted import check
 from .gauss_newton import FLOOR, typical
 from .hypersolver import (EXACT, SHALLOW, SOLVER, TERMS, VIEWS, Conditions, Hypersolver, Modulation, Network,
-                          error_of, flat, last_of, over, terms, views)
+                          error_of, flat, last_of, over, spaced, terms, views)
 from .statistics import Statistics
 from .storage import digest
 
-PARTIAL = "lambda-solvers partial hypersolver 2"
+PARTIAL = "lambda-solvers partial hypersolver 3"
 STEPS = 4, 5, 6, 7, 8, 9, 10
 TEACHER = 48       # its evaluations
 PROBED = 8         # images that show which model it is
@@ -313,7 +313,7 @@ class School:
         return self.to(lesson.n, start, last)
 
     def to(self, n: int, start: float, last: float) -> tuple[Level, ...]:
-        return self.over(nodes_to(self.calibration, n, start, last))
+        return (*spaced(self.path.at(start), self.path.at(last), n, self.path),)
 
     def over(self, nodes: Sequence[float]) -> tuple[Level, ...]:
         """Levels at these lam, and sigma = 0."""
@@ -389,15 +389,13 @@ class School:
         return Hypersolver(weights, found["bounds"].numpy(), found["end"].numpy(), tuple(counts))
 
     def compare(self, k: int, found: Found) -> None:
-        """The mean squared errors of the images that select, without the network and with it, each on its
-        levels."""
+        """The mean squared errors of the images that select, without the network and with it."""
         n, (low, high), errors = self.counts[k], map(float, self.calibration.lam[[0, -1]]), []
-        plain = SOLVER.steps(self.over(fit_nodes(self.calibration, n)), self.path)
         for images in _together(_held(self.prompts)[:COMPARED], self.prompts):
             guided, denoise = self.guided(images, found), bound(self.course.denoise, images=images)
-            own = guided.steps(self.to(n, low, guided.last(n, low, high)), self.path)
-            ends = [self.crop(sample(denoise, found["begin"][images], steps), images)
-                    for steps in (plain, own)]
+            levels = self.to(n, low, guided.last(n, low, high))
+            runs = (solver.steps(levels, self.path) for solver in (SOLVER, guided))
+            ends = [self.crop(sample(denoise, found["begin"][images], steps), images) for steps in runs]
             true = found["answers"][-1, images].to(self.x.dtype)
             errors.append(torch.stack([(end - true).flatten(1).square().mean(1) for end in ends]))
         found[f"errors.{k}"] = torch.cat(errors, 1).double()
