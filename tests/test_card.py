@@ -68,3 +68,10 @@ def test_the_dry_run_makes_the_table(monkeypatch, capsys) -> None:
     [row] = [line for line in out.splitlines() if line.startswith("| dpmpp_2m ")]
     assert row.count("|") == out.splitlines()[4].count("|") == 11
     assert "no card was used" in out and "noise on the CPU and on the card: needs a card. Open" in out
+
+
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_an_adaptive_solver_is_timed_in_bfloat16_too(name: str) -> None:
+    """Its tolerance must not be finer than what the model's answers are exact to."""
+    x = card.noise(SHORT, "cpu", torch.bfloat16)
+    assert min(card.milliseconds([card.ours(name, "cpu"), card.theirs(name, "cpu")], x, 1)) > 0.0
