@@ -229,7 +229,7 @@ def hosted(device: str) -> str:
             base = environment.base_directory(Path(folder))
             environment.link_to(base / "custom_nodes" / "doubles", environment.ROOT / "tests" / "doubles")
             with Server(environment.ensure(), base, *arguments) as server:
-                images[name] = Graph("panda").ksampler("lambda_v3").samples(server)
+                images[name] = Graph.emoji("panda").ksampler("lambda_v3").samples(server)
             [file] = base.glob("models/solver_calibrations/*.safetensors")
             curves[name] = Statistics.load(file)
     whole, half = curves["float32"], curves["bfloat16"]

@@ -10,6 +10,7 @@ SLOW = {
         "test_an_example_runs_on_the_tiny_checkpoint_and_its_image_restores_it",
     "test_an_example_runs_on_the_tiny_checkpoint_and_its_image_restores_it[few_steps|compare|amed]":
         "other cases",
+    "test_the_emoji_model_is_measured_in_bfloat16_as_in_float32": "test_the_dry_run_makes_the_table",
     "test_any_sampler_is_led[lambda_fitted|lambda_v3]": "other cases",
     "test_context_windows_work_while_a_video_model_is_measured_and_sampled[amed]": "other cases",
     "test_the_opening_from_pure_noise_errs_less_than_the_tolerance[1e-05|0.05]": "other cases",

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import pytest
 import torch
@@ -75,3 +76,10 @@ def test_an_adaptive_solver_is_timed_in_bfloat16_too(name: str) -> None:
     """Its tolerance must not be finer than what the model's answers are exact to."""
     x = card.noise(SHORT, "cpu", torch.bfloat16)
     assert min(card.milliseconds([card.ours(name, "cpu"), card.theirs(name, "cpu")], x, 1)) > 0.0
+
+
+def test_the_emoji_model_is_measured_in_bfloat16_as_in_float32() -> None:
+    """In two servers, as the command does it in the end."""
+    told = card.hosted("cpu")
+    apart = [float(number) for number in re.findall(r"(?:[lsb] |8 steps, )([\d.e-]+)", told)]
+    assert len(apart) == 4 and 0.0 < max(apart) < 0.05 and told.endswith("needs a card. Open"), told
