@@ -345,7 +345,8 @@ def fitted(
     statistics: Annotated[Statistics, Option(
         "the model's statistics, measured for fitting: samplers.estimate_statistics(..., fitted=True)",
         stand_in=Unmeasured())] = None,
-    order: Annotated[int, Option("Evaluations that a step may use; nodes are chosen for 2", 1, 3)] = 2,
+    order: Annotated[int, Option("Order of DPM-Solver-v3's steps; the fit adds one more evaluation to each",
+                                 1, 3)] = 2,
     nodes: Annotated[str, Option(
         "given: the schedule as it is. chosen: only its first and last level and its number of steps count, "
         "and the levels between are chosen for the measured model", choices=("given", "chosen"))] = "given",

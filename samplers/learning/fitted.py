@@ -1,4 +1,4 @@
-"""The fitted solver: nodes and weights for any number of evaluations, from statistics measured once.
+"""The fitted solver: levels and weights for any number of evaluations, from statistics measured once.
 
 The calibrating trajectories (y_i, D_i), y = x / alpha, are kept by their inner products alone
 (Statistics.root): every multistep update is a linear combination of such tensors, so what it misses on them,
@@ -43,13 +43,12 @@ HIGHEST = 0.7
 """Of the way from the model's lowest level back to the run's first, in lam: where the last evaluation is at
 most."""
 PLACES = 11
-"""Where it may be."""
+"""Levels that are tried for it."""
 SHORTEST = 1e-3
 """In lam: a run to x0 of several evaluations, from wherever it begins, goes as far at least."""
 CHANCE = 0.4
 """The share of what each step misses that does not add up with its sign, as the calibrating trajectories say,
 but by chance, on others."""
-
 LEAST = 1e-5
 """Of the ridge: a step that is explained but for rounding must not have weights that rounding decides."""
 
@@ -71,7 +70,7 @@ class Plan:
     """A run of the fitted solver: where the model is asked, each step's weights, and the error to expect.
 
     lam [n]: the nodes, rising; end: where the last step arrives, inf for x0. l [n]: the curve l at the nodes.
-    error: the predicted rms at the end, to calibrating trajectories that the corrections were not fitted to.
+    error: the rms at the end that is to be expected, as the levels are chosen by it (above).
     """
 
     lam: tuple[float, ...]
@@ -149,12 +148,13 @@ def fit_weights(calibration: Statistics, nodes: Sequence[float], end: float | No
                 order: int = 2) -> Plan:
     """Weights for given nodes, in rising lam, by least squares over the calibrating trajectories.
 
-    The features of a step are its y_s and the last `order` values of f (fewer in the last step above 0 if it
-    is LONG), those of the last step D_-1 - D_0 alone (with order 1 none); the residual is v3's own. The
-    correction is damped by a ridge rho = q / (1 - q) in units of the features' squares, with q the rms that
-    an undamped fit leaves on trajectories that it was not fitted to, as a share of v3's: 0 where the fit
-    explains everything, infinite (v3 itself) where it explains nothing. With a single trajectory nothing can
-    be left out, and v3's weights are kept.
+    The features of a step are its y_s and the last order + 1 values of f, one more than v3's own step of that
+    order has (and that is lower in the last step above 0 if it is LONG); those of the last step D_-1 - D_0
+    alone (with order 1 none). The residual is v3's own. The correction is damped by a ridge
+    rho = q / (1 - q), at least LEAST, in units of the features' squares, with q the rms that an undamped fit
+    leaves on trajectories that it was not fitted to, as a share of v3's: near 0 where the fit explains
+    everything, infinite (v3 itself) where it explains nothing. With a single trajectory nothing can be left
+    out, and v3's weights are kept.
     """
     check(calibration)
     n = len(nodes)

@@ -313,7 +313,7 @@ class School:
         return self.to(lesson.n, start, last)
 
     def to(self, n: int, start: float, last: float) -> tuple[Level, ...]:
-        return (*spaced(self.path.at(start), self.path.at(last), n, self.path),)
+        return tuple(spaced(self.path.at(start), self.path.at(last), n, self.path))
 
     def over(self, nodes: Sequence[float]) -> tuple[Level, ...]:
         """Levels at these lam, and sigma = 0."""
