@@ -76,7 +76,7 @@ def main() -> None:
         with Server(place, base, "--front-end-root", frontend) as server:
             info = server.get("/object_info")
             kinds = [kind for kind in info if kind.startswith("Lambda")]
-            kinds.sort(key=lambda kind: "Load" in kind)  # after Save
+            kinds.sort(key=lambda kind: "Load" in kind)  # after what saves
             if unknown := {*options.names} - {*kinds, INTERFACE}:
                 parser.error(f"there is no node {', '.join(sorted(unknown))}; there are {', '.join(kinds)}")
             with browser() as chromium:

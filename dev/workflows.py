@@ -202,8 +202,7 @@ def save(canvas: Canvas, title: str, samples: Output, vae: Output) -> None:
 def sample_with(canvas: Canvas, got: Start, calibration: Node, **how: Any) -> None:
     """A third column with KSampler on the model that has this calibration, and a fourth with its image."""
     canvas.column("3  Sample with it")
-    model = canvas.add("LambdaApplyCalibration", model=got.model, calibration=calibration[0])
-    latent = canvas.add("KSampler", model=model[0], positive=got.positive, negative=got.negative,
+    latent = canvas.add("KSampler", model=calibration[2], positive=got.positive, negative=got.negative,
                         latent_image=got.latent, seed=1, cfg=5.0, **how)
     save(canvas, "4  Image", latent[0], got.vae)
 
@@ -322,15 +321,15 @@ def img2img(canvas: Canvas) -> None:
 def measure_and_share(canvas: Canvas) -> None:
     """Measure once, share the file
 
-    Measure Model measures the model (its picture shows the curves) and saves it, so that `lambda_v3` and
-    `lambda_fitted` find it by themselves. Save writes it under a name of yours, to share; Apply attaches it,
-    which is for a file of somebody else's: use Load Calibration instead of Measure Model then.
+    Measure Model measures the model (its picture shows the curves) and saves it in
+    `models/solver_calibrations`, so that `lambda_v3` and `lambda_fitted` find it by themselves. Share the
+    file from there; its input `name` gives it a name of yours. A file of somebody else's: put it there, and
+    use Load Calibration instead of Measure Model.
     """
     got = start(canvas)
     canvas.column("2  Measure and save")
     measured = canvas.add("LambdaMeasureModel", model=got.model, positive=got.positive, negative=got.negative,
                           latent_image=got.latent, tall=760)
-    canvas.add("LambdaSaveCalibration", calibration=measured[0])
     sample_with(canvas, got, measured, steps=8, sampler_name="lambda_v3", scheduler="sgm_uniform")
 
 
@@ -445,8 +444,6 @@ def tried(server, path: Path, words: str) -> dict[str, dict]:
     for node in prompt.values():  # a picture of its own for every example
         for key in {"seed", "noise_seed"} & node["inputs"].keys():
             node["inputs"][key] = demo.SEED + [*EXAMPLES].index(path.stem)
-    for node in nodes_of(prompt, "LambdaSaveCalibration"):
-        node["overwrite"] = True
     for node in nodes_of(prompt, "LoadImage"):
         doughnut(server.base / "input" / node["image"])
     if flow:

@@ -129,11 +129,11 @@ def measuring_at(kind: Kind, run: Run, how: str) -> Iterator[dict[str, Any]]:
         yield about
 
 
-def kept(kind: Kind, result: Any) -> Path | None:
-    """The file of its usual name in which a calibration is saved; None, with a warning, where nothing can be
-    written."""
+def kept(kind: Kind, result: Any, name: str = "") -> Path | None:
+    """The file of this or its usual name in which a calibration is saved; None, with a warning, where nothing
+    can be written."""
     try:
-        path = store.spare(file_name(kind, result.about), result)
+        path = store.spare(name or file_name(kind, result.about), result)
         result.save(path, overwrite=True)
     except OSError as fault:
         say(f"warning: {kind.noun} measured, but not saved ({fault}): the next run measures "

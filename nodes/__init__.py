@@ -7,16 +7,16 @@ from comfy_api.latest import ComfyExtension, io
 from . import folder
 from .compare import CompareSamplers
 from .guiding import ClassifierGuiderNode
-from .keeping import NODES as KEEPING
 from .knowledge import NODES as LEARNING
+from .loading import LoadCalibration
 from .sampling import SamplerOptions, register, sampler_nodes
 from .scheduling import LambdaScheduler
 
 
 class LambdaSolvers(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [*sampler_nodes(), *LEARNING, *KEEPING, LambdaScheduler, SamplerOptions,
-                ClassifierGuiderNode, CompareSamplers]
+        return [*sampler_nodes(), *LEARNING, LoadCalibration, LambdaScheduler,
+                SamplerOptions, ClassifierGuiderNode, CompareSamplers]
 
 
 folder.register()

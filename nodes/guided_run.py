@@ -28,12 +28,12 @@ class Run(measuring.Run):
 
     cancelled = comfy.model_management.InterruptProcessingException
     remedies = {
-        "never": ("add the node Load Calibration or {makes} and connect it to the sampler node, or put Apply "
-                  "Calibration behind the model"),
+        "never": ("add the node Load Calibration or {makes} and connect its CALIBRATION to the sampler's "
+                  "node, or for KSampler its MODEL"),
         "saved only": ("run {makes} once, or set measure to auto (on the sampler's node; for KSampler in "
                        "ComfyUI's settings, Lambda Solvers)"),
         "unsteady": ("Other nodes have put around this model: {changed}. Bypass the node that did it and "
-                     "measure; given the result (by the nodes Load and Apply behind the model), a sampler "
+                     "measure; given the result (by Load Calibration behind the model), a sampler "
                      "needs no measuring, and the node may be switched on again"),
     }
 

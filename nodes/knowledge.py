@@ -17,7 +17,7 @@ from ..samplers.learning.refit import FEWEST, LARGEST
 from ..samplers.learning.train_amed import TEACHER
 from ..samplers.learning.train_hypersolver import ITERATIONS, spread
 from . import identity, picture, teaching
-from .calibration_socket import SOCKET, needed
+from .calibration_socket import SOCKET, needed, outputs, attached
 from .guided_run import Run, measured
 from .host import CATEGORY, advanced
 from .prompts import PROMPTS
@@ -52,30 +52,38 @@ def _save() -> io.Input:
         "Write the result to models/solver_calibrations, where samplers find it by themselves"))
 
 
-def outputs() -> list[io.Output]:
-    return [SOCKET.Output(display_name="CALIBRATION", tooltip="For solver nodes, Save Calibration or Apply "
-                                                              "Calibration"),
-            io.Image.Output(display_name="picture", tooltip=(
-                "Of a measurement the curves l, s and b over lambda and, for Fitted, the error to "
-                "expect, without and with a hypersolver too; of AMED r, c and a of every step, and the error "
-                "after it"))]
+def _name() -> io.Input:
+    return advanced(io.String.Input("name", default="", optional=True, tooltip=(
+        "File name to save it under, with / for a subfolder; a number is added to one that is taken. Empty: "
+        "the model's name and guidance")))
 
 
-def _made(cls: type[io.ComfyNode], result: Any, save: bool) -> io.NodeOutput:
-    """What was measured, saved if asked, and its picture, which the node shows too."""
+class Learning(io.ComfyNode):
+    """A node that measures or learns, and may save what it found under a name of the user's."""
+
+    @classmethod
+    def validate_inputs(cls, name: str | None = "") -> bool | str:
+        try:
+            return not (name or "").strip() or bool(store.place(name))
+        except ValueError as fault:
+            return str(fault)
+
+
+def _made(cls: type[io.ComfyNode], model: Any, result: Any, save: bool, name: str) -> io.NodeOutput:
+    """What was measured of a model, saved if asked, its picture, which the node shows too, and the model with
+    it."""
     kind = kind_of(result)
-    if save and (path := kept(kind, result)):
+    if save and (path := kept(kind, result, name.strip())):
         taught = [*result.about.get("refits", {}).values(), result.about.get("hypersolver", {})]
         found = canonical.named(result.about) or any(told.get("prompts", 1) > 1 for told in taught)
         say(f"saved as {store.shown(path)}; samplers find it by themselves" + ("" if found else (
             " where `measure` is every prompt, and this is the prompt")))
     image = picture.of(result)
-    return io.NodeOutput(result, image, ui=ui.PreviewImage(image, cls=cls))
+    return io.NodeOutput(result, image, attached(model, result), ui=ui.PreviewImage(image, cls=cls))
 
 
-def _measured(cls: type[io.ComfyNode], kind: Kind, prompt: str, save: bool, options: dict, how: dict,
-              model: Any,
-              positive: Any, negative: Any, cfg: float, latent_image: dict, seed: int,
+def _measured(cls: type[io.ComfyNode], kind: Kind, prompt: str, save: bool, name: str, options: dict,
+              how: dict, model: Any, positive: Any, negative: Any, cfg: float, latent_image: dict, seed: int,
               sigmas: Any = None) -> io.NodeOutput:
     """What a kind measures of a model at this prompt, or at nobody's; `options` are the solver's, and `how`
     the kind's."""
@@ -85,7 +93,8 @@ def _measured(cls: type[io.ComfyNode], kind: Kind, prompt: str, save: bool, opti
         with measuring_at(kind, run, "auto" if prompt == "any" else "every prompt") as about:
             return kind.measure(run, about, _partial(kind, about, seed, *how.values()), seed=seed, **how)
 
-    return _made(cls, measured(model, [positive], negative, cfg, latent_image, seed, sigmas, measure), save)
+    result = measured(model, [positive], negative, cfg, latent_image, seed, sigmas, measure)
+    return _made(cls, model, result, save, name)
 
 
 def _partial(kind: Any, about: dict[str, Any], *settings: object) -> Any:
@@ -93,7 +102,7 @@ def _partial(kind: Any, about: dict[str, Any], *settings: object) -> Any:
     return store.partial("-".join([file_name(kind, about), *map(str, settings)]))
 
 
-class MeasureModel(io.ComfyNode):
+class MeasureModel(Learning):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -118,6 +127,7 @@ class MeasureModel(io.ComfyNode):
                 advanced(io.Combo.Input("pool", options=["all", "channel"], default="all", tooltip=(
                     "all: one number at each lambda; channel: one for every latent channel, without "
                     "fitted"))),
+                _name(),
             ],
             outputs=outputs(),
             is_output_node=True,
@@ -125,15 +135,13 @@ class MeasureModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, positive, negative, cfg, latent_image, save=True, prompt="any", fitted=True,
-                seed=0,
-                intervals=INTERVALS, samples=0, pool="all") -> io.NodeOutput:
+                seed=0, intervals=INTERVALS, samples=0, pool="all", name="") -> io.NodeOutput:
         how = {"intervals": intervals, "samples": samples, "pool": pool}
-        return _measured(cls, STATISTICS_KIND, prompt, save, {"nodes": "chosen"} if fitted else {}, how,
-                         model,
-                         positive, negative, cfg, latent_image, seed)
+        return _measured(cls, STATISTICS_KIND, prompt, save, name, {"nodes": "chosen"} if fitted else {}, how,
+                         model, positive, negative, cfg, latent_image, seed)
 
 
-class TrainAmed(io.ComfyNode):
+class TrainAmed(Learning):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -166,6 +174,7 @@ class TrainAmed(io.ComfyNode):
                     "2 to 8 by the latent's size"))),
                 advanced(io.Int.Input("teacher", default=TEACHER, min=2, max=64, tooltip=(
                     "Steps of the teacher in every interval: what AMED learns to land on"))),
+                _name(),
             ],
             outputs=outputs(),
             is_output_node=True,
@@ -173,18 +182,17 @@ class TrainAmed(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, positive, negative, cfg, latent_image, sigmas, base, save=True, prompt="any",
-                form="table", afs=False,
-                seed=0, samples=0, teacher=TEACHER) -> io.NodeOutput:
+                form="table", afs=False, seed=0, samples=0, teacher=TEACHER, name="") -> io.NodeOutput:
         if form == "predictor" and prompt == "any":
             raise ValueError("form = predictor with prompt = any: a predictor serves the prompt it was "
                              "trained at alone; set prompt to this, or form to table")
         options = {"base": base, "first_step": "afs" if afs else "evaluate"}
-        return _measured(cls, AMED_KIND, prompt, save, options,
+        return _measured(cls, AMED_KIND, prompt, save, name, options,
                          {"form": form, "samples": samples, "teacher": teacher},
                          model, positive, negative, cfg, latent_image, seed, sigmas)
 
 
-class TuneFitted(io.ComfyNode):
+class TuneFitted(Learning):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -210,6 +218,7 @@ class TuneFitted(io.ComfyNode):
                 advanced(io.Int.Input("samples", default=0, min=0, max=64, tooltip=(
                     "Images; the last quarter selects among what the others teach. 0: 4 to 8 by the latent's "
                     "size, and at least one or two for each prompt"))),
+                _name(),
             ],
             outputs=outputs(),
             is_output_node=True,
@@ -217,8 +226,7 @@ class TuneFitted(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, positive, negative, cfg, latent_image, calibration, steps, clip=None, prompts="",
-                save=True, seed=0,
-                samples=0) -> io.NodeOutput:
+                save=True, seed=0, samples=0, name="") -> io.NodeOutput:
         found = needed(STATISTICS_KIND, calibration, "Tune Fitted")
         positives = [positive, *_read(prompts, clip, positive)]
 
@@ -228,7 +236,7 @@ class TuneFitted(io.ComfyNode):
             return STATISTICS_KIND.refit(run, found, steps, about, partial, seed=seed, samples=samples)
 
         result = measured(model, positives, negative, cfg, latent_image, seed, None, measure)
-        return _made(cls, result, save and bool(result.plans))
+        return _made(cls, model, result, save and bool(result.plans), name)
 
 
 def _lines(prompts: str) -> list[str]:
@@ -247,7 +255,7 @@ def _read(prompts: str, clip: Any, like: Any) -> list[Any]:
             for line in lines]
 
 
-class TrainHypersolver(io.ComfyNode):
+class TrainHypersolver(Learning):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -285,6 +293,7 @@ class TrainHypersolver(io.ComfyNode):
                 advanced(io.Int.Input("training", default=ITERATIONS, min=1, max=100_000, tooltip=(
                     "Steps of the network's training, twice so many in all: they take time on the device, "
                     "but no evaluations of the model"))),
+                _name(),
             ],
             outputs=outputs(),
             is_output_node=True,
@@ -292,7 +301,8 @@ class TrainHypersolver(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, clip, negative, latent_image, cfg_low, cfg_high, prompts, images, positive=None,
-                calibration=None, save=True, seed=0, fewest=4, most=10, training=ITERATIONS) -> io.NodeOutput:
+                calibration=None, save=True, seed=0, fewest=4, most=10, training=ITERATIONS,
+                name="") -> io.NodeOutput:
         if cfg_low > cfg_high or fewest > most:
             raise ValueError(f"cfg_low = {cfg_low:g} and cfg_high = {cfg_high:g}, fewest = {fewest} and most "
                              f"= {most}: the first of each two must not be above the second")
@@ -313,7 +323,7 @@ class TrainHypersolver(io.ComfyNode):
 
         shares = [guidance / middle for guidance in spread(cfg_low, cfg_high, count)]
         result = measured(model, positives, negative, middle, latent_image, seed, None, teach, shares)
-        return _made(cls, result, save and result is not found)
+        return _made(cls, model, result, save and result is not found, name)
 
 
 def _guidance(name: str, default: float, which: str) -> io.Input:

@@ -174,9 +174,8 @@ def test_the_panel_names_it_and_shows_the_levels_it_goes_with(monkeypatch, folde
     assert len(taught["points"]) == 5 and len(plain) == 6
 
     def given(cfg: float, **more) -> dict:
-        return ksampler(sampler_name="lambda_fitted", cfg=cfg, steps=5, model=["13", 0], **more) | {
-            "12": node("LambdaLoadCalibration", name="taught.safetensors"),
-            "13": node("LambdaApplyCalibration", model=["1", 0], calibration=["12", 0])}
+        return ksampler(sampler_name="lambda_fitted", cfg=cfg, steps=5, model=["12", 2], **more) | {
+            "12": node("LambdaLoadCalibration", name="taught.safetensors", model=["1", 0])}
 
     run(given(3.0, scheduler="simple"), "5", 12, monkeypatch, describe=lambda guider: ABOUT)
     assert told not in lines(given(3.0)) and any("this is 3" in line for line in lines(given(3.0)))

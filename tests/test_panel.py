@@ -538,7 +538,7 @@ def test_a_cost_is_in_time_too_once_an_evaluation_was_timed(monkeypatch, saved) 
 
 def test_a_calibration_of_another_kind_is_told_on_the_node_and_passed_over_behind_the_model(saved,
                                                                                             trained) -> None:
-    load = {"12": node("LambdaLoadCalibration", name="amed.safetensors")}
+    load = {"12": node("LambdaLoadCalibration", name="amed.safetensors", model=["1", 0])}
     linked = custom("v3", measure="auto", calibration=["12", 0]) | load
     assert [
         line for line in lines(linked) if line.startswith("warn: warning: ") and "amed.safetensors" in line
@@ -546,19 +546,17 @@ def test_a_calibration_of_another_kind_is_told_on_the_node_and_passed_over_behin
     made = custom("v3", measure="auto", calibration=["12", 0]) | {"12": node("LambdaTrainAmed")}
     assert ("warn: warning: LambdaTrainAmed was made for something else: Measure Model makes what this "
             "sampler needs") in lines(made)
-    attached = ksampler(sampler_name="lambda_v3", model=["13", 0]) | load | {
-        "13": node("LambdaApplyCalibration", model=["1", 0], calibration=["12", 0])}
+    attached = ksampler(sampler_name="lambda_v3", model=["12", 2]) | load
     assert UNSURE + images(54, 1, 12) in lines(attached)
-    attached["12"] = node("LambdaMeasureModel")
+    attached["12"] = node("LambdaMeasureModel", model=["1", 0])
     assert "note: calibration by a link; whether it fits is known after a run" in lines(attached)
 
 def test_amed_in_a_file_is_compared_with_the_schedule_and_the_base(monkeypatch, trained) -> None:
     """On its node, and attached to KSampler's model."""
-    loaded = {"12": node("LambdaLoadCalibration", name="amed.safetensors")}
+    loaded = {"12": node("LambdaLoadCalibration", name="amed.safetensors", model=["1", 0])}
 
     def attached(steps: int) -> dict:
-        return ksampler(sampler_name="lambda_amed", steps=steps, cfg=3.0, model=["13", 0]) | loaded | {
-            "13": node("LambdaApplyCalibration", model=["1", 0], calibration=["12", 0])}
+        return ksampler(sampler_name="lambda_amed", steps=steps, cfg=3.0, model=["12", 2]) | loaded
 
     run(ksampler(), "5", 12, monkeypatch, describe=lambda guider: ABOUT)
     run(attached(3), "5", 5, monkeypatch, describe=lambda guider: ABOUT)

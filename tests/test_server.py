@@ -54,9 +54,9 @@ class Graph:
         self.nodes[name] = {"class_type": class_type, "inputs": inputs}
         return name
 
-    def through(self, class_type: str, **inputs) -> "Graph":
-        """Put a MODEL -> MODEL node behind the model."""
-        self.model = [self.add(class_type, model=self.model, **inputs), 0]
+    def through(self, class_type: str, slot: int = 0, **inputs) -> "Graph":
+        """Put a node behind the model that hands out a MODEL."""
+        self.model = [self.add(class_type, model=self.model, **inputs), slot]
         return self
 
     def counted(self) -> "Graph":

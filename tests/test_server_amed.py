@@ -84,19 +84,16 @@ def test_another_schedule_guidance_or_base_is_trained_anew(server, folder) -> No
     assert len(files(folder)) == 5
 
 
-def test_train_save_load_and_apply_give_the_same_image(server, folder) -> None:
+def test_trained_or_loaded_by_a_link_or_on_the_model_it_gives_the_same_image(server, folder) -> None:
     graph = Graph("panda")
-    trained = train(graph)
-    graph.add("LambdaSaveCalibration", calibration=trained, name="shared/mine", overwrite=False)
+    trained = train(graph, save=True, name="shared/mine")
     first = sampler_node(graph, calibration=trained).samples(server)
     assert (folder / "shared" / "mine.safetensors").exists() and looks_like_an_image(first)
     graph = Graph("panda")
     loaded = graph.add("LambdaLoadCalibration", name="shared/mine.safetensors")
     assert torch.equal(sampler_node(graph, calibration=[loaded, 0]).samples(server), first)
-    graph = Graph("panda")
-    loaded = graph.add("LambdaLoadCalibration", name="shared/mine.safetensors")
-    graph.through("LambdaApplyCalibration",
-                  calibration=[loaded, 0]).counted().ksampler("lambda_amed", steps=3, scheduler="karras")
+    graph = Graph("panda").through("LambdaLoadCalibration", 2, name="shared/mine.safetensors")
+    graph.counted().ksampler("lambda_amed", steps=3, scheduler="karras")
     assert torch.equal(graph.samples(server), first) and len(graph.evaluations(server)) == 5
 
 
@@ -185,8 +182,7 @@ def test_a_predictor_reads_conds_that_are_evaluated_together_or_not(server, fold
     """Six sections of a prompt do not go into one batch with the one of an empty prompt."""
     graph = Graph(words).counted()
     graph.through("TestCounter", name=f"{graph.counter}calls", calls=True)
-    trained = train(graph, form="predictor", samples=3)
-    graph.add("LambdaSaveCalibration", calibration=trained, name="predictor", overwrite=False)
+    trained = train(graph, form="predictor", samples=3, save=True, name="predictor")
     samples, run = sampler_node(graph, calibration=trained).run(server)
     assert run.status == "success" and samples.isfinite().all(), run.error
     spent = len(graph.evaluations(server))

@@ -54,9 +54,9 @@ def test_it_is_trained_and_says_before_what_it_costs_and_after_what_it_gained(se
 def test_it_is_used_for_its_guidances_and_numbers_of_steps(server, folder) -> None:
     def made(steps: int, cfg: float, calibration: str | None = None) -> tuple[torch.Tensor, list[str]]:
         other = Graph.emoji("tulip").counted()
-        model = [other.add("LambdaApplyCalibration", model=other.model, calibration=[
-            other.add("LambdaLoadCalibration", name=calibration), 0]), 0] if calibration else other.model
-        samples, run = other.ksampler("lambda_fitted", steps=steps, cfg=cfg, model=model).run(server)
+        if calibration:
+            other.through("LambdaLoadCalibration", 2, name=calibration)
+        samples, run = other.ksampler("lambda_fitted", steps=steps, cfg=cfg).run(server)
         assert run.status == "success" and looks_like_an_image(samples), run.error
         return samples, run.texts
 

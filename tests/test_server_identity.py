@@ -114,7 +114,7 @@ def test_without_guidance_every_guider_takes_what_another_or_the_nodes_have_meas
         server, folder) -> None:
     """KSampler at cfg 1, BasicGuider, and Measure Model at a prompt."""
     graph = Graph("panda")
-    graph.add("LambdaSaveCalibration", calibration=measure(graph, cfg=1.0), name="ours", overwrite=False)
+    measure(graph, cfg=1.0, save=True, name="ours")
     assert server.run(graph.nodes).status == "success"
     for rule in ("every prompt", "saved only"):
         graph = guided("BasicGuider", 4, measure=rule)
@@ -247,8 +247,7 @@ def test_a_schedule_without_steps_measures_nothing(server, folder) -> None:
 def test_a_refit_wants_statistics_of_its_own_model_and_an_image_for_every_prompt(
         server, folder) -> None:
     graph = Graph("panda")
-    plain = measure(graph, fitted=True)
-    graph.add("LambdaSaveCalibration", calibration=plain, name="plain", overwrite=False)
+    measure(graph, fitted=True, save=True, name="plain")
     assert server.run(graph.nodes).status == "success"
 
     def refused(**changes) -> str:
@@ -257,8 +256,7 @@ def test_a_refit_wants_statistics_of_its_own_model_and_an_image_for_every_prompt
         prompts = {
             name: content if name != "clip" else [other.checkpoint, 1] for name, content in changes.items()
         }
-        other.add("LambdaSaveCalibration", calibration=tune(other, loaded, **prompts), name="refitted",
-                  overwrite=False)
+        tune(other, loaded, **prompts)
         run = server.run(other.nodes)
         assert run.status == "error" and files(folder) == ["plain.safetensors"]
         return run.error["exception_message"]

@@ -104,11 +104,10 @@ FITTED_CLOCK = dict(clock="fitted", rho=1.0, denoise=1.0, sigma_max=0.0, sigma_m
 
 def test_fitted_sigmas_are_a_schedule_for_any_sampler(server, folder) -> None:
     graph = Graph("panda").counted()
-    statistics = measure(graph, fitted=True)
+    statistics = measure(graph, fitted=True, save=True, name="fit")
     sigmas = [
         graph.add("LambdaScheduler", model=graph.model, calibration=statistics, steps=5, **FITTED_CLOCK), 0
     ]
-    graph.add("LambdaSaveCalibration", calibration=statistics, name="fit", overwrite=False)
     samples, run = graph.custom([graph.add("KSamplerSelect", sampler_name="dpmpp_2m"), 0], sigmas).run(server)
     assert run.status == "success" and looks_like_an_image(samples), run.error
     expected = fitted_sigmas(Statistics.load(folder / "fit.safetensors"), 5, 14.6146)
@@ -126,10 +125,8 @@ def test_fitted_sigmas_are_a_schedule_for_any_sampler(server, folder) -> None:
 
 def test_a_refit_is_used_for_its_number_of_steps_alone(server, folder) -> None:
     graph = Graph("panda")
-    plain = measure(graph, fitted=True)
-    refitted = tune(graph, plain, samples=3)
-    graph.add("LambdaSaveCalibration", calibration=plain, name="plain", overwrite=False)
-    graph.add("LambdaSaveCalibration", calibration=refitted, name="refitted", overwrite=False)
+    plain = measure(graph, fitted=True, save=True, name="plain")
+    refitted = tune(graph, plain, samples=3, save=True, name="refitted")
     samples, run = graph.family("fitted", measure="never", nodes="chosen", calibration=refitted,
                                 steps=4).run(server)
     assert run.status == "success" and looks_like_an_image(samples), run.error
@@ -142,10 +139,8 @@ def test_a_refit_is_used_for_its_number_of_steps_alone(server, folder) -> None:
     for steps in (4, 5):
         found = {}
         for name in ("plain", "refitted"):
-            graph = Graph("panda").counted()
-            model = [graph.add("LambdaApplyCalibration", model=graph.model, calibration=[
-                graph.add("LambdaLoadCalibration", name=f"{name}.safetensors"), 0]), 0]
-            graph.ksampler("lambda_fitted", steps=steps, model=model).samples(server)
+            graph = Graph("panda").counted().through("LambdaLoadCalibration", 2, name=f"{name}.safetensors")
+            graph.ksampler("lambda_fitted", steps=steps).samples(server)
             found[name] = graph.evaluations(server)
         assert (found["plain"] != found["refitted"]) == (steps == 4 and bool(loaded.plans))
 
@@ -156,9 +151,8 @@ def test_what_several_prompts_taught_is_used_for_every_prompt(server, folder) ->
     clip = [graph.checkpoint, 1]
     lines = {"alone": "", "same": "panda\n\n  panda ", "several": "pizza\nred heart\nghost"}
     for name, prompts in lines.items():
-        graph.add(
-            "LambdaSaveCalibration", name=name, overwrite=False,
-            calibration=tune(graph, statistics, **({"clip": clip, "prompts": prompts} if prompts else {})))
+        tune(graph, statistics, save=True, name=name,
+             **({"clip": clip, "prompts": prompts} if prompts else {}))
     run = server.run(graph.nodes)
     assert run.status == "success", run.error
     found = {name: Statistics.load(folder / f"{name}.safetensors") for name in lines}
@@ -173,10 +167,8 @@ def test_what_several_prompts_taught_is_used_for_every_prompt(server, folder) ->
         assert bool(statistics.for_another_prompt().plans) == (name != "alone")
     seen = {}
     for name in lines:
-        other = Graph("tulip").counted()
-        loaded = [other.add("LambdaLoadCalibration", name=f"{name}.safetensors"), 0]
-        model = [other.add("LambdaApplyCalibration", model=other.model, calibration=loaded), 0]
-        assert looks_like_an_image(other.ksampler("lambda_fitted", steps=4, model=model).samples(server))
+        other = Graph("tulip").counted().through("LambdaLoadCalibration", 2, name=f"{name}.safetensors")
+        assert looks_like_an_image(other.ksampler("lambda_fitted", steps=4).samples(server))
         seen[name] = other.evaluations(server)
     assert seen["several"] == pytest.approx([math.exp(-lam) for lam in found["several"].plans[4][:, 0]],
                                             rel=1e-2)
@@ -187,8 +179,7 @@ def test_what_several_prompts_taught_is_used_for_every_prompt(server, folder) ->
         assert run.status == "success" and run.texts[0].startswith(said)
 
     graph = Graph("panda")
-    graph.add("LambdaSaveCalibration", name="x", overwrite=False,
-              calibration=tune(graph, measure(graph, fitted=True), prompts="pizza"))
+    tune(graph, measure(graph, fitted=True), prompts="pizza")
     run = server.run(graph.nodes)
     assert run.status == "error" and "connect the checkpoint's CLIP to clip" in run.error["exception_message"]
 
@@ -198,7 +189,7 @@ def test_a_cancelled_refit_goes_on_from_what_was_done(server, folder) -> None:
         made = Graph("panda")
         loaded = [made.add("LambdaLoadCalibration", name="plain.safetensors"), 0]
         made.through("TestSlowModel", seconds=0.01).counted()
-        made.add("LambdaSaveCalibration", calibration=tune(made, loaded, steps=5), name=name, overwrite=False)
+        tune(made, loaded, steps=5, save=True, name=name)
         return made
 
     async def watch(server, run):
@@ -206,7 +197,7 @@ def test_a_cancelled_refit_goes_on_from_what_was_done(server, folder) -> None:
             await server.interrupt()
 
     first = Graph("panda")
-    first.add("LambdaSaveCalibration", calibration=measure(first, fitted=True), name="plain", overwrite=False)
+    measure(first, fitted=True, save=True, name="plain")
     assert server.run(first.nodes).status == "success"
     cut = graph("cut")
     run = server.run(cut.nodes, watch)
@@ -224,8 +215,7 @@ def test_a_cancelled_refit_goes_on_from_what_was_done(server, folder) -> None:
 def test_a_flow_model_is_fitted_and_refitted_from_pure_noise(server, folder) -> None:
     """The first evaluation, at sigma = 1, leads to the grid; the others are chosen."""
     graph = Graph("red heart").through("TinyEmojiAsFlow").counted()
-    refitted = tune(graph, measure(graph, fitted=True), steps=6, samples=3)
-    graph.add("LambdaSaveCalibration", calibration=refitted, name="flow", overwrite=False)
+    refitted = tune(graph, measure(graph, fitted=True), steps=6, samples=3, save=True, name="flow")
     samples, run = graph.family("fitted", measure="never", nodes="chosen", calibration=refitted,
                                 steps=6).run(server)
     assert run.status == "success" and looks_like_an_image(samples), run.error
@@ -264,10 +254,9 @@ def test_another_guidance_is_measured_anew_and_a_near_one_is_not(server, folder)
     assert [re.search("-cfg[0-9]", name)[0] for name in files(folder)] == ["-cfg3", "-cfg6"]
 
 
-def test_measure_save_load_and_apply_give_the_same_image(server, folder) -> None:
+def test_measured_or_loaded_by_a_link_or_on_the_model_it_gives_the_same_image(server, folder) -> None:
     graph = Graph("panda")
-    statistics = measure(graph)
-    graph.add("LambdaSaveCalibration", calibration=statistics, name="shared/mine", overwrite=False)
+    statistics = measure(graph, save=True, name="shared/mine")
     first = sampler_node(graph, calibration=statistics).samples(server)
     assert files(folder) == ["mine.safetensors"] and (folder / "shared" / "mine.safetensors").exists()
 
@@ -278,10 +267,19 @@ def test_measure_save_load_and_apply_give_the_same_image(server, folder) -> None
     loaded = graph.add("LambdaLoadCalibration", name="shared/mine.safetensors")
     assert torch.equal(sampler_node(graph, calibration=[loaded, 0]).samples(server), first)
 
+    for measured in (False, True):
+        graph = Graph("panda")
+        if measured:
+            graph.model = [measure(graph)[0], 2]
+        else:
+            graph.through("LambdaLoadCalibration", 2, name="shared/mine.safetensors")
+        graph.counted().ksampler(NAME)
+        assert torch.equal(graph.samples(server), first) and len(graph.evaluations(server)) == STEPS
+
     graph = Graph("panda")
-    loaded = graph.add("LambdaLoadCalibration", name="shared/mine.safetensors")
-    graph.through("LambdaApplyCalibration", calibration=[loaded, 0]).counted().ksampler(NAME)
-    assert torch.equal(graph.samples(server), first) and len(graph.evaluations(server)) == STEPS
+    graph.model = [graph.add("LambdaLoadCalibration", name="shared/mine.safetensors"), 2]
+    _, run = graph.ksampler(NAME).run(server)
+    assert run.status == "error" and "has no model to attach the file to" in run.error["exception_message"]
 
 
 def test_measure_model_saves_what_lambda_v3_and_lambda_fitted_then_find(server, folder) -> None:
@@ -372,36 +370,22 @@ def test_cancel_while_measuring_leaves_a_partial_file_from_which_the_next_run_go
 @pytest.mark.parametrize("name",
                          ["../evil", "/tmp/evil", "a/../../evil", "..", "a\\..\\..\\evil", ".hidden", "a:b"])
 def test_a_name_that_would_leave_the_folder_is_refused(server, folder, name: str) -> None:
-    graph = Graph()
-    save = graph.add("LambdaSaveCalibration", calibration=measure(graph, intervals=4, samples=1), name=name,
-                     overwrite=True)
-    run = server.run(graph.nodes)
-    assert run.status == "error" and run.error["node_id"] == save and "cannot be a file in" in run.error[
-        "exception_message"]
+    graph = Graph().counted()
+    measure(graph, intervals=4, samples=1, save=True, name=name)
+    with pytest.raises(PromptRefused, match="cannot be a file in"):  # before anything is measured
+        server.run(graph.nodes)
     assert files(folder) == []
 
 
-def test_saving_twice_needs_leave(server, folder) -> None:
-    for seed, overwrite, status in ((0, False, "success"), (1, False, "error"), (2, True, "success")):
-        graph = Graph()
-        graph.add("LambdaSaveCalibration", calibration=measure(graph, intervals=4, samples=1, seed=seed),
-                  name="x", overwrite=overwrite)
-        run = server.run(graph.nodes)
-        assert run.status == status, run.error
-        if status == "error":
-            assert run.error["exception_message"].startswith(
-                "x.safetensors exists in solver_calibrations: choose another name")
-
-
-def test_without_a_name_every_file_gets_one_of_its_own(server, folder) -> None:
+@pytest.mark.parametrize("name", ["x", ""])
+def test_a_file_of_the_same_name_is_left_alone(server, folder, name: str) -> None:
     for seed in (40, 41, 42):
         graph = Graph()
-        save = graph.add("LambdaSaveCalibration", calibration=measure(graph, intervals=4, samples=1,
-                                                                      seed=seed), name="", overwrite=False)
+        measure(graph, intervals=4, samples=1, seed=seed, save=True, name=name)
         run = server.run(graph.nodes)
-        assert run.status == "success" and run.outputs[save]["text"] == [run.texts[-1]]
-    assert len(files(folder)) == 3
-    assert sum(name.endswith(("-2.safetensors", "-3.safetensors")) for name in files(folder)) == 2
+        assert run.status == "success" and run.texts[-1].startswith("saved as ")
+    assert len(files(folder)) == 3 and all(file.startswith(name) for file in files(folder))
+    assert sum(file.endswith(("-2.safetensors", "-3.safetensors")) for file in files(folder)) == 2
 
 
 def test_a_broken_or_missing_file_says_so_on_the_node(server, folder) -> None:
@@ -471,7 +455,7 @@ def test_a_lora_is_another_model_of_the_same_checkpoint(base, server, folder) ->
     graph = Graph().through("LoraLoaderModelOnly", lora_name="small.safetensors", strength_model=0.8)
     name = next(path.name for path in folder.glob("*.safetensors")
                 if not Statistics.load(path).about["patches"])
-    graph.through("LambdaApplyCalibration", calibration=[graph.add("LambdaLoadCalibration", name=name), 0])
+    graph.through("LambdaLoadCalibration", 2, name=name)
     _, run = graph.ksampler(NAME, steps=4, seed=34).run(server)
     assert any("measured with the patches none, and this model has" in text for text in run.texts)
 

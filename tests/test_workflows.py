@@ -108,7 +108,7 @@ def test_a_calibration_s_name_is_restored_from_an_image(server, base) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     prompt = prepared(server, workflows.FOLDER / "measure_and_share.json")
-    for node in nodes_of(prompt, "LambdaSaveCalibration"):
+    for node in nodes_of(prompt, "LambdaMeasureModel"):
         node["name"] = "shared/panda"
     assert server.run(prompt).status == "success"
     canvas = workflows.Canvas("restored", server.get("/object_info"))

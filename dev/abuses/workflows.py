@@ -44,8 +44,7 @@ def workflow(kind: str, chance: random.Random) -> Graph:
     steps = 3 if trained else 4 if kind == "hypersolver" else chance.randrange(2, 9)
     seed, scheduler = chance.randrange(2**40), chance.choice(["simple", "normal"] if flow else ["karras"])
     if kind == "hypersolver":
-        file = [graph.add("LambdaLoadCalibration", name=HYPERSOLVER), 0]
-        graph.through("LambdaApplyCalibration", calibration=file)
+        graph.through("LambdaLoadCalibration", 2, name=HYPERSOLVER)
     if kind == "controlnet":
         _controlled(graph, chance)
     name = {"hypersolver": "lambda_fitted", "controlnet": chance.choice(LISTED[:4])}.get(kind, kind)

@@ -58,11 +58,6 @@ WORDS = {
 
 MOST_LEVELS = 12  # that are listed
 ORDER = ("count", "warn", "good", "note")
-MAKERS = {
-    **dict.fromkeys(("LambdaMeasureModel", "LambdaTuneFitted", "LambdaTrainHypersolver"), "statistics"),
-    "LambdaTrainAmed": "trained"
-}
-"""Nodes that make a calibration -> the solver's option that it is for."""
 
 Put = Callable[..., None]
 """put(kind of a line, key of WORDS, **values) shows a line."""
@@ -195,7 +190,7 @@ def _giver(graph: Graph, job: Job, kind: Kind | None) -> Mapping[str, Any] | Non
     """The node that hands the sampler its calibration, by a link or attached to its model; else None."""
     linked = bool(plan.source(graph[job.node], "calibration"))
     for k, giver in enumerate(plan.givers(graph, job) if kind else ()):
-        option = MAKERS.get(giver["class_type"])
+        option = plan.GIVERS.get(giver["class_type"])
         with suppress(ValueError):  # what is wrong with a file is said by _given
             if file := _file(giver):
                 found = load_calibration(store.existing(file))
@@ -277,7 +272,7 @@ def _about(graph: Graph, job: Job, model: runs.Model) -> Mapping[str, Any] | Non
 def _given(line: Put, kind: Kind, giver: Mapping[str, Any], about: Mapping[str, Any] | None,
            shown: Plan) -> None:
     """How a calibration stands that comes over a link."""
-    made = MAKERS.get(giver["class_type"])
+    made = plan.GIVERS.get(giver["class_type"])
     if made and made != kind.option:
         return line("warn", "misfit", name=giver["class_type"], fault=f"{kind.makes} makes what this sampler "
                                                                       f"needs")

@@ -33,6 +33,11 @@ NODE_IDS = {node_id(name): name for name in NODES}
 WRAPPERS = {"LambdaOptions": {"first_step": "evaluate"}}
 """Nodes from a sampler to one that still is that sampler -> the options they set, and by which value they do
 not."""
+GIVERS = {
+    **dict.fromkeys(("LambdaMeasureModel", "LambdaTuneFitted", "LambdaTrainHypersolver"), "statistics"),
+    "LambdaTrainAmed": "trained", "LambdaLoadCalibration": None}
+"""Nodes that hand out a calibration, and a model with it -> the solver's option that it is for; None where
+that depends on the file."""
 SCHEDULERS = [f"comfy_extras.nodes_{name}" for name in (  # in ComfyUI
     "custom_sampler", "align_your_steps", "gits", "optimalsteps")]
 HOSTS = ("KSampler", "KSamplerAdvanced", "KSamplerSelect")  # ComfyUI's nodes that may name a sampler of ours
@@ -198,17 +203,18 @@ def model_chain(graph: Graph, runs: str) -> list[tuple[str, dict[str, Any]]] | N
         if not link or link[0] not in graph:
             return None
         node = graph[link[0]]
-        if step == "model":
+        if step == "model" and node["class_type"] not in GIVERS:  # they leave it as it was
             chain.append((node["class_type"], {name: content for name, content in node["inputs"].items()
                                                if not isinstance(content, list)}))
     return None
 
 
 def givers(graph: Graph, job: Job) -> list[Mapping[str, Any]]:
-    """The nodes that hand calibrations to a sampler: the one linked to it, then those behind its model."""
-    applied = [node for node in _models(graph, job.runs) if node["class_type"] == "LambdaApplyCalibration"]
-    links = [source(node, "calibration") for node in (graph[job.node], *applied)]
-    return [graph.get(link[0], {"class_type": "", "inputs": {}}) for link in links if link]
+    """The nodes that hand calibrations to a sampler: the one linked to it, then those its model comes
+    through."""
+    link = source(graph[job.node], "calibration")
+    linked = [graph.get(link[0], {"class_type": "", "inputs": {}})] if link else []
+    return [*linked, *(node for node in _models(graph, job.runs) if node["class_type"] in GIVERS)]
 
 
 def value(node: Mapping[str, Any], name: str, kind: type | None = None) -> Any:
