@@ -30,7 +30,7 @@ LONGEST = [
     "server_metadata", "server", "workflows", "amed", "calibrate"
 ]
 """Where the most time goes. Two processes end together if what takes longest is begun first."""
-TOGETHER = {"browser", "package", "webui_real", "refit"}
+TOGETHER = {"browser", "package", "webui_real", "refit", "border"}
 """In one process, for a fixture that takes long to make; as are the tests of a server with the same flag. All
 others go to whichever process is free."""
 

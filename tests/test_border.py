@@ -174,26 +174,43 @@ def loads(missing):
     events = sys.modules[pack.__name__ + ".hosting.events"]
     print("listeners", len(events.listeners), sys.modules[pack.__name__ + ".nodes.settings"].read("x"))
 
-for case in sys.argv[1:]:
+def samples(folder):
+    import comfy.sample, folder_paths
+    from comfy_models import IMAGE, Network, model, prompt
+    folder_paths.models_dir = folder
+    comfy_host.pack()
+    latent = torch.zeros(1, *IMAGE)
+    noise = comfy.sample.prepare_noise(latent, 7)
+    with torch.inference_mode():
+        for name in ("lambda_2m", "lambda_v3", "lambda_fitted", "lambda_amed"):
+            for _ in range(2):
+                found = comfy.sample.sample(model(Network()), noise, 5, 1.0, name, "karras", prompt(0.5),
+                                            prompt(0.0), latent, seed=7, disable_pbar=True)
+                assert 0.9 < found.std() < 1.1 and 0.3 < found.mean() < 0.7, name  # data are 0.5 +- 1
+    kept = os.listdir(folder + "/solver_calibrations")
+    print("files", sum(name.endswith(".safetensors") for name in kept))
+
+for case in sys.argv[2:]:
     sys.stdout.flush()
     if not (copy := os.fork()):
         print("case", case)
         print("case", case, file=sys.stderr)
-        loads(case.split(","))
+        samples(sys.argv[1]) if case == "library" else loads(case.split(","))
         sys.stdout.flush()
         os._exit(0)
     os.waitpid(copy, 0)
 """
 CASES = ("server", "aiohttp",
-         "comfy_extras,comfy_extras.nodes_align_your_steps,comfy_extras.nodes_custom_sampler")
+         "comfy_extras,comfy_extras.nodes_align_your_steps,comfy_extras.nodes_custom_sampler", "library")
 
 
 @pytest.fixture(scope="module")
-def loaded() -> dict[str, tuple[str, str]]:
+def loaded(tmp_path_factory) -> dict[str, tuple[str, str]]:
     """What a process says, on both its outputs, that loads the pack where these modules cannot be imported,
-    and samples."""
-    done = subprocess.run([sys.executable, "-c", LOADED, *CASES], capture_output=True, text=True, cwd=ROOT,
-                          env={**os.environ}, timeout=300, check=True)
+    and samples; and one that measures for its samplers."""
+    done = subprocess.run([sys.executable, "-c", LOADED, str(tmp_path_factory.mktemp("models")), *CASES],
+                          capture_output=True, text=True, cwd=ROOT, env={**os.environ}, timeout=300,
+                          check=True)
     parts = [re.split("^case (.*)$", text, flags=re.MULTILINE) for text in (done.stdout, done.stderr)]
     out, err = (dict(zip(part[1::2], part[2::2])) for part in parts)
     return {case: (out[case], err[case]) for case in CASES}
@@ -222,6 +239,13 @@ def test_comfyui_s_scheduler_nodes_are_not_imported_but_looked_up(monkeypatch) -
 def test_without_comfyui_s_scheduler_nodes_the_interface_works(loaded) -> None:
     told, warned = loaded[CASES[2]]
     assert "listeners 2 None" in told, warned
+
+
+@NEEDS_FORK
+def test_every_kind_of_sampler_runs_and_measures_without_a_server(loaded) -> None:
+    """ComfyUI's modules as a library: nobody to show a progress to."""
+    told, warned = loaded["library"]
+    assert "files 3" in told, warned
 
 
 IMPORTED = (

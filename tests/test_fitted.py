@@ -281,7 +281,7 @@ def test_the_chosen_nodes_serve_any_solver() -> None:
     assert [math.log(1 / s)
             for s in sigmas[:-1]] == pytest.approx(fit_multistep(found, 5, start=math.log(1 / 14.6)).lam)
     assert sigmas[-1] == 0.0
-    for start, count in ((14.6, 600), (0.05, 3), (0.05, 1)):
+    for start, count in ((14.6, 60), (0.05, 3), (0.05, 1)):
         sigmas = fitted_sigmas(found, count, start)
         assert len(sigmas) == count + 1 and sigmas[0] == pytest.approx(start) and sigmas[-1] == 0.0
     for count in (0, -1):

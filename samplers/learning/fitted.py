@@ -131,11 +131,12 @@ def fit_multistep(calibration: Statistics, evaluations: int, *, order: int = 2, 
         return min((fit_weights(calibration, _even(low, last, many, clock, rho)[:evaluations], end, order)
                     for clock, rho, last in choices), key=lambda plan: plan.error)
 
-    if end is None and evaluations > 1:
-        high = max(high, low + SHORTEST)
-        lasts = high - (high - low) * np.linspace(0.0, HIGHEST, PLACES)
-        high = best((*EVEN[-1], last) for last in lasts.tolist()).lam[-1]
-    return best((*even, high) for even in EVEN)
+    if end is not None or evaluations == 1:
+        return best((*even, high) for even in EVEN)
+    high = max(high, low + SHORTEST)
+    lasts = high - (high - low) * np.linspace(0.0, HIGHEST, PLACES)
+    found = best((*EVEN[-1], last) for last in lasts.tolist())
+    return min(found, best((*even, found.lam[-1]) for even in EVEN[:-1]), key=lambda plan: plan.error)
 
 
 def _even(low: float, high: float, n: int, clock: str, rho: float) -> list[float]:
