@@ -13,7 +13,7 @@ from problems import Gaussian
 from samplers import (CalibrationError, Statistics, estimate_statistics, k_diffusion_sampler,
                       load_calibration)
 from samplers.learning import train_hypersolver
-from samplers.learning.hypersolver import (Conditions, Hypersolver, Network, error_of, flat, last_of, unflat)
+from samplers.learning.hypersolver import Conditions, Hypersolver, Network, flat, last_of, unflat
 from samplers.learning.train_hypersolver import School, ending, fit_hypersolver, hypersolver_cost, lessons
 from samplers.learning.storage import write_checked
 from samplers.schedule import PATHS
@@ -21,7 +21,7 @@ from test_calibrate import mixture, noise
 from test_fitted import calibration
 
 SIGMAS = torch.tensor([14.6, 5.0, 1.5, 0.4, 0.0], dtype=torch.float64)
-BOUNDS, END = np.array([[-3.0] * 8, [3.0] * 8]), np.array([-3.0, 0.0, 0.0, 9.0, 0.0, 1.0])
+BOUNDS, END = np.array([[-3.0] * 8, [3.0] * 8]), np.array([-3.0, 0.0, 9.0, 0.0])
 
 
 def hypersolver(seed: int | None = 0, channels: int = 3, counts: tuple[int, ...] = (2, 3, 4)) -> Hypersolver:
@@ -195,6 +195,7 @@ def test_what_gains_nothing_is_not_kept(monkeypatch) -> None:
     def ruined(network, *taught) -> tuple[Network, float]:
         with torch.no_grad():
             network.leave.bias.fill_(3.0)
+            network.sizes[1, 0] += 5.0  # rho
         return network, 1.0
 
     monkeypatch.setattr(train_hypersolver, "trained", ruined)
@@ -300,18 +301,23 @@ def test_every_image_is_in_one_lesson_of_a_round_and_some_begin_inside() -> None
                for lesson in pairs)  # neighbours
 
 
-def test_where_the_last_level_is_best_is_found_from_the_ends_of_runs() -> None:
-    chance, true, low, high = torch.Generator().manual_seed(0), (-3.2, 0.7, 0.9, -3.8, 0.9, 1.5), -2.7, 3.5
-    n = torch.randint(4, 11, (400,), generator=chance).double()
-    guidance, lam = (torch.rand(2, 400, generator=chance) * torch.tensor([[8.0], [3.1]])
-                     + torch.tensor([[1.0], [0.4]])).double()
-    mean = error_of(torch.tensor(true).double(), n, low, lam, guidance)
-    error = mean * (0.8 * torch.randn(400, generator=chance) - 0.32).double().exp()
-    found = ending(torch.stack([n, lam, guidance, error], 1), low)
+@pytest.mark.parametrize("orders", [(1.0, 2.0), (0.9, 1.6), (1.1, 2.2)])
+def test_where_the_last_level_is_best_is_found_from_the_ends_of_runs(orders) -> None:
+    """Of errors of the orders that are taken for them, and of others."""
+    chance, low, high = np.random.default_rng(0), -2.7, 3.5
+
+    def true(n, lam, guidance):
+        last, before = orders
+        g, h = np.log(guidance), (lam - low) / (n - 1)
+        return np.exp(-3.2 + 0.7 * g - last * lam) + np.exp(-3.8 + 0.9 * g) * h**before
+
+    n, guidance, lam = chance.integers(4, 11, 400), chance.uniform(1, 9, 400), chance.uniform(0.4, high, 400)
+    error = true(n, lam, guidance) * np.exp(0.8 * chance.standard_normal(400) - 0.32)
+    found = ending(torch.from_numpy(np.stack([n, lam, guidance, error], 1)), low).numpy()
+    places = np.linspace(0.5 * (low + high), high, 1000)
     for count, scale in ((4, 7.0), (10, 1.0), (6, 3.0)):
-        best, near = (float(error_of(torch.tensor(true).double(), count, low, torch.tensor(last_of(
-            np.array(end), count, low, high, [scale])), torch.tensor(scale))) for end in (true, found))
-        assert best <= near < 1.1 * best
+        best, near = (true(count, lam, scale) for lam in (places, last_of(found, count, low, high, [scale])))
+        assert 0.999 * best.min() <= near < 1.1 * best.min()
     few = ending(torch.tensor([[4.0, 1.0, 1.0, 0.1]], dtype=torch.float64), low)
     assert float((few - torch.tensor(train_hypersolver.USUAL)).abs().max()) < 1.0
 
@@ -355,7 +361,7 @@ def test_what_cannot_be_trained_is_refused_by_name(how: dict, message: str) -> N
     (lambda a: a.update({"hypersolver.counts": np.array([0])}), "must be from 1 to 1000"),
     (lambda a: a["hypersolver.enter.bias"].__setitem__(0, np.nan), "1 values that are not finite"),
     (lambda a: a.update({"hypersolver.bounds": -BOUNDS}), "the lowest and the highest"),
-    (lambda a: a.update({"hypersolver.end": np.zeros(4)}), "end has shape .4.: it must be .6."),
+    (lambda a: a.update({"hypersolver.end": np.zeros(6)}), "end has shape .6.: it must be .4."),
 ])
 def test_a_file_that_is_no_hypersolver_is_refused(tmp_path, change, message: str) -> None:
     arrays = {name: np.array(value) for name, value in having(hypersolver()).arrays().items()}

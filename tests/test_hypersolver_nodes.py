@@ -28,7 +28,7 @@ def hypersolver(channels: int = 4, size: float = 0.0):
     network = made.Network(channels)
     network.leave.bias.data += size
     bounds = np.array([[-9.0] * 7 + [math.log(LOW)], [9.0] * 7 + [math.log(HIGH)]])
-    end = np.array([-3.0, 0.5, 1.0, -3.0, 0.8, 2.0])
+    end = np.array([-3.0, 0.5, -3.0, 0.8])
     return part("samplers").Hypersolver(network.state_dict(), bounds, end, COUNTS)
 
 

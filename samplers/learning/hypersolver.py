@@ -199,7 +199,7 @@ class Hypersolver:
     """A network that was trained, on the CPU, and what for.
 
     weights: of a Network, by its names. bounds [2, 8]: the lowest and highest conditions that taught it;
-    others count as the nearest of them. end [6]: what tells where the last
+    others count as the nearest of them. end [4]: what tells where the last
     evaluation is, see `error_of`. counts: the numbers of steps at which it was better than without,
     on prompts held out. guidance: of the run, or of each image; without one, the middle of those that
     taught. """
@@ -226,8 +226,8 @@ class Hypersolver:
         if self.bounds.shape != size or (self.bounds[0] > self.bounds[1]).any():
             raise CalibrationError(
                 f"the hypersolver's bounds must be the lowest and the highest, {list(size)}")
-        if self.end.shape != (6,):
-            raise CalibrationError(f"the hypersolver's end has shape {list(self.end.shape)}: it must be [6]")
+        if self.end.shape != (4,):
+            raise CalibrationError(f"the hypersolver's end has shape {list(self.end.shape)}: it must be [4]")
         if any(not 1 <= n <= 1000 for n in self.counts):
             raise CalibrationError(f"the hypersolver's counts = {list(self.counts)} must be from 1 to 1000")
 
@@ -297,12 +297,12 @@ TRIED = 200    # places where it may be
 def error_of(end: Tensor, n: Tensor | int, start: float, lam: Tensor, guidance: Tensor) -> Tensor:
     """What n evaluations from lam = start to lam, and the step from there to x0, are expected to err:
 
-        e^(a + a' g - a" lam) + e^(b + b' g) h^b",       h = (lam - start) / (n - 1),  g = log guidance
+        e^(a + a' g - lam) + e^(b + b' g) h^2,       h = (lam - start) / (n - 1),  g = log guidance
 
-    The first is what the last step misses, the second what the steps before it do. end: the six numbers.
-    """
+    The first is what the last step misses, of first order in varsigma = e^-lam, the second what the steps
+    before it do, of second order in their length. end: a, a', b, b'. """
     h, g = (lam - start) / (n - 1), guidance.clamp(min=0.1).log()
-    return (end[0] + end[1] * g - end[2] * lam).exp() + (end[3] + end[4] * g).exp() * h**end[5]
+    return (end[0] + end[1] * g - lam).exp() + (end[2] + end[3] * g).exp() * h**2
 
 
 def last_of(end: np.ndarray, n: int, start: float, high: float, guidances: Sequence[float]) -> float:
