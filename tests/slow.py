@@ -47,7 +47,17 @@ SLOW = {
         "test_but_not_without_what_several_prompts_taught",
     "test_a_cancelled_refit_goes_on_from_what_was_done":
         "test_cut_short_it_goes_on_from_the_last_part_that_was_done",
-    "test_a_cancelled_training_goes_on_from_what_was_done": "test_cancelled_it_goes_on_with_what_was_done",
+    "test_a_cancelled_training_goes_on_from_what_was_done":
+        "test_it_goes_on_from_wherever_it_was_cut_short_and_ends_alike",
+    "test_cancelled_it_goes_on_with_what_was_done":
+        "test_it_goes_on_from_wherever_it_was_cut_short_and_ends_alike",
+    "test_what_was_kept_of_another_refit_is_not_used[noise|statistics|description]": "other cases",
+    "test_cut_short_it_goes_on_from_the_last_part_that_was_done[round]": "other cases",
+    "test_a_refit_is_used_for_its_number_of_steps_alone": "test_only_whole_runs_of_that_many_steps_use_it",
+    "test_a_guider_with_a_rule_of_its_own_is_measured_by_itself":
+        "test_without_guidance_every_guider_takes_what_another_or_the_nodes_have_measured",
+    "test_the_worse_the_images_the_farther_they_are[blur|contrast]": "other cases",
+    "test_every_stage_refines_the_same_image[2S midpoint|with corrector]": "other cases",
     "test_it_is_trained_and_says_before_what_it_costs_and_after_what_it_gained":
         "test_it_is_taught_from_nothing_in_calls_of_the_run_s_batch_and_says_before_what_it_costs",
     "test_a_flow_model_is_fitted_and_refitted_from_pure_noise": "test_flow_learns_what_ve_does",
@@ -66,7 +76,10 @@ BOTH_ENDS = ("test_an_edited_step_count_is_seen_at_once_on_the_sampler",
 Nodes 2.0; with --all these in all four interfaces, and in OPPOSITE all but the examples' runs and what opens
 the page anew. What is left is THOROUGH: it runs when it is named, as in python dev/test.py tests/browser."""
 OPENS_PAGE = ("test_a_server_that_says_nothing", "test_after_a_reload")
-RUNS_LONG = ("few_steps", "compare_samplers", "amed", "share", "flow_models", "classifier", "corrector", "v3")
+LONG = (*OPENS_PAGE, "test_a_sampler_without_statistics", "by_the_run_button", "saved_and_loaded_again")
+BUT = {"by_the_run_button": ("-ksampler", "-sampler_node"),
+       "saved_and_loaded_again": ("-ksampler", "-few_steps")}
+"""What of the browser's tests takes long, but for these examples."""
 QUICK, SLOW_REST, THOROUGH = "quick", "slow", "thorough"
 
 
@@ -85,8 +98,9 @@ def part(name: str, browser: bool) -> str:
     """QUICK, SLOW_REST or THOROUGH."""
     if not browser:
         return SLOW_REST if any(matches(key, name) for key in SLOW) else QUICK
-    runs, both = "by_the_run_button" in name, any(matches(key, name) for key in BOTH_ENDS)
-    opens = any(name.startswith(load) for load in OPENS_PAGE)
     if INTERFACE in name:
-        return SLOW_REST if opens or runs and any(example in name for example in RUNS_LONG) else QUICK
+        long = any(key in name and not any(example in name for example in BUT.get(key, ())) for key in LONG)
+        return SLOW_REST if long else QUICK
+    both, runs = any(matches(key, name) for key in BOTH_ENDS), "by_the_run_button" in name
+    opens = any(name.startswith(load) for load in OPENS_PAGE)
     return SLOW_REST if both or OPPOSITE in name and not runs and not opens else THOROUGH
