@@ -131,11 +131,11 @@ def measuring_at(kind: Kind, run: Run, how: str) -> Iterator[dict[str, Any]]:
 
 def kept(kind: Kind, result: Any, name: str = "") -> Path | None:
     """The file of this or its usual name in which a calibration is saved; None, with a warning, where nothing
-    can be written."""
+    can be written, or not under that name: what took hours is not lost to it."""
     try:
         path = store.spare(name or file_name(kind, result.about), result)
         result.save(path, overwrite=True)
-    except OSError as fault:
+    except (OSError, ValueError) as fault:
         say(f"warning: {kind.noun} measured, but not saved ({fault}): the next run measures "
             "again", logging.WARNING)
         return None

@@ -194,6 +194,19 @@ def test_a_file_keeps_what_it_says_of_its_training_and_is_named_after_it(folder)
     assert plain.shape == drawn.shape and not torch.equal(plain, drawn)
 
 
+def test_a_name_that_came_by_a_link_and_cannot_be_loses_nothing(folder, monkeypatch) -> None:  # noqa: F811
+    """Where it was not seen before the run."""
+    library, said = part("hosting.library"), []
+    monkeypatch.setattr(library, "say", lambda text, level=0: said.append(text))
+    found = statistics(hypersolver())
+    for name in ("../evil", "x" * 201):
+        assert library.kept(kind(), found, name) is None
+    assert len(said) == 2 and all("not saved (name = " in text for text in said)
+    assert library.kept(kind(), found, "mine") == folder / "mine.safetensors"
+    checked = part("nodes.knowledge").MeasureModel.validate_inputs
+    assert "cannot be a file" in checked(name="../evil") and checked(name=None) is True
+
+
 # --- teaching -----------------------------------------------------------------------------------------------
 
 def taught(network: Network, monkeypatch, cancel_after: int = 10**9, **changes):
