@@ -79,11 +79,8 @@ def place(name: str) -> Path:
     path = directory().joinpath(*parts[:-1], parts[-1] + ENDING)
     if not path.resolve().is_relative_to(directory().resolve()):
         raise ValueError(f"name = {name!r} leads out of {FOLDER} (through a link): choose another name")
-    directory().mkdir(parents=True, exist_ok=True)  # an OSError: no other name would help
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise ValueError(f"name = {name!r} leads through a file: choose another folder") from None
+    if any(map(Path.is_file, [*path.parents][:len(parts) - 1])):
+        raise ValueError(f"name = {name!r} leads through a file: choose another folder")
     return path
 
 
@@ -131,10 +128,6 @@ def shown(path: Path) -> str:
     return path.relative_to(directory()).as_posix()
 
 
-def partial(name: str) -> Path | None:
-    """Where a measurement is kept until it is whole; None if nothing can be written there."""
-    try:
-        return place(f"partial/{name}").with_suffix(".part")
-    except OSError as fault:
-        logging.warning("Lambda Solvers: a measurement that is cancelled cannot be gone on with: %s", fault)
-        return None
+def partial(name: str) -> Path:
+    """Where a measurement is kept until it is whole."""
+    return place(f"partial/{name}").with_suffix(".part")

@@ -67,8 +67,6 @@ class Learning(io.ComfyNode):
             return not (name or "").strip() or bool(store.place(name))
         except ValueError as fault:
             return str(fault)
-        except OSError:
-            return True  # no other name would help: what is found is not saved, and the run says so
 
 
 def _made(cls: type[io.ComfyNode], model: Any, result: Any, save: bool, name: str) -> io.NodeOutput:

@@ -110,6 +110,13 @@ def test_an_image_is_the_same_in_every_batch_and_its_places_see_11_by_11() -> No
     assert seen[7:18, 7:18].any(0).all() and not seen[:, :7].any() and not seen[18:].any()
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 8), (9, 17)])
+def test_images_of_every_size(size: tuple[int, int]) -> None:
+    x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1)) * SIGMAS[0]
+    out = run(having(hypersolver()), x, model=Gaussian())
+    assert out.shape == x.shape and out.isfinite().all()
+
+
 @pytest.mark.parametrize("shape", [(2, 3, 5, 4, 6), (2, 3, 7), (2, 3, 4, 6)])
 def test_frames_are_images(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

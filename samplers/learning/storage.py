@@ -116,7 +116,9 @@ def write_checked(path: Path, kind: str, tensors: Mapping[str, np.ndarray], abou
 
 
 def write_whole(path: Path, content: bytes, overwrite: bool) -> None:
-    """Put a file in place in one go: no reader, and no process killed half way, ever sees a part of it."""
+    """Put a file in place in one go: no reader, and no process killed half way, ever sees a part of it.
+    Folders that are missing are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         with open(temporary, "xb") as file:  # unlike mkstemp's, with the permissions that new files have here
