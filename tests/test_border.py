@@ -367,7 +367,8 @@ def test_a_calibration_is_known_by_where_it_came_from(monkeypatch, came: str, na
     monkeypatch.setattr(calibration, "choice", lambda *run: ("folder/one.safetensors", found)
                         if came == "saved" else None)
     monkeypatch.setattr(store, "partial", lambda name: None)
-    where = tmp_path / ("gone/gone" if came == "not written" else "") / "model-cfg3.safetensors"
+    (tmp_path / "a file").touch()
+    where = tmp_path / ("a file" if came == "not written" else "") / "model-cfg3.safetensors"
     monkeypatch.setattr(store, "spare", lambda name, content: where)
     one = {name: lambda *run: 1 for name in ("cost", "images", "sampled")}
     kind = types.SimpleNamespace(option="statistics", type=type(found), attachment="a", noun="statistics",
