@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 from pathlib import Path
 from typing import Any, Callable, Protocol
 
@@ -79,7 +80,7 @@ def place(name: str) -> Path:
     path = directory().joinpath(*parts[:-1], parts[-1] + ENDING)
     if not path.resolve().is_relative_to(directory().resolve()):
         raise ValueError(f"name = {name!r} leads out of {FOLDER} (through a link): choose another name")
-    if any(map(Path.is_file, [*path.parents][:len(parts) - 1])):
+    if any(map(os.path.isfile, [*path.parents][:len(parts) - 1])):  # False of what cannot be looked at
         raise ValueError(f"name = {name!r} leads through a file: choose another folder")
     return path
 
