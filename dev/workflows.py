@@ -101,7 +101,7 @@ class Canvas:
                 values.append(inputs[name] if name in inputs else options["default"] if "default" in
                               options else choices[0])
                 lines += 5 if options.get("multiline") else 1
-                if options.get("control_after_generate") or name in ("seed", "noise_seed"):
+                if options.get("control_after_generate", name in ("seed", "noise_seed")):
                     values.append("fixed")
                     lines += 1
                 if options.get("image_upload"):

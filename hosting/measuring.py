@@ -102,7 +102,8 @@ class Run:
         numbers, if they are not all from the first on, in order.
 
         The host has reserved memory for the run's own batch, so the model is asked for just so many images
-        at once, those of one prompt; if there are fewer, they are repeated.
+        at once, those of one prompt, or as many as the most of one; fewer are repeated, so that a compiled
+        model sees one shape.
         """
         if (now := float(sigma.max())) > self.pace.sigma:
             self.rewind()
@@ -111,10 +112,11 @@ class Run:
             self.block.begin()
         of = [k % self.prompts for k in (range(len(x)) if images is None else images)]
         rows, answers = [], []
+        most = max(map(of.count, {*of}))
         for prompt in sorted({*of}):
             left = [row for row, own in enumerate(of) if own == prompt]
             while left:
-                few, answer = self._answer(x, sigma, left, prompt)
+                few, answer = self._answer(x, sigma, left, prompt, most)
                 rows += few
                 answers.append(answer)
                 left = left[len(few):]
@@ -123,9 +125,11 @@ class Run:
         found = torch.cat(answers)
         return found if self.prompts == 1 else found[torch.tensor(rows).argsort()]
 
-    def _answer(self, x: Tensor, sigma: Tensor, rows: list[int], prompt: int) -> tuple[list[int], Tensor]:
-        """The first of these rows, as many as one call takes, and what the model says to them."""
-        batch = self.batch
+    def _answer(self, x: Tensor, sigma: Tensor, rows: list[int], prompt: int,
+                most: int) -> tuple[list[int], Tensor]:
+        """The first of these rows, as many as one call takes, `most` at most, and what the model says to
+        them."""
+        batch = min(self.batch, most)
         few = rows[:batch]
         asked = (few * batch)[:batch]
         try:
@@ -145,7 +149,7 @@ class Run:
         say(f"warning: out of memory while measuring {batch} images at once: going on with {batch // 2}. "
             "Measure with a smaller batch to avoid this", logging.WARNING)
         self.free_memory()
-        return self._answer(x, sigma, rows, prompt)
+        return self._answer(x, sigma, rows, prompt, most)
 
 
 USUAL = 20  # steps of an image, where none is sampled
@@ -175,21 +179,27 @@ class Progress:
     def __init__(self, what: str, run: Run, images: int, calls: int = 0) -> None:
         self.what, self.run, self.images, self.calls = what, run, images, calls
         self.start, self.done, self.total = time.monotonic(), 0, 1
-        self.before = run.pace.calls
+        self.before = self.at = run.pace.calls
         if calls:
             say(f"{what}: {as_long_as(calls, run.image)}")
             run.pace.called = self._called
 
     def __call__(self, done: int, total: int, loss: float = math.nan) -> None:
         self.run.check()
-        self.run.show(done, total)
-        self.done, self.total = done, total
+        self.done, self.total, self.at = done, total, self.run.pace.calls
+        self._show()
         left = self._seconds(total - done)
         error = "" if math.isnan(loss) else f", error {loss:.3g}"
         say(f"{self.what}: evaluation {done} of {total}, {self._cost(total)}{error}, "
             + (f"{left:.0f} s left" if left < 600 else f"{left / 60:.0f} min left"))
 
+    def _show(self) -> None:
+        """The bar, in calls of the model: evaluations of hundreds of images take minutes each."""
+        since = min(self.run.pace.calls - self.at, self._of(1))
+        self.run.show(round(self._of(self.done) + since), round(self._of(self.total)))
+
     def _called(self) -> None:
+        self._show()
         if self.run.pace.calls - self.before == TIMED:
             say(f"{self.what}: {self._cost(self.total)}, about {duration(self._seconds(self.total))}")
 

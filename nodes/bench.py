@@ -424,5 +424,9 @@ class References:
         return None
 
     def keep(self, model: Any, inputs: tuple, numbers: tuple, reference: Reference) -> None:
-        alive = [entry for entry in self.kept if entry[0]() is not None]
-        self.kept = [*alive[1 - self.MOST:], (weakref.ref(model), inputs, numbers, reference)]
+        """As long as the model is there: the inputs may hold a ControlNet."""
+        known = weakref.ref(model, self._gone)
+        self.kept = [*self.kept[1 - self.MOST:], (known, inputs, numbers, reference)]
+
+    def _gone(self, known: weakref.ref) -> None:
+        self.kept = [entry for entry in self.kept if entry[0] is not known]

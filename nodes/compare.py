@@ -32,7 +32,7 @@ def _inputs() -> list[io.Input]:
             "images and the first is shown")),
         io.Float.Input("cfg", default=5.0, min=0.0, max=100.0, step=0.1, round=False, tooltip=(
             "Guidance, as in KSampler")),
-        io.Int.Input("seed", default=0, min=0, max=2**64 - 1, control_after_generate=True, tooltip=(
+        io.Int.Input("seed", default=0, min=0, max=2**64 - 1, control_after_generate=False, tooltip=(
             "Of the noise that every sampler starts from. Another seed needs another reference")),
         io.String.Input("samplers", multiline=True, default=SAMPLERS, tooltip=(
             "One on each line: a name of KSampler's list, or lambda/ and a name of ours (lambda/dpm_2m), and "

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import Any, Callable, Mapping, Sequence
+from typing import Any, Callable, Iterable, Mapping, Sequence
 
 import comfy.model_sampling
 import comfy.sample
@@ -17,6 +17,7 @@ from ..hosting.kinds import kind_for
 from ..samplers.catalogue import Sampler
 from ..samplers.denoisers import plus
 from ..samplers.k_diffusion import k_diffusion_function
+from ..samplers.tensors import moved
 from . import first_steps
 
 REFUSED = {
@@ -72,6 +73,13 @@ def latent_for(model: Any, latent: dict) -> Tensor:
                **{name: latent[name] for name in inspect.signature(fix).parameters if name in latent})
 
 
+def one_of(name: str, value: str, choices: Iterable[str]) -> str:
+    """A choice, looked at again: ComfyUI before 0.27 lets any pass that an API prompt has."""
+    if value not in choices:
+        raise ValueError(f"{name} = {value!r} is no choice: choose one of {', '.join(choices)}")
+    return value
+
+
 def following(extra_args: Mapping[str, Any] | None, sigmas: Sequence[float]) -> dict[str, Any]:
     """extra_args that tell nodes which look their step up that a run goes over these levels, in new dicts."""
     options = (extra_args or {}).get("model_options", {})
@@ -79,7 +87,7 @@ def following(extra_args: Mapping[str, Any] | None, sigmas: Sequence[float]) -> 
     if "sample_sigmas" not in transformer:
         return dict(extra_args or {})
     own = transformer["sample_sigmas"]
-    told = torch.tensor(sigmas, dtype=own.dtype).unique().flip(0).to(own.device, non_blocking=True)
+    told = moved(torch.tensor(sigmas, dtype=own.dtype).unique().flip(0), own.device)
     transformer = {**transformer, "sample_sigmas": told}
     return {**extra_args, "model_options": {**options, "transformer_options": transformer}}
 

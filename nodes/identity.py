@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+import types
 from typing import Any, Callable, Iterator, Mapping
 
 import comfy.clip_vision
@@ -49,7 +50,7 @@ def fingerprint(patcher: Any) -> str:
 
 def patches(patcher: Any) -> list[str]:
     """What makes the model another one than its checkpoint, a line each; the same in every session."""
-    return [*_weights(patcher), *changed(patcher), *_sampling(patcher)]
+    return [*_weights(patcher), *_injected(patcher), *changed(patcher), *_sampling(patcher)]
 
 
 def _weights(patcher: Any) -> Iterator[str]:
@@ -62,6 +63,21 @@ def _weights(patcher: Any) -> Iterator[str]:
                 for tensor in _tensors(content):
                     digest.update(checkpoint.signs(tensor))
         yield f"{len(patcher.patches)} weights ({digest.hexdigest()[:8]})"
+
+
+def _injected(patcher: Any) -> Iterator[str]:
+    """A line for what comes around the weights when a run begins (a LoRA that bypasses them, functions of
+    single weights), with a hash of the tensors and numbers that it holds."""
+    around = {**patcher.injections, "weight functions": [*patcher.weight_wrapper_patches.items()]}
+    for kind, what in around.items():
+        if not what:
+            continue
+        held = [*_held(what)]
+        tensors = [thing for thing in held if isinstance(thing, Tensor)]
+        digest = hashlib.sha256(repr([thing for thing in held if not isinstance(thing, Tensor)]).encode())
+        for tensor in tensors[::max(1, len(tensors) // checkpoint.TENSORS)]:
+            digest.update(checkpoint.signs(tensor))
+        yield f"injected {kind} ({digest.hexdigest()[:8]})"
 
 
 def strengths(patcher: Any) -> list[float]:
@@ -235,6 +251,28 @@ def _callables(content: Any) -> Iterator[Callable]:
         yield from _callables(content.func)
     elif callable(content):
         yield content
+
+
+def _held(thing: Any, depth: int = 20) -> Iterator[Any]:
+    """The tensors in things, the numbers and words beside them in lists and tables, and what functions close
+    over; not those of networks, which may be the model's own."""
+    if isinstance(thing, (Tensor, int, float, str)):
+        yield thing
+    elif isinstance(thing, (torch.nn.Module, comfy.model_patcher.ModelPatcher)) or not depth:
+        return
+    elif isinstance(thing, (list, tuple)):
+        for part in thing:
+            yield from _held(part, depth - 1)
+    elif isinstance(thing, Mapping):
+        yield from _held([*thing.items()], depth - 1)
+    elif isinstance(thing, types.FunctionType):
+        yield from _held([cell.cell_contents for cell in thing.__closure__ or ()], depth - 1)
+    elif isinstance(thing, types.MethodType):
+        yield from _held(thing.__self__, depth - 1)
+    else:  # what it counts for itself may change from run to run
+        own = [value for value in getattr(thing, "__dict__", {}).values()
+               if not isinstance(value, (int, float, str))]
+        yield from _held(own, depth - 1)
 
 
 def _tensors(content: Any) -> Iterator[Tensor]:

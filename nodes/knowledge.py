@@ -19,9 +19,11 @@ from ..samplers.learning.train_hypersolver import ITERATIONS, spread
 from . import identity, picture, teaching
 from .calibration_socket import SOCKET, needed, outputs, attached
 from .guided_run import Run, measured
-from .host import CATEGORY, advanced
+from .host import CATEGORY, advanced, one_of
 from .prompts import PROMPTS
 
+WHOSE = {"any": "auto", "this": "every prompt"}
+"""The prompt that is measured at, and the rule under which samplers find it."""
 FITTED = f"From {STATISTICS_KIND.makes} with fitted on, or a file of it"
 
 
@@ -31,20 +33,23 @@ def _model(what: str) -> list[io.Input]:
         io.Conditioning.Input("positive", tooltip=f"The prompt that will be sampled; {what}"),
         io.Conditioning.Input("negative", tooltip="The negative prompt that will be used"),
         io.Float.Input("cfg", default=5.0, min=0.0, max=100.0, step=0.1, round=False,
-                       tooltip="Guidance: what is measured serves guidance within about 10 % of it"),
+                       tooltip=("Guidance. For any prompt it is rounded: to halves below 5, to whole "
+                                "numbers below 10; for this prompt it serves within about 10 % of it")),
         io.Latent.Input("latent_image", tooltip=(
             "Its shape is measured, and as many images at once as it has: 1 takes the least memory")),
     ]
 
 
 def _for(others: str) -> io.Input:
-    return advanced(io.Combo.Input("prompt", options=["any", "this"], default="any", tooltip=(
+    return advanced(io.Combo.Input("prompt", options=[*WHOSE], default="any", tooltip=(
         "any: at no prompt in particular, as samplers do that measure by themselves, so that they find it. "
         f"this: at the prompt that is connected; {others}")))
 
 
 def _seed(of: str) -> io.Input:
-    return advanced(io.Int.Input("seed", default=0, min=0, max=2**32 - 1, tooltip=f"Of the noise {of}"))
+    """One that stays: the interface would else draw another for every run, and nothing was gone on with."""
+    return advanced(io.Int.Input("seed", default=0, min=0, max=2**32 - 1, control_after_generate=False,
+                                 tooltip=f"Of the noise {of}"))
 
 
 def _save() -> io.Input:
@@ -77,7 +82,9 @@ def _made(cls: type[io.ComfyNode], model: Any, result: Any, save: bool, name: st
         taught = [*result.about.get("refits", {}).values(), result.about.get("hypersolver", {})]
         found = canonical.named(result.about) or any(told.get("prompts", 1) > 1 for told in taught)
         say(f"saved as {store.shown(path)}; samplers find it by themselves" + ("" if found else (
-            " where `measure` is every prompt, and this is the prompt")))
+            " where `measure` is every prompt, and this is the prompt"))
+            + ". Change the seed to see it: ComfyUI shows an old image again where nothing in its workflow "
+            "has changed")
     image = picture.of(result)
     return io.NodeOutput(result, image, attached(model, result), ui=ui.PreviewImage(image, cls=cls))
 
@@ -90,7 +97,7 @@ def _measured(cls: type[io.ComfyNode], kind: Kind, prompt: str, save: bool, name
 
     def measure(run: Run) -> Any:
         run = replace(run, options=options)
-        with measuring_at(kind, run, "auto" if prompt == "any" else "every prompt") as about:
+        with measuring_at(kind, run, WHOSE[one_of("prompt", prompt, WHOSE)]) as about:
             return kind.measure(run, about, _partial(kind, about, seed, *how.values()), seed=seed, **how)
 
     result = measured(model, [positive], negative, cfg, latent_image, seed, sigmas, measure)
@@ -201,7 +208,8 @@ class TuneFitted(Learning):
             category=CATEGORY,
             description="Learns levels and weights of lambda_fitted for one number of steps from its own "
                         "runs on the model, for all prompts from a dozen, or for one. Takes as long as about "
-                        "50 images of 20 steps for 5 steps, and 100 for 8; with a dozen prompts twice that.",
+                        "50 images of 20 steps for 5 steps, and 100 for 8; with a dozen prompts two or "
+                        "three times that.",
             inputs=[
                 *_model("what is learned is used for this prompt only, unless there are more prompts below"),
                 SOCKET.Input("calibration", tooltip=FITTED),

@@ -21,7 +21,7 @@ from ..samplers.denoisers import FIRST_STEPS, THRESHOLDS
 from . import nobody, settings
 from .calibration_socket import SOCKET, needed
 from .guided_run import Run
-from .host import CATEGORY, advanced, around, guided_by_step, sampler_function
+from .host import CATEGORY, advanced, around, guided_by_step, one_of, sampler_function
 
 
 def register() -> None:
@@ -72,6 +72,7 @@ def _node(family: Sampler, title: str) -> type[io.ComfyNode]:
 
         @classmethod
         def execute(cls, measure: str = "auto", calibration: Any = None, **options) -> io.NodeOutput:
+            one_of("measure", measure, RULES)
             if calibration is not None:
                 options[kind.option] = needed(kind, calibration, f"{title} (Lambda)")
             family.settings({**family.stand_ins,
@@ -125,7 +126,7 @@ def _measure(kind: Kind, condition: str) -> list[io.Input]:
     return [io.Combo.Input("measure", optional=True, options=list(RULES), default=RULES[0], tooltip=(
         f"{condition}Without {kind.noun} connected or attached: auto takes a saved file of this model and "
         "guidance, or measures and saves one once, at no prompt in particular; every prompt measures each "
-        "new prompt, which is more exact; saved only never measures; never uses none but given ones"))]
+        "new prompt, which is more exact; saved only never measures; never stops without one"))]
 
 
 def _input(name: str, option: Option) -> io.Input:
@@ -192,7 +193,7 @@ class SamplerOptions(io.ComfyNode):
             sampler = _skipping(sampler, first_step)
         if cfg_pp:
             sampler = guided_by_step(sampler)
-        bounded = THRESHOLDS[threshold]
+        bounded = THRESHOLDS[one_of("threshold", threshold, THRESHOLDS)]
         return io.NodeOutput(around(sampler, partial(bounded, quantile=quantile, bound=bound))
                              if bounded else sampler)
 

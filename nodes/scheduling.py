@@ -15,10 +15,11 @@ from ..samplers.schedule import Level, Path, find_path, levels
 from ..samplers.solver import finite
 from . import picture
 from .calibration_socket import SOCKET, needed
-from .host import CATEGORY, advanced, path_of
+from .host import CATEGORY, advanced, one_of, path_of
 from .knowledge import FITTED
 
 LISTS, FIT = ("list of sigmas", "list of lambdas"), "fitted"
+CHOICES = *CLOCKS, FIT, *LISTS
 
 
 class LambdaScheduler(io.ComfyNode):
@@ -36,7 +37,7 @@ class LambdaScheduler(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model that will be sampled: its noise levels are used"),
                 SOCKET.Input("calibration", optional=True, tooltip=f"For the clock fitted alone. {FITTED}"),
-                io.Combo.Input("clock", options=[*CLOCKS, FIT, *LISTS], default="lambda", tooltip=(
+                io.Combo.Input("clock", options=[*CHOICES], default="lambda", tooltip=(
                     "What is divided evenly. lambda: half the log of the signal-to-noise ratio; sigma: sigma "
                     "/ alpha, with rho 7 that of karras; t: the model's own time, with rho 2 DDIM's "
                     "quadratic; linear, cosine: the time of the continuous VP schedules. fitted: chosen for "
@@ -71,6 +72,7 @@ class LambdaScheduler(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, clock: str, steps: int, rho: float, denoise: float, sigma_max: float,
                 sigma_min: float, to_zero: bool, values: str, calibration: Any = None) -> io.NodeOutput:
+        one_of("clock", clock, CHOICES)
         sampling = model.get_model_object("model_sampling")
         path = find_path(path_of(sampling))
         if not sigma_max and denoise < 1.0:

@@ -17,7 +17,7 @@ PAGE: list[dict[str, Any]] = [
                 "take a saved one of this "
                 "model and guidance, or measure and save one, at no prompt in particular; every prompt: "
                 "measure each new prompt; saved only: never measure; "
-                "never: stop. The environment variable LAMBDA_SOLVERS_CALIBRATION goes before"},
+                "never: stop. The environment variable LAMBDA_SOLVERS_CALIBRATION overrides this"},
     {"id": PLOT, "category": ["Lambda Solvers", "Display", "Plot"], "type": "boolean", "defaultValue": True,
      "name": "Draw the schedule on sampler nodes",
      "tooltip": "The line is lambda, half the log of the signal-to-noise ratio, over the steps; the dots are "

@@ -10,7 +10,7 @@ from ..hosting.events import say
 from ..hosting.kinds import PROMPTS, STATISTICS_KIND, pure_noise
 from ..hosting.library import faults
 from ..hosting.measuring import Progress, resumable
-from ..samplers import Statistics, fit_hypersolver, fitted_sigmas, hypersolver_cost
+from ..samplers import Statistics, fit_hypersolver, fitted_sigmas, hypersolver_bytes, hypersolver_cost
 from ..samplers.learning.train_hypersolver import ROUNDS
 from ..samplers.schedule import find_path
 from ..samplers.solver import finite
@@ -28,6 +28,8 @@ def teach(run: Run, found: Statistics, steps: Sequence[int], images: int, about:
     prompts = [k % run.prompts for k in range(count)]
     plain, counts = replace(found, hypersolver=None), [n - opening for n in steps]
     run = replace(run, grid=fitted_sigmas(plain.for_another_prompt(), max(steps), highest, run.path))
+    kept = hypersolver_bytes(run.x.shape, prompts, counts)
+    say(f"the hypersolver's training keeps {kept / 1e9:.2g} GB in host memory, and on disk until it is done")
     progress = Progress("training the hypersolver", run, count, calls(run, prompts, counts, opening))
     with resumable("the training", partial, run):
         result = fit_hypersolver(

@@ -41,11 +41,11 @@ from .learning.refit import refit_multistep
 from .learning.statistics import Statistics
 from .learning.storage import CalibrationError
 from .learning.train_amed import fit_amed
-from .learning.train_hypersolver import fit_hypersolver, hypersolver_cost
+from .learning.train_hypersolver import fit_hypersolver, hypersolver_bytes, hypersolver_cost
 from .model import UnsteadyModel
 from .schedule import PATHS
 
 __all__ = ["Amed", "FAMILIES", "Hypersolver", "PATHS", "Plan", "SAMPLERS", "Statistics", "CalibrationError",
            "UnsteadyModel", "estimate_statistics", "fit_amed", "fit_hypersolver", "fit_multistep",
-           "fitted_sigmas", "hypersolver_cost", "k_diffusion_sampler", "load_calibration", "nfe",
-           "refit_multistep"]
+           "fitted_sigmas", "hypersolver_bytes", "hypersolver_cost", "k_diffusion_sampler",
+           "load_calibration", "nfe", "refit_multistep"]

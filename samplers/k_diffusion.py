@@ -162,7 +162,8 @@ class _Denoiser:
         if not self.seen or self.like.is_meta or kind not in (None, FloatingPointError):
             return
         sigmas, sums = zip(*self.seen)
+        steps = len(self.falling) - 1
         for sigma, total in zip(sigmas, torch.stack(sums).tolist()):
             if not math.isfinite(total):
-                raise not_finite(
-                    sigma, f" in step {bisect_right(self.falling, -sigma)} of {len(self.falling) - 1},")
+                step = min(bisect_right(self.falling, -sigma), steps)  # one may ask at its end
+                raise not_finite(sigma, f" in step {step} of {steps},")

@@ -9,6 +9,7 @@ import torchsde
 from torch import Tensor
 
 from .schedule import Level
+from .tensors import moved
 
 LAM_LIMIT = 16        # the path runs over lam in [-16, 16]: sigma from 9e6 to 1e-7
 CELLS_PER_LAM = 4096  # a power of two: every time the path is asked for is then a node of the tree
@@ -56,4 +57,4 @@ class BrownianNoise:
         xi = torch.stack([tree(start, end) for tree in self.trees]).mul_(self.scale * (end - start) ** -0.5)
         if xi.device != self.like.device and self.like.is_cuda:
             xi = xi.pin_memory()  # a pageable copy would wait for the GPU
-        return xi.to(self.like, non_blocking=True)
+        return moved(xi, self.like.device).to(self.like.dtype)

@@ -72,12 +72,18 @@ class VarianceExploding:
         return Level(lam, 1.0, exp(-lam))
 
 
+ROUNDING = 2.0**-22
+"""Hosts compute schedules in float32: a shifted flow's highest level comes out beside 1 by a rounding or two,
+and is 1."""
+
+
 class RectifiedFlow:
     """alpha = 1 - sigma: x = (1 - sigma) x0 + sigma eps, lam = log((1 - sigma) / sigma)."""
 
-    sigma_limit = 1.0
+    sigma_limit = 1.0 + ROUNDING
 
     def level(self, sigma: float) -> Level:
+        sigma = 1.0 if abs(sigma - 1.0) <= ROUNDING else sigma
         return Level(_log(1.0 - sigma) - _log(sigma), 1.0 - sigma, sigma)
 
     def at(self, lam: Number) -> Level:
@@ -119,6 +125,7 @@ def levels(sigmas: Sequence[float] | Tensor | np.ndarray, path: Path) -> list[Le
     if not sigmas:
         raise ValueError(
             "sigmas is empty: give the noise levels from the start to the end, at least one number")
+    found: list[Level] = []
     for i, sigma in enumerate(sigmas):
         if not math.isfinite(sigma):
             raise ValueError(
@@ -132,13 +139,14 @@ def levels(sigmas: Sequence[float] | Tensor | np.ndarray, path: Path) -> list[Le
                 f"{type(path).__name__} path: use this model's own scheduler, or path='ve' for Karras/EDM "
                 "sigmas"
             )
-        if i and sigma >= sigmas[i - 1]:
+        found.append(path.level(sigma))
+        if i and found[i].sigma >= found[i - 1].sigma:
             fault, remedy = (("repeats", "remove the repeated value, or ask the scheduler for fewer steps")
-                             if sigma == sigmas[i - 1] else
+                             if found[i].sigma == found[i - 1].sigma else
                              ("is above", "sort the sigmas from high to low (unsampling is not supported)"))
             raise ValueError(f"sigmas must strictly decrease, but sigmas[{i}] = {sigma:.6g} {fault} "
                              f"sigmas[{i - 1}] = {sigmas[i - 1]:.6g}: {remedy}")
-    return [path.level(float(sigma)) for sigma in sigmas]
+    return found
 
 
 def _log(value: float) -> float:

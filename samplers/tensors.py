@@ -10,6 +10,12 @@ Coefficient = float | np.ndarray | Tensor
 is `placed`."""
 
 
+def moved(v: Tensor, device: torch.device) -> Tensor:
+    """v on a device; not waited for where that is safe, on CUDA. MPS would read what is freed by then
+    (PyTorch's issue 189690)."""
+    return v.to(device, non_blocking=device.type == "cuda")
+
+
 def placed(coefficient: Coefficient, x: Tensor) -> Coefficient:
     """The coefficient where x is and in its precision; done before the loop, so that no step waits for a
     copy.
@@ -25,7 +31,7 @@ def placed(coefficient: Coefficient, x: Tensor) -> Coefficient:
                 f"coefficients of shape {list(coefficient.shape)} do not fit x of shape {list(x.shape)}: "
                 "statistics by channel or element serve only latents like those they were measured on; "
                 "measure with pool = 'all', which serves every shape")
-        return torch.from_numpy(coefficient).to(x.dtype).to(x.device, non_blocking=True)
+        return moved(torch.from_numpy(coefficient).to(x.dtype), x.device)
     return coefficient
 
 

@@ -7,11 +7,11 @@ from typing import Mapping
 import numpy as np
 from safetensors.numpy import save
 
-from samplers.learning.storage import seal
+from samplers.learning.storage import digest, seal
 
 
 def sealed(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
-    own = seal(metadata.get("format", ""), metadata.get("about", "{}"), tensors)
+    own = seal(metadata.get("format", ""), metadata.get("about", "{}"), digest(tensors))
     return save(dict(tensors), {**metadata, "seal": own})
 
 

@@ -104,11 +104,12 @@ def test_what_every_prompt_measures_is_that_prompt_s_own(folder) -> None:  # noq
 def test_a_text_of_nearly_the_same_size_is_taken_for_the_same() -> None:
     text = part("hosting.canonical").Text
     spoken = torch.randn(1, 77, 16, generator=torch.Generator().manual_seed(1))
-    padded = torch.cat([spoken, torch.zeros(1, 51, 16)], 1)
+    padded = torch.cat([spoken, torch.zeros(1, 179, 16)], 1)
     assert text.like(spoken, False) == text((1, 77, 16), 1.0) == text.like(1.2 * spoken, False)
     # tokens of zeros say nothing of the size
-    assert text.like(padded, False) == text((1, 128, 16), 1.0)
-    assert text.like(spoken.repeat(1, 2, 1), False).shape == (1, 128, 16)   # 154 tokens
+    assert text.like(padded, False) == text((1, 256, 16), 1.0)
+    for several in (2, 3):  # as many times 77 tokens
+        assert text.like(spoken.repeat(1, several, 1), False).shape == (1, 77, 16)
     assert text.like(9.0 * spoken, False).scale == 8.0 and text.like(spoken[:, 0], False).shape == (1, 16)
     assert text.like(spoken, True).scale == 0.0 and text.like(0.0 * spoken, False).made(0).abs().max() == 0.0
     assert text.like(spoken, False).made(1).std() == pytest.approx(1.0, abs=0.1)

@@ -12,9 +12,9 @@ import torch
 from problems import Gaussian
 from samplers import (CalibrationError, Statistics, estimate_statistics, k_diffusion_sampler,
                       load_calibration)
-from samplers.learning import train_hypersolver
+from samplers.learning import hypersolver as hypersolver_module, train_hypersolver
 from samplers.learning.hypersolver import Conditions, Hypersolver, Network, flat, last_of, unflat
-from samplers.learning.train_hypersolver import School, ending, fit_hypersolver, hypersolver_cost, lessons
+from samplers.learning.train_hypersolver import School, ending, fit_hypersolver, hypersolver_bytes, hypersolver_cost, lessons
 from samplers.learning.storage import write_checked
 from samplers.schedule import PATHS
 from test_calibrate import mixture, noise
@@ -128,6 +128,22 @@ def test_frames_are_images(shape: tuple[int, ...]) -> None:
         torch.testing.assert_close(whole[:, :, 2], frames, rtol=1e-5, atol=1e-6)
 
 
+def test_frames_are_looked_at_a_few_at_once(monkeypatch) -> None:
+    x, found = 14.6 * torch.randn(3, 3, 5, 4, 6), having(replace(hypersolver(), guidance=(2.0, 5.0, 7.0)))
+    whole = run(found, x, model=Gaussian())
+    monkeypatch.setattr(hypersolver_module, "AT_ONCE", 2 * 24)
+    torch.testing.assert_close(run(found, x, model=Gaussian()), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_of_a_video_one_frame_is_kept_of_each_of_its_runs_always_the_same() -> None:
+    x = torch.arange(2.0 * 3 * 7 * 60 * 40).reshape(2, 3, 7, 60, 40)
+    school = School(*[None] * (len(School.__dataclass_fields__) - 1), seed=3)
+    first, again = school.crop(x, [0, 5]), school.crop(x[1:], [5])
+    assert first.shape == (2, 3, 1, 48, 40) and torch.equal(first[1:], again)
+    assert school.crop(x[:, :, 0], [0, 5]).shape == (2, 3, 48, 40)
+    assert school.crop(x[..., 0], [0, 5]).shape == (2, 3, 7, 48)
+
+
 def test_each_image_may_have_a_guidance_of_its_own() -> None:
     x = noise(3, seed=5)
     each = run(having(replace(hypersolver(), guidance=(2.0, 5.0, 7.0))), x)
@@ -188,6 +204,15 @@ def test_it_costs_what_was_said_beforehand() -> None:
     told = found.about["hypersolver"]
     assert told["evaluations"] == max(done for done, _ in seen) <= seen[0][1]
     assert seen[0][1] == hypersolver_cost([k // 4 for k in range(24)], (3, 4)) <= told["evaluations"] + 1
+
+
+def test_it_keeps_as_much_as_was_said_beforehand(monkeypatch) -> None:
+    kept = []
+    monkeypatch.setattr(train_hypersolver.Course, "keep", lambda self, done, found: kept.append(
+        sum(v.numel() * v.element_size() for name, v in found.items() if not name.startswith("net."))))
+    fitted(iterations=1)
+    said = hypersolver_bytes((1, 3, 4, 4), [k // 4 for k in range(24)], (3, 4))
+    assert said < max(kept) < 1.2 * said  # conditions, and this test's float64
 
 
 def test_a_file_makes_the_same_images(tmp_path) -> None:

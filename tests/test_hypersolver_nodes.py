@@ -82,8 +82,9 @@ def test_some_of_the_images_are_asked_under_their_own_prompts_and_guidances(batc
     answers = part("nodes.guided_run").measured(
         model(network), positives, prompt(-3.0), 2.0, {"samples": torch.zeros(batch, *IMAGE)}, 0, None, asked,
         [scale / 2.0 for scale in scales])
-    assert [call.context[0 if len(call.context) == batch else -1] for call in network.calls] == calls
-    conds = [len(call.context) // batch for call in network.calls]
+    size = min(batch, 2)
+    assert [call.context[0 if len(call.context) == size else -1] for call in network.calls] == calls
+    conds = [len(call.context) // size for call in network.calls]
     assert conds == [1 if value == 0 else 2 for value in calls]  # at guidance 1 no unconditional answer
     for row, number in enumerate(numbers):
         k = number % 3

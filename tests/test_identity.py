@@ -370,6 +370,28 @@ def patched(*loras: tuple[int, float, range]) -> dict:
     return identity().description(guider(patcher, prompt(0.3), prompt(0.0)))
 
 
+def test_a_lora_that_bypasses_the_weights_makes_it_another_model() -> None:
+    """As ComfyUI's does, by an injection that holds its tensors and its strength."""
+    def lines(seed: int, strength: float) -> list[str]:
+        patcher, generator = model(Network()), torch.Generator().manual_seed(seed)
+        from comfy.model_patcher import PatcherInjection
+
+        class Manager:
+            def __init__(self) -> None:
+                adapter = types.SimpleNamespace(weights=(torch.randn(8, 2, generator=generator), None))
+                self.adapters, self.hooks = {"diffusion_model.0.weight": (adapter, strength)}, []
+
+            def injection(self) -> PatcherInjection:
+                return PatcherInjection(inject=lambda patcher: self.hooks.append(1), eject=lambda patcher: 0)
+
+        patcher.set_injections("bypass_lora", [Manager().injection()])
+        return identity().patches(patcher)
+
+    assert identity().patches(model(Network())) == []
+    assert lines(0, 1.0) == lines(0, 1.0) and lines(0, 1.0)[0].startswith("injected bypass_lora (")
+    assert len({*map(tuple, (lines(0, 1.0), lines(1, 1.0), lines(0, 0.5)))}) == 3
+
+
 @pytest.mark.parametrize("lora, left", [(0.0, -1.0), (0.4, -1.8)])
 def test_the_fingerprint_is_the_checkpoint_s_while_loras_and_hooks_have_patched_its_weights(lora,
                                                                                             left) -> None:

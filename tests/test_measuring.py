@@ -34,7 +34,8 @@ def test_a_model_that_takes_the_run_s_batch_and_no_more_is_measured_in_calls_of_
                                                                                           batch) -> None:
     network = Network(most=batch)
     result = sampled(made(network), listed(name), batch)
-    assert result.isfinite().all() and {call.images for call in network.calls} == {batch}
+    shapes = {call.images for call in network.calls}  # of the run, and of what is measured before
+    assert result.isfinite().all() and max(shapes) == batch and len(shapes) <= 2
     assert len(network.calls) > 5 or name == "lambda_2m"
 
 
@@ -58,14 +59,15 @@ def test_images_that_have_conditions_of_their_own_keep_them(batch: int) -> None:
     assert [call.context for call in network.calls] == {1: [[0.0]] * 3, 2: [[0.0, 1.0], [0.0, 1.0]]}[batch]
 
 
-@pytest.mark.parametrize("batch, asked", [(1, [0, 0, 10, 10, 20]), (2, [0, 10, 20]), (3, [0, 10, 20])])
-def test_every_image_is_evaluated_under_its_own_prompt(batch: int, asked: list[int]) -> None:
+@pytest.mark.parametrize("batch, asked", [(1, [[0], [0], [10], [10], [20]]), *(
+    (batch, [[0, 0], [10, 10], [20, 20]]) for batch in (2, 3))])
+def test_every_image_is_evaluated_under_its_own_prompt(batch: int, asked: list[list[int]]) -> None:
     network = Network(most=batch)
     x = torch.randn(5, *IMAGE)
     answers = part("nodes.guided_run").measured(
         model(network), [prompt(0.0), prompt(10.0), prompt(20.0)], prompt(0.0), 1.0,
         {"samples": torch.zeros(batch, *IMAGE)}, 0, None, lambda run: run.denoise(x, torch.full((5,), 0.5)))
-    assert [call.context for call in network.calls] == [[value] * batch for value in asked]
+    assert [call.context for call in network.calls] == asked
     assert answers.mean((1, 2, 3)).sub(torch.tensor([0.0, 10.0, 20.0, 0.0, 10.0])).abs().max() < 1.5
 
 

@@ -186,6 +186,30 @@ def test_a_node_refuses_what_the_server_let_through() -> None:
         node.execute(order=2, prediction="data", rule="heun", lower_order_final="auto")
 
 
+@pytest.mark.parametrize("node, name, values", [
+    ("LambdaSamplerFitted", "measure", {"order": 2, "nodes": "chosen"}),
+    ("LambdaOptions", "threshold", {"sampler": "euler", "first_step": "evaluate", "quantile": 1.0, "bound": 1.0}),
+    ("LambdaScheduler", "clock", {"model": None, "steps": 3, "rho": 1.0, "denoise": 1.0, "sigma_max": 0.0,
+                                  "sigma_min": 0.0, "to_zero": True, "values": ""})])
+def test_a_choice_that_there_is_not_is_refused_by_its_name(node: str, name: str, values: dict) -> None:
+    if "sampler" in values:
+        values = {**values, "sampler": comfy_sampling() and sampler_of(values["sampler"])}
+    with pytest.raises(ValueError, match=f"{name} = 'Auto' is no choice: choose one of "):
+        nodes()[node].execute(**values, **{name: "Auto"})
+
+
+def sampler_of(name: str):
+    import comfy.samplers
+    return comfy.samplers.ksampler(name)
+
+
+def test_no_seed_of_ours_is_changed_by_the_interface() -> None:
+    """It would draw another for every run, unless told: then nothing goes on where it was cut short."""
+    seeds = [spec for node in nodes().values() for kind in node.INPUT_TYPES().values()
+             for name, spec in kind.items() if name in ("seed", "noise_seed")]
+    assert len(seeds) == 5 and all(spec[1]["control_after_generate"] is False for spec in seeds)
+
+
 @pytest.mark.parametrize(("classes", "path"), [(["EPS"], "ve"), (["V_PREDICTION"], "ve"), (["EDM"], "ve"),
                                                (["X0"], "ve"), (["COSMOS_RFLOW"], "ve"), (["CONST"], "flow")])
 def test_the_path_follows_from_the_model_s_sampling_class(classes: list[str], path: str) -> None:

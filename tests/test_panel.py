@@ -390,7 +390,7 @@ SMALL = "about 1 s"  # all that the tests' model takes
 
 def images(evaluations: int, many: int, image: int) -> str:
     """So many evaluations, each of so many images, in images of so many."""
-    return f"as long as {round(evaluations * many / image)} images"
+    return f"as long as {round(evaluations * many / image)} images like this"
 
 
 def test_before_a_run_the_status_says_what_is_known_and_what_not(monkeypatch, saved) -> None:

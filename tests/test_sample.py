@@ -290,6 +290,15 @@ def test_nan_from_the_model_is_reported_with_step_and_sigma(name: str, bad: floa
         assert "step 4 of 6, at sigma = 0.8" in str(caught.value)
 
 
+def test_a_fault_at_the_end_of_a_run_is_one_of_its_last_step() -> None:
+    """Heun's second evaluation of a step is where the step arrives."""
+    def model(x, sigma, **extra):
+        return Gaussian()(x, sigma) + (math.nan if sigma[0] < 0.6 else 0)
+
+    with pytest.raises(FloatingPointError, match="in step 4 of 4, at sigma = 0.5"):
+        run("heun", ("ve", torch.tensor([14.0, 7.0, 3.0, 1.0, 0.5])), model=model)
+
+
 @pytest.mark.parametrize(("call", "message"), [
     (lambda: k_diffusion_sampler("dpmpp_4m"), "unknown sampler 'dpmpp_4m': choose one of dpmpp_1m, dpmpp_2m"),
     (lambda: nfe("euler", 5), "unknown sampler 'euler': choose one of"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 from hypothesis import given, strategies as st
 
 from samplers.schedule import PATHS, levels
@@ -56,3 +57,16 @@ def test_flow_and_ve_have_the_same_lam_at_the_same_ratio() -> None:
 def test_an_unusable_schedule_is_refused_by_value_and_remedy(sigmas, path: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         levels(sigmas, PATHS[path])
+
+
+@pytest.mark.parametrize("shift", [1.32, 1.66, 1.83, 2.86, 2.89, 3.0, 4.03])
+def test_a_shifted_flow_begins_at_one_however_its_float32_is_rounded(shift: float) -> None:
+    """As ComfyUI computes shift t / (1 + (shift - 1) t): at t = 1 it is beside 1 for one shift in fourteen."""
+    t = torch.tensor([1.0, 0.7, 0.3])
+    sigmas = shift * t / (1.0 + (shift - 1.0) * t)
+    first, second, _ = levels(sigmas, PATHS["flow"])
+    assert (first.lam, first.alpha, first.sigma) == (-math.inf, 0.0, 1.0) and math.isfinite(second.lam)
+    with pytest.raises(ValueError, match="is above 1"):
+        levels([1.000001, 0.5], PATHS["flow"])
+    with pytest.raises(ValueError, match="repeats"):
+        levels([1.0000001, 0.9999999, 0.5], PATHS["flow"])

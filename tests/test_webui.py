@@ -211,6 +211,22 @@ def test_a_measurement_is_made_at_nobody_s_prompt_and_leaves_the_job_as_it_was(b
     assert [path.stem.rpartition("-")[2] for path in files(bent)] == ["cfg2", "cfg7"]
 
 
+def test_the_loras_of_a_prompt_are_named_with_what_extensions_read_from_it(bent) -> None:
+    def network(*items: str) -> types.SimpleNamespace:
+        return types.SimpleNamespace(items=list(items))
+
+    def said(**more) -> tuple[list[str], list[float]]:
+        p = bent.job(extra_network_data={"lora": [network("a", "0.5", "unet=1", "lbw=MIDD", "stop=10")],
+                                         "lyco": [network("b", "1")]}, **more)
+        told = bent.part("webui.checkpoint").description(p, {"cond": p.cond, "uncond": p.uncond, "cond_scale": 2.0})
+        return told["patches"], told["strengths"]
+
+    assert said() == said(is_hr_pass=True) == (["LoRA a lbw=MIDD stop=10", "LoRA b"], [0.5, 1.0, 1.0])
+    second = {"is_hr_pass": True, "hr_extra_network_data": {"lora": [network("c", "0.8")]}}
+    assert said(**second) == (["LoRA c"], [0.8])
+    assert said(is_hr_pass=True, hr_extra_network_data={}) == ([], [])
+
+
 def test_what_is_measured_is_told_at_the_progress_bar(bent) -> None:
     told = []
     bent.called = lambda: told.append(bent.state.textinfo)

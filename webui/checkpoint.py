@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any, Iterator, Mapping
+from typing import Any, Iterator, Mapping, Sequence
 
 from modules import prompt_parser, shared
 from torch import Tensor
@@ -18,13 +18,34 @@ POOLED = 1280
 def description(p: Any, extra_args: Mapping[str, Any]) -> dict[str, Any]:
     """As a file says what it was measured on; the same in ComfyUI for the same checkpoint, without LoRAs."""
     name, digits = checkpoint()
-    loras = [network.items for network in (p.extra_network_data or {}).get("lora", [])]
+    loras = [lora(items) for items in networks(p)]
     return {"model": f"{name}-{digits}", "fingerprint": digits,
-            "patches": [*map(plain, [*(f"LoRA {items[0]}" for items in loras), *changed()])],
-            "strengths": [float(item.rpartition("=")[2]) for items in loras for item in items[1:]],
+            "patches": [*map(plain, [*(patch for patch, _ in loras), *changed()])],
+            "strengths": [strength for _, strengths in loras for strength in strengths],
             "guidance": guidance(p, extra_args), "distilled": distilled(extra_args),
             "conditions": conditions(p, extra_args),
             "any": digest({"positive": texts(positive(extra_args), False)})}
+
+
+def networks(p: Any) -> list[list[str]]:
+    """What a prompt says of every LoRA: its name, and strengths behind it. The second pass may have its
+    own."""
+    told = getattr(p, "hr_extra_network_data", None) if getattr(p, "is_hr_pass", False) else None
+    if told is None:
+        told = p.extra_network_data or {}
+    return [network.items for name in ("lora", "lyco") for network in told.get(name, [])]
+
+
+def lora(items: Sequence[str]) -> tuple[str, list[float]]:
+    """How a LoRA is named, and its strengths; what else extensions read from a prompt belongs to the name."""
+    strengths, others = [], []
+    for item in items[1:]:
+        key, _, value = item.rpartition("=")
+        try:
+            strengths.append(float(value)) if key in ("", "te", "unet", "dyn") else others.append(item)
+        except ValueError:
+            others.append(item)
+    return " ".join(["LoRA", items[0], *others]), strengths
 
 
 def of_job(p: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import samplers
-from samplers.learning.train_hypersolver import fit_hypersolver, spread
+from samplers.learning.train_hypersolver import HELD_OUT, fit_hypersolver, spread
 
 from .problems import TINY_EMOJI, Emoji, model_sampling, starting_noise
 
@@ -28,20 +28,30 @@ face, thinking face, winking face, avocado, banana, bread, carrot, cheese wedge,
 grapes, hamburger, ice cream, lemon, lollipop, peach, pineapple, pizza, shortcake, tangerine, tomato,
 watermelon, sun, star, fire, droplet, evergreen tree, cactus, tulip"""
 STYLES = ("noto", "fluent", "flat", "blob")
-SIZE = {"prompts": 192, "images": 4, "guidances": (1.0, 9.0)}
-ROUNDS = 3
+PROMPTS, IMAGES, ROUNDS = 360, 6, 3
+RANGES = (1.0, 9.0), (4.0, 9.0)  # of guidance, each for as many of the prompts
 FILE = TINY_EMOJI / "hypersolver.safetensors"
 
 
 def teaching(count: int) -> list[str]:
-    """So many prompts, none of them evaluated: what the checkpoint learned, and then some with a style."""
+    """So many prompts, none of them evaluated: what the checkpoint learned, as it is and in every style.
+
+    Those that fit_hypersolver holds out are of names of their own: another style of a name that teaches
+    would flatter what learns pictures by heart.
+    """
     known = [" ".join(name.split()) for name in (*COLOURED, *NAMED.split(","))]
     known = [name for name in known if name not in UNSEEN]
     chance = random.Random(0)
     chance.shuffle(known)
-    styled = [f"{name} {style}" for style in STYLES for name in known]
-    chance.shuffle(styled)
-    return [*known, *styled][:count]
+    away = known[HELD_OUT - 1::HELD_OUT]
+
+    def styled(names: Sequence[str]) -> list[str]:
+        each = [f"{name} {style}".strip() for style in ("", *STYLES) for name in names]
+        chance.shuffle(each)
+        return each
+
+    taught, held = styled([name for name in known if name not in away]), styled(away)
+    return [(taught, held)[k % HELD_OUT == HELD_OUT - 1].pop() for k in range(count)]
 
 
 class Guided:
@@ -85,19 +95,18 @@ def trained() -> samplers.Statistics:
 
 def train(out: Path) -> None:
     """Make that file anew: `python dev/benchmark.py hypersolver`. A run that was cut short goes on."""
-    low, high = SIZE["guidances"]
-    prompts = [prompt for prompt in teaching(SIZE["prompts"]) for _ in range(SIZE["images"])]
-    each = [guidance for guidance in spread(low, high, SIZE["prompts"]) for _ in range(SIZE["images"])]
+    prompts = [prompt for prompt in teaching(PROMPTS) for _ in range(IMAGES)]
+    each = [guidance for low, high in RANGES for guidance in spread(low, high, PROMPTS // len(RANGES))
+            for _ in range(IMAGES)]
     problem, sigmas = Emoji(UNSEEN, (3.0,), 1), model_sampling().sigmas.flip(0)
-    middle = (low * high) ** 0.5
+    middle = (min(each) * max(each)) ** 0.5
     model = Guided(problem, prompts[:2], torch.full((2,), middle))
     measuring, learning = (sigmas[0] * starting_noise(problem, *how) for how in ((2, 7), (len(prompts), 8)))
     statistics = samplers.estimate_statistics(lambda x, sigma: model(x, sigma, range(len(x))), measuring,
                                               sigmas, fitted=True, about=about(problem, middle))
     found = fit_hypersolver(
         Guided(problem, prompts, torch.tensor(each)), learning, statistics, guidance=each, progress=Told(),
-        prompts=[k // SIZE["images"] for k in range(len(prompts))], rounds=ROUNDS,
-        partial=out / "hypersolver.part")
+        prompts=[k // IMAGES for k in range(len(prompts))], rounds=ROUNDS, partial=out / "hypersolver.part")
     found.save(FILE, overwrite=True)
     print(f"written: {FILE}\n{found.about['hypersolver']}")
 

@@ -43,8 +43,8 @@ WORDS = {
               "{cost}",
     "to_be_measured": "no saved calibration serves this run: one is measured first, {cost}",
     "every_prompt": "each new prompt is measured once, {cost}",
-    "cost_one": "as long as 1 image",
-    "cost": "as long as {count} images",
+    "cost_one": "as long as 1 image like this",
+    "cost": "as long as {count} images like this",
     "cost_seconds": "{cost}, about {count} s",
     "cost_minutes": "{cost}, about {count} min",
     "only_saved": "only a saved calibration that serves this run is used; without one it stops",
@@ -146,14 +146,13 @@ def _before(line: Put, say: Say, graph: Graph, job: Job, kind: Kind | None, how:
             found = {kind.option: kind.suited(saved[1], about)}
             shown = _planned(graph, job._replace(options={**job.options, **found}), model.sampling)
         _count(line, shown)
-    curve = _drawn(line, shown, None, guessed=model is None)
     if giver is not None:
         _given(line, kind, giver, about, shown)
     elif saved:
         line("good", "saved", name=saved[0])
     elif kind and shown.levels:
         _unmeasured(line, how, about, lambda: _cost(say, kind, shown, model or runs.Model(None, None)))
-    return curve
+    return _drawn(line, shown, None, guessed=model is None)
 
 
 def _unmeasured(line: Put, how: str, about: Mapping[str, Any] | None, cost: Callable[[], str]) -> None:

@@ -66,6 +66,7 @@ class Course:
         check_precision(self.precision)
         self.kept, self.done, self.loss = {}, 0, math.nan
         self.images, self.asked = len(x), 0  # of a whole evaluation, and in all
+        self.device = x.device
         own = {"dtype": str(dtype), "precision": str(self.precision)}
         self.file = Partial(partial, kind, x, {**settings, **own}, seconds)
         inner = [level for level in levels if finite(level)]
@@ -119,7 +120,8 @@ class Course:
         """The first part of a training: the teacher's states, kept or made."""
         if not self.done:
             self.keep(1, {f"target.{j}": value for j, value in teach().items()}, at_once=True)
-        return {int(name[7:]): value for name, value in self.kept.items() if name.startswith("target.")}
+        return {int(name[7:]): value.to(self.device)
+                for name, value in self.kept.items() if name.startswith("target.")}
 
     def us(self, guess: Sequence[np.ndarray]) -> list[np.ndarray]:
         """What was learned so far: u [1, 3] of every interval, or a refit's shapes."""

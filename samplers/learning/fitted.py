@@ -25,7 +25,8 @@ All of it is host arithmetic. What was measured on the way, and what did not hel
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Iterable, Literal, NamedTuple, Sequence
 
 import numpy as np
@@ -36,6 +37,7 @@ from ..schedule import Level, Path, VarianceExploding, find_path, levels
 from ..solver import LONG, SHORT_RUN, Step, ddim, finite
 from .hypersolver import Hypersolver, spaced
 from .statistics import SLACK, EmpiricalPrediction, Statistics, integral
+from .storage import digest
 
 EVEN = ("lambda", 1.0), ("sigma", 12.0), ("sigma", 7.0)
 """Clocks, and their rho, on which levels are even (clocks.CLOCKS)."""
@@ -118,13 +120,29 @@ def fit_multistep(calibration: Statistics, evaluations: int, *, order: int = 2, 
     """The best levels for so many evaluations from lam = start to lam = end, and weights for them.
 
     start: the calibration's first level unless given; end: x0 unless given, else a lam at which noise is
-    left.
+    left. It takes some tenths of a second, so the last plans are kept.
     """
     check(calibration)
     if evaluations < 1:
         raise ValueError(f"evaluations = {evaluations} is out of range: choose a whole number >= 1")
     low, high = (float(usual if given is None else given)
                  for given, usual in zip((start, end), calibration.lam[[0, -1]]))
+    return _chosen(Numbers(calibration, digest(calibration.arrays())), evaluations, order, low, high, end)
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Statistics, equal to others of the same numbers."""
+
+    calibration: Statistics = field(compare=False)
+    digest: str
+
+
+@lru_cache(64)
+def _chosen(numbers: Numbers, evaluations: int, order: int, low: float, high: float,
+            end: float | None) -> Plan:
+    """Of a few even spacings the one that is expected to err least."""
+    calibration = numbers.calibration
     many = evaluations + (end is not None)
 
     def best(choices: Iterable[tuple[str, float, float]]) -> Plan:

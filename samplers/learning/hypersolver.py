@@ -1,6 +1,6 @@
 """The hypersolver: what a step of DPM-Solver++(2M) misses, told by a small network from what the step saw.
 
-    y_t = (the solver's y_t) + whole(c) w(c) . u + rho(c) g(u; c),     u = v / scale(c),
+    y_t = (the solver's y_t) + whole(c) bounded(w(c) . u) + rho(c) bounded(g(u; c)),     u = v / scale(c),
     y = x / alpha,  varsigma = sigma / alpha
 
     v  y_s / sqrt(1 + varsigma_s^2),  D_s,  D_s - D_-1,  D_-1 - D_-2      (0 where there is none)
@@ -43,6 +43,7 @@ DILATIONS = 1, 2      # of the layers in the middle
 EXACT = "weights", "sizes"  # what is kept in full precision: they are few
 RHO = 7.0             # a run's levels are even in varsigma^(1 / RHO): Karras et al. 2022, eq. (5)
 BOUND = 6.0           # of both answers, in units of their sizes: hardly anything that was taught is beyond
+AT_ONCE = 2**16       # places, for each of which the network needs some dozen numbers: four times 128 x 128
 
 
 class Conditions(NamedTuple):
@@ -185,10 +186,11 @@ class Missed:
         In a last step nothing is missed where D did not move since the step before: what inpainting keeps is
         kept exactly.
         """
-        v, by = views(x, self.s, answers), self.by
-        if len(by.rho) > 1:  # of each image
-            by = Modulation(*(value.repeat_interleave(len(v) // len(value), 0) for value in by))
-        missed = self.t.alpha * self.network(v, by)
+        v = views(x, self.s, answers)
+        frames, some = len(v) // len(x), max(1, AT_ONCE // v[0, 0, 0].numel())
+        by = [value.expand(len(x), *value.shape[1:]).repeat_interleave(frames, 0).split(some)
+              for value in self.by]
+        missed = self.t.alpha * torch.cat(list(map(self.network, v.split(some), map(Modulation, *by))))
         if self.t.sigma == 0.0 and len(answers) > 1:
             missed = missed * (flat(answers[0]) != flat(answers[1])).any(1, keepdim=True)
         return unflat(missed, x)

@@ -108,7 +108,11 @@ def _along(course: Course, schedule: Sequence[Level], grid: Sequence[Level], pat
     steps, sampled = Multistep(DataPrediction(), 2, midpoint, "off").steps(grid, path), Sampled(x, seed)
     # sigma = 1 of a flow: a step of infinite length to the first node
     opening = [ddim(DataPrediction(), level, grid[0]) for level in schedule[:-len(grid)]]
-    kept = dict(course.kept) if course.done else {"x": sample(course.denoise, x, opening)}
+    if course.done:
+        kept = {name: value if name.startswith("pair.") else value.to(x.device)
+                for name, value in course.kept.items()}
+    else:
+        kept = {"x": sample(course.denoise, x, opening)}
     for i in range(course.done, len(grid)):
         denoised = _measured(kept, course, grid, i, pooled, seed)
         if fitted:

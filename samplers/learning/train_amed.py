@@ -252,7 +252,7 @@ class Student:
 
     def squared(self, place: Place) -> np.ndarray:
         """The mean squared error of every image."""
-        return self.error(place).square().mean(1).double().cpu().numpy()
+        return self.error(place).square().mean(1).cpu().double().numpy()
 
     def errors(self, places: Sequence[Place]) -> list[np.ndarray]:
         """`squared` at every level after the first."""

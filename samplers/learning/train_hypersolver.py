@@ -57,7 +57,7 @@ TRUST = 1e-3       # in them, against the runs
 OUTLIER = 20.0     # times as far off as usual, no run counts for more
 HELD_OUT = 8       # every eighth prompt
 COMPARED = 16      # images of them that are run in the end, at most
-CROP = 48          # places of an image that are kept, each way
+CROP = 48          # places of an image that are kept, each way; of a video one frame
 ITERATIONS = 6000  # after the last round; half as many before it, each time
 LOOKS = 10         # in these, at how it does on prompts held out: the best of them is kept
 BATCH, RATE, DECAY, WARM, AVERAGED = 8, 3e-3, 1e-3, 100, 0.995
@@ -145,10 +145,10 @@ def fit_hypersolver(model: Callable[..., Tensor], x: Tensor, calibration: Statis
                     total=hypersolver_cost(prompts, steps, rounds, bool(opening)), dtype=dtype,
                     precision=precision, extra_args=extra_args, partial=partial, seconds=30.0,
                     progress=progress, probed=PROBED)
-    school = School(course, x, opening, gaussian, plain, guidances, prompts, tuple(steps),
+    school = School(course, x.cpu(), x.device, opening, gaussian, plain, guidances, prompts, tuple(steps),
                     _curriculum(prompts, steps, rounds, seed, guidances), iterations, seed)
     with course:
-        kept, parts = school.taken_up(course.kept), school.parts()
+        kept, parts = dict(course.kept), school.parts()
         for i in range(course.done, len(parts)):
             parts[i](kept)
             course.keep(i + 1, kept)
@@ -171,6 +171,23 @@ def hypersolver_cost(prompts: Sequence[int], steps: Sequence[int] = STEPS, round
     compared = 2 * sum(steps) * min(COMPARED, len(_held(prompts))) / len(prompts)
     probe = PROBE * min(PROBED, len(prompts)) / len(prompts)
     return math.ceil(probe + opening + TEACHER + runs + compared)
+
+
+def hypersolver_bytes(shape: Sequence[int], prompts: Sequence[int], steps: Sequence[int] = STEPS,
+                      rounds: int = ROUNDS) -> int:
+    """What fit_hypersolver keeps of latents of this shape, in host memory, and once on disk until it is
+    done."""
+    channels, *sizes = shape[1:]
+    taught = sum(_curriculum(prompts, steps, rounds, 0), [])
+    rows = sum(lesson.n * len(lesson.images) for lesson in taught)
+    kept = 2 * channels * math.prod(_kept(sizes)) * ((VIEWS + 1) * rows + TEACHER * len(prompts))
+    return kept + 3 * 4 * channels * math.prod(sizes) * len(prompts)
+
+
+def _kept(sizes: Sequence[int]) -> list[int]:
+    """How many places, each way, are kept of an image of these sizes, or of a video of these frames and
+    sizes."""
+    return list(map(min, sizes, {2: (CROP, CROP), 3: (1, CROP, CROP)}.get(len(sizes), sizes)))
 
 
 def _curriculum(prompts: Sequence[int], steps: Sequence[int], rounds: int, seed: int,
@@ -215,10 +232,12 @@ Found = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class School:
-    """What is taught to whom, in parts that are done one after the other."""
+    """What is taught to whom, in parts that are done one after the other. All that is found is in host
+    memory; the model is asked on the device."""
 
     course: Course
     x: Tensor
+    device: torch.device
     opening: Sequence[Level]
     path: Path
     calibration: Statistics
@@ -235,15 +254,19 @@ class School:
             *(bound(self.attend, k, j) for j in range(len(taught))), bound(self.train, k))]
         return [self.begin, *teaching, *learning, *(bound(self.compare, k) for k in range(len(self.counts)))]
 
-    def taken_up(self, kept: Mapping[str, Tensor]) -> Found:
-        """What was kept: where the model is asked again on its device, the rest in host memory."""
-        return {name: value.to(self.x.device if name in ("begin", "x", "before") else "cpu")
-                for name, value in kept.items()}
+    @cached_property
+    def batches(self) -> list[list[int]]:
+        """All images, a lesson's or so at once, those of a prompt together."""
+        groups = _together(range(len(self.x)), self.prompts)
+        parts = np.array_split(np.arange(len(groups)), min(len(groups), math.ceil(len(self.x) / LESSON)))
+        return [sum((groups[i] for i in part), []) for part in parts]
 
     def begin(self, found: Found) -> None:
-        steps = [ddim(DataPrediction(), level, self.grid[0]) for level in self.opening]
-        denoise = bound(self.course.denoise, images=list(range(len(self.x))))
-        found["begin"] = found["x"] = sample(denoise, self.x, steps)
+        steps, begin = [ddim(DataPrediction(), level, self.grid[0]) for level in self.opening], self.x.clone()
+        for images in self.batches:
+            denoise = bound(self.course.denoise, images=images)
+            begin[images] = sample(denoise, self.x[images].to(self.device), steps).cpu()
+        found["begin"] = found["x"] = begin
 
     @cached_property
     def grid(self) -> list[Level]:
@@ -252,16 +275,21 @@ class School:
 
     def teach(self, i: int, found: Found) -> None:
         """One step of the teacher. Its answers are kept, in half precision: they tell its whole way."""
-        x, every = found["x"], list(range(len(self.x)))
-        answer = self.course.denoise(x, self.grid[i].sigma, images=every).half()
-        kept = self.crop(answer, every)
-        found.setdefault("answers", torch.zeros(TEACHER, *kept.shape, dtype=torch.half))[i] = kept
+        update, now, answers = SOLVER.step(self.grid, i).updates[0], self.x.clone(), torch.zeros_like(self.x)
+        for images in self.batches:
+            x = found["x"][images].to(self.device)
+            answer = self.course.denoise(x, self.grid[i].sigma, images=images).half()
+            kept = self.crop(answer, images)
+            if "answers" not in found:
+                found["answers"] = torch.zeros(TEACHER, len(self.x), *kept.shape[1:], dtype=torch.half)
+            found["answers"][i, images] = kept
+            values = {0: answer.to(x.dtype)}
+            if i:
+                values[-1] = found["before"][images].to(self.device)
+            now[images], answers[images] = combine(x, update, values).cpu(), values[0].cpu()
+        found |= {"x": now, "before": answers}
         if i == TEACHER - 1:
             del found["x"], found["before"]
-        else:
-            update = SOLVER.step(self.grid, i).updates[0]
-            values = {0: answer.to(x.dtype), -1: found.get("before")}
-            found |= {"x": combine(x, update, values), "before": values[0]}
 
     def truth(self, images: Sequence[int], found: Found) -> Callable[[Level], tuple[Tensor, Tensor]]:
         """x* and D* of these images at any level, D* by the line through its neighbours; at sigma = 0 they
@@ -287,15 +315,15 @@ class School:
 
     def crop(self, v: Tensor, images: Sequence[int]) -> Tensor:
         """Some places of each of these images, always the same, in host memory."""
-        if v.ndim < 4 or max(v.shape[-2:]) <= CROP:
+        sizes = _kept(v.shape[2:])
+        if sizes == list(v.shape[2:]):
             return v.cpu()
         rows = []
         for row, image in zip(v, images):
             generator = torch.Generator().manual_seed(self.seed * 100_003 + image)
-            for axis in (-2, -1):
-                spare = max(0, row.shape[axis] - CROP)
-                row = row.narrow(axis, int(torch.randint(spare + 1, (), generator=generator)),
-                                 min(CROP, row.shape[axis]))
+            for axis, size in enumerate(sizes, 1):
+                begin = int(torch.randint(row.shape[axis] - size + 1, (), generator=generator))
+                row = row.narrow(axis, begin, size)
             rows.append(row)
         return torch.stack(rows).cpu()
 
@@ -344,7 +372,7 @@ class School:
             truth: Callable[[Level], tuple[Tensor, Tensor]]) -> list[tuple[Tensor, list[Tensor]]]:
         """The same, where the solver's own run is; and how far from the truth it ends."""
         denoise = bound(self.course.denoise, images=list(images))
-        place, went = Place(0, found["begin"][images]), []
+        place, went = Place(0, found["begin"][images].to(self.device)), []
         for step in self.guided(images, found).steps(levels, self.path):
             here, place = onward(denoise, place, on_device(step, place.x), 2)
             answers = [here.values[0], *here.past][:len(went) + 1]
@@ -362,16 +390,18 @@ class School:
     def train(self, k: int, found: Found) -> None:
         """The network, on all that was seen so far."""
         names = [f"{i}.{j}" for i in range(k + 1) for j in range(len(self.rounds[i]))]
-        v, r, c = (torch.cat([found[f"{which}.{name}"] for name in names]) for which in "vrc")
-        c, held = c[:, :-1], c[:, -1] > 0.0
+        v, r, told = (Rows([found[f"{which}.{name}"] for name in names]) for which in "vrc")
+        c = torch.cat(told.parts)
+        taught, held = (torch.nonzero(c[:, -1] == away).flatten() for away in (0.0, 1.0))
         with torch.inference_mode(False), torch.enable_grad():
-            network = Network(v.shape[2], seed=self.seed)
+            c = c[:, :-1].clone()
+            network = Network(self.x.shape[1], seed=self.seed)
             if "bounds" in found:
                 network.load_state_dict({name[4:]: value.float().clone() for name, value in found.items()
                                          if name.startswith("net.")})
-            settle(network, *(part[~held] for part in (v, r, c)))
+            settle(network, v, r, c, taught)
             network, self.course.loss = trained(
-                network.to(self.x.device), *([part[rows] for part in (v, r, c)] for rows in (~held, held)),
+                network.to(self.device), (v, r, c), taught, held,
                 self.iterations // (1 if k == len(self.rounds) - 1 else 2), self.seed + k, self._tell)
         found |= {f"net.{name}": value.cpu() for name, value in network.state_dict().items()}
         found["bounds"] = torch.stack([c.amin(0), c.amax(0)]).double()
@@ -396,7 +426,8 @@ class School:
         for images in _together(_held(self.prompts)[:COMPARED], self.prompts):
             guided, denoise = self.guided(images, found), bound(self.course.denoise, images=images)
             having = guided.steps(self.to(n, low, guided.last(n, low, high)), self.path)
-            ends = [self.crop(sample(denoise, found["begin"][images], steps), images)
+            begin = found["begin"][images].to(self.device)
+            ends = [self.crop(sample(denoise, begin, steps), images)
                     for steps in (without, having)]
             true = found["answers"][-1, images].to(self.x.dtype)
             errors.append(torch.stack([(end - true).flatten(1).square().mean(1) for end in ends]))
@@ -428,28 +459,40 @@ def ending(runs: Tensor, start: float) -> Tensor:
     return end.detach()
 
 
+class Rows:
+    """Those of several tensors, as if they were of one: gigabytes, which are not copied."""
+
+    def __init__(self, parts: Sequence[Tensor]) -> None:
+        self.parts, self.begins = parts, np.cumsum([0, *map(len, parts)])
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        places = np.searchsorted(self.begins, rows, side="right") - 1
+        return torch.stack([self.parts[i][row - int(self.begins[i])]
+                            for i, row in zip(places, rows.tolist())])
+
+
 @torch.no_grad()
-def settle(network: Network, v: Tensor, r: Tensor, c: Tensor) -> None:
-    """The sizes, a fit to the logs of the rms of what was seen, a little damped; and the weights w, by least
-    squares of the same loss as the network's."""
-    basis, parts = terms(c), torch.arange(len(v)).split(256)
+def settle(network: Network, v: Rows, r: Rows, c: Tensor, taught: Tensor) -> None:
+    """The sizes, a fit to the logs of the rms of what was seen in these rows, a little damped; and the
+    weights w, by least squares that count each row by 1 / (whole^2 + |r|^2)."""
+    basis, parts = terms(c[taught]), taught.split(256)
 
     def fitted(values: Tensor) -> Tensor:
         logs = 0.5 * (values + 1e-10).log().clamp(min=-12.0)
         return torch.linalg.solve(basis.T @ basis + 1e-2 * torch.eye(TERMS), basis.T @ logs).mT
 
     def seen(rows: Tensor) -> tuple[Tensor, Tensor, Modulation]:
-        by = network.modulation(c[rows])
-        return v[rows].float() / over(by.scale, v), r[rows].float() / over(by.whole, r), by
+        by, u, aim = network.modulation(c[rows]), v[rows].float(), r[rows].float()
+        return u / over(by.scale, u), aim / over(by.whole, aim), by
 
     network.sizes[2:] = fitted(torch.cat([v[rows].float().flatten(2).square().mean(2) for rows in parts]))
-    network.sizes[:1] = fitted(torch.cat([r[rows, None].float().flatten(2).square().mean(2)
+    network.sizes[:1] = fitted(torch.cat([r[rows][:, None].float().flatten(2).square().mean(2)
                                           for rows in parts]))
     gram, product = torch.zeros(TERMS, VIEWS, TERMS, VIEWS).double(), torch.zeros(TERMS, VIEWS).double()
-    for rows in parts:
+    for rows, of in zip(parts, basis.double().split(256)):
         u, aim, _ = seen(rows)
         share = 1.0 / (LEAST + aim.square().mean((1, 2, 3))) / aim[0].numel()
-        of, inner = basis[rows].double(), torch.einsum("bichw,bjchw,b->bij", u, u, share).double()
+        inner = torch.einsum("bichw,bjchw,b->bij", u, u, share).double()
         gram += torch.einsum("bk,bl,bij->kilj", of, of, inner)
         product += torch.einsum("bk,bi->ki", of, torch.einsum("bichw,bchw,b->bi", u, aim, share).double())
     gram, product = gram.flatten(2).flatten(0, 1), product.flatten()
@@ -463,19 +506,19 @@ def settle(network: Network, v: Tensor, r: Tensor, c: Tensor) -> None:
     network.sizes[1:2] = fitted(torch.cat(left))
 
 
-def trained(network: Network, taught: Sequence[Tensor], held: Sequence[Tensor], iterations: int, seed: int,
-            tell: Callable[[float], None]) -> tuple[Network, float]:
+def trained(network: Network, seen: Sequence[Rows | Tensor], taught: Tensor, held: Tensor, iterations: int,
+            seed: int, tell: Callable[[float], None]) -> tuple[Network, float]:
     """Of the networks on its way down, each the mean over the last steps, the one that errs least on what was
-    held out, and how much. By AdamW; images are mirrored at random. taught, held: v, r and c."""
+    held out, and how much. By AdamW; images are mirrored at random. seen: v, r and c; taught, held: rows."""
     generator = torch.Generator().manual_seed(seed)
     adam = torch.optim.AdamW(network.parameters(), RATE, weight_decay=DECAY)
     network.to(memory_format=torch.channels_last)  # a fifth faster on a CPU
     mean = copy.deepcopy(network)
-    best = copy.deepcopy(network), left(network, *held)
+    best = copy.deepcopy(network), left(network, seen, held)
     device, looks = network.sizes.device, {round(iterations * (k + 1) / LOOKS) for k in range(LOOKS)}
     for k in range(1, iterations + 1):
-        rows = torch.randint(len(taught[0]), (BATCH,), generator=generator)
-        batch = [part[rows].to(device).float() for part in taught]
+        rows = taught[torch.randint(len(taught), (BATCH,), generator=generator)]
+        batch = [part[rows].to(device).float() for part in seen]
         if torch.rand((), generator=generator) < 0.5:
             batch[:2] = [part.flip(-1) for part in batch[:2]]
         fade = 0.5 * (1.0 + math.cos(math.pi * (k - 1) / iterations))
@@ -489,7 +532,7 @@ def trained(network: Network, taught: Sequence[Tensor], held: Sequence[Tensor], 
                 average.lerp_(value, 1.0 - AVERAGED)
         if k % 20 == 1:
             tell(math.sqrt(float(missed.detach())))
-        if k in looks and (now := left(mean, *held)) < best[1]:
+        if k in looks and (now := left(mean, seen, held)) < best[1]:
             best = copy.deepcopy(mean), now
     return best
 
@@ -502,11 +545,11 @@ def loss(network: Network, v: Tensor, r: Tensor, c: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def left(network: Network, v: Tensor, r: Tensor, c: Tensor) -> float:
-    """The rms loss, 1 of a network that answers 0."""
+def left(network: Network, seen: Sequence[Rows | Tensor], held: Tensor) -> float:
+    """The rms loss over these rows, 1 of a network that answers 0."""
     device, total, none = network.sizes.device, 0.0, 0.0
-    for rows in torch.arange(len(v)).split(64):
-        batch = [part[rows].to(device).float() for part in (v, r, c)]
+    for rows in held.split(64):
+        batch = [part[rows].to(device).float() for part in seen]
         total += float(loss(network, *batch).sum())
         size = (batch[1] / over(network.modulation(batch[2]).rho, batch[1])).square().mean((1, 2, 3))
         none += float((size / (LEAST + size)).sum())

@@ -29,6 +29,7 @@ PANELS = """() => [...document.querySelectorAll('.lambda-solvers-panel')].map((e
     lines: [...el.querySelectorAll('.lines div')].map((line) => line.className + ': ' + line.textContent),
     points: (el.querySelector('.points').getAttribute('d') ?? '').split('M').length - 1,
     curve: el.querySelector('svg').getBoundingClientRect().height,
+    cut: el.scrollHeight - el.offsetHeight,
     height: el.getBoundingClientRect().height}))"""
 OVERLAPS = """(nodes2) => {
     const box = (node) => {

@@ -207,6 +207,31 @@ def test_a_subgraph_used_twice_shows_the_use_that_is_open(ui) -> None:
         ui.reads(words)
 
 
+def test_a_small_ksampler_grows_for_all_that_its_panel_says_and_shrinks_again(ui) -> None:
+    def whole(*texts: str) -> float:
+        """The node's height, when a panel with these texts shows all of its lines."""
+        ui.reads(*texts)
+        until("no line is cut off", lambda: all(panel["cut"] < 2 for panel in ui.panels()), ui.panels)
+        return ui.do("() => app.graph.nodes.find((node) => node.comfyClass === 'KSampler').size[1]")
+
+    workflow = example("ksampler")
+    node = next(node for node in workflow["nodes"] if node["type"] == "KSampler")
+    node["size"], node["widgets_values"][4] = [315, 262], "lambda_2m"
+    ui.load(workflow)
+    before = whole("model evaluations: 12")
+    ui.put(ui.node("KSampler"), "sampler_name", "lambda_fitted")
+    whole("first, as long as", "lambda -")
+    ui.put(ui.node("KSampler"), "sampler_name", "lambda_amed")
+    whole("warning")
+    ui.run(expect="error")
+    whole("warn: ")
+    ui.put(ui.node("KSampler"), "sampler_name", "lambda_2m")
+    ui.put(ui.node("KSampler"), "steps", 3)
+    ui.run()
+    if not ui.nodes2:
+        until("it is as high as before", lambda: abs(whole("(last run)") - before) < 30)
+
+
 def test_a_collapsed_sampler_hides_its_panel_and_shows_it_again(ui) -> None:
     ui.load("sampler_node")
     ui.reads("model evaluations: 12")

@@ -10,7 +10,7 @@ const COLOURS = { count: "inherit", note: "var(--descrip-text, #999)", good: "#5
 // Links of these types say nothing of a schedule, so what is behind them is left alone.
 const BESIDE = new Set(["CONDITIONING", "LATENT", "IMAGE", "MASK", "VAE", "CLIP", "NOISE", "CONTROL_NET"])
 const [MUTED, BYPASSED, SUBGRAPH_INPUT] = [2, 4, -10]
-const [TALL, LOW] = [170, 78] // the height of a panel with a curve, and without
+const [TALL, LOW, CURVE] = [170, 78, 92] // the least height of a panel with a curve, and without; of a curve alone
 const panels = new WeakMap() // node -> its panel
 const opened = new WeakMap() // subgraph -> the node that it was last opened from
 let plots = true // the setting
@@ -156,13 +156,13 @@ function around(start, where) {
 
 // --- the panel ---
 
-function element(height) {
+function element() {
   const el = document.createElement("div")
   el.className = "lambda-solvers-panel"
-  // The heights in CSS too: Nodes 2.0 of frontend 1.32 asks nobody else. Clicks and the wheel go to the canvas below.
+  // Clicks and the wheel go to the canvas below.
   el.style.cssText = "display:flex;flex-direction:column;box-sizing:border-box;width:100%;height:100%;" +
-    `min-height:${height}px;max-height:${2 * height}px;pointer-events:none;overflow:hidden;border-radius:6px;` +
-    "padding:4px 6px;gap:3px;font:11px/14px sans-serif;color:var(--fg-color, #ddd);background:#0003"
+    "pointer-events:none;overflow:hidden;border-radius:6px;padding:4px 6px;gap:3px;font:11px/14px sans-serif;" +
+    "color:var(--fg-color, #ddd);background:#0003"
   // One unit square stretched over the place there is; strokes keep their width.
   el.innerHTML = `<svg viewBox="0 0 1 1" preserveAspectRatio="none" overflow="visible" fill="none" stroke-linecap="round"
       style="display:none;width:calc(100% - 8px);margin:4px;flex:1 1 70px;min-height:0">
@@ -172,18 +172,33 @@ function element(height) {
 }
 
 function open(node, plot) {
-  const height = plot ? TALL : LOW
-  const el = element(height)
+  const el = element()
   const widget = node.addDOMWidget(NAME, "LAMBDA_SOLVERS_PANEL", el, {
     serialize: false, hideOnZoom: false, getValue: () => "", setValue: () => {},
-    getMinHeight: () => widget.hidden ? 0 : height, getMaxHeight: () => widget.hidden ? 0 : 2 * height,
+    getMinHeight: () => widget.hidden ? 0 : panel.height, getMaxHeight: () => widget.hidden ? 0 : 2 * panel.height,
   })
   widget.hidden = false
   widget.serialize = false // neither in the saved workflow (it is the last widget) nor in the prompt
-  const panel = { node, el, widget, plot, answer: { lines: [], curve: null }, error: null, runs: null, asked: null }
+  const panel = { node, el, widget, plot, answer: { lines: [], curve: null }, error: null, runs: null, asked: null, grown: 0 }
   panels.set(node, panel)
-  node.setSize([node.size[0], Math.max(node.size[1], node.computeSize()[1])])
+  fit(panel)
+  new ResizeObserver(safely(() => fit(panel))).observe(el.querySelector(".lines"))
   return panel
+}
+
+// As high as its lines and its curve need; the node grows with it, and shrinks again by what it grew.
+function fit(panel) {
+  const { node, el, widget, plot } = panel
+  const curve = el.querySelector("svg").style.display !== "none"
+  const height = Math.max(plot ? TALL : LOW, el.querySelector(".lines").offsetHeight + 8 + (curve ? CURVE : 0))
+  if (widget.hidden || height === panel.height) return
+  panel.height = height
+  // In CSS too: Nodes 2.0 of frontend 1.32 asks nobody else.
+  Object.assign(el.style, { minHeight: `${height}px`, maxHeight: `${2 * height}px` })
+  const before = node.size[1] - panel.grown
+  const now = Math.max(before, node.computeSize()[1])
+  panel.grown = now - before
+  node.setSize([node.size[0], now])
 }
 
 // A panel is put away, not removed: Nodes 2.0 of frontend 1.32 shows only the widgets that a node was loaded with.
@@ -191,6 +206,7 @@ function show(panel, visible) {
   const { node, el, widget } = panel
   if (widget.hidden !== visible) return
   const height = el.offsetHeight
+  panel.grown = 0
   widget.hidden = !visible
   el.style.display = visible ? "flex" : "none"
   node.setSize([node.size[0], Math.max(node.computeSize()[1], visible ? node.size[1] : node.size[1] - height)])
@@ -198,7 +214,8 @@ function show(panel, visible) {
 
 function paint(panel) {
   const { lines, curve } = panel.answer
-  const shown = panel.error ? [{ kind: "warn", text: panel.error }, ...lines] : lines
+  const shown = panel.error // which a line may have foreseen
+    ? [{ kind: "warn", text: panel.error }, ...lines.filter(({ text }) => !text.includes(panel.error))] : lines
   panel.el.querySelector(".lines").replaceChildren(...shown.map(({ kind, text }) => {
     const line = document.createElement("div")
     line.className = kind
@@ -208,6 +225,7 @@ function paint(panel) {
   }))
   const visible = panel.plot && plots && curve?.line.length > 1
   panel.el.querySelector("svg").style.display = visible ? "" : "none"
+  fit(panel)
   if (!visible) return
   panel.el.querySelector(".line").setAttribute("d", "M" + curve.line.map((at) => at.join(" ")).join("L"))
   panel.el.querySelector(".points").setAttribute("d", curve.points.map((at) => `M${at.join(" ")}h0`).join(""))
