@@ -94,7 +94,8 @@ def jobs(server) -> list[tuple[str, str | None, dict]]:
         for sampler in nodes_of(prompt, "KSampler"):
             sampler["sampler_name"] = name
         result.append((name, ours.get(name), prompt))
-    for family in map(FAMILIES.get, chosen["NODES"]):
+    for name, title in chosen["NODES"].items():
+        family = FAMILIES[name]
         prompt = load(WORKFLOWS / "sampler_node.json", info)
         [node] = [node for node in prompt.values() if node["class_type"].startswith("LambdaSampler")]
         node["class_type"] = chosen["node_id"](family.name)
@@ -104,7 +105,7 @@ def jobs(server) -> list[tuple[str, str | None, dict]]:
             node["inputs"]["measure"] = "auto"
         stands = (name for name, sampler in SAMPLERS.items()
                   if sampler.family == family.title and sampler.fixed.items() <= node["inputs"].items())
-        result.append((family.title, next(stands), prompt))
+        result.append((f"{title} (Lambda)", next(stands), prompt))
     return result
 
 
@@ -116,8 +117,9 @@ def trained(job: tuple[str, str | None, dict]) -> bool:
 
 
 def steps_of(job: tuple[str, str | None, dict], steps: int) -> int:
-    """Half as many for AMED, which evaluates twice in each, and is trained for at most 10."""
-    return min(10, (steps + 1) // 2) if trained(job) else steps
+    """Half as many for AMED, which evaluates twice in each, and is trained for at most 10; five times as many
+    for the predictor-corrector, whose kind wants hundreds."""
+    return min(10, (steps + 1) // 2) if trained(job) else 5 * steps if job[1] == "pc" else steps
 
 
 def ksampler(server, sampler: str, scheduler: str = "karras") -> dict:

@@ -224,9 +224,10 @@ def guided(canvas: Canvas, got: Start, sampler: Node, guider: Node, scheduler: s
 def ksampler(canvas: Canvas) -> None:
     """First run: Lambda Solvers in KSampler
 
-    sampler_name lists `lambda_2m`, `lambda_3m`, `lambda_2m_sde` and `lambda_3m_sde` (one model evaluation a
-    step), and `lambda_v3`, which measures the model first. If KSampler says `value_not_in_list`, install the
-    pack *lambda-solvers*.
+    `lambda_2m` measures nothing, and takes any number of steps. For 5 to 8 steps choose `lambda_fitted`: its
+    first run measures the model, and later ones find the file. sampler_name lists `lambda_3m`, the SDE
+    samplers, `lambda_v3` and `lambda_amed` too. If KSampler says `value_not_in_list`, install the pack
+    *lambda-solvers*.
     """
     got = start(canvas)
     canvas.column("2  Sample")
@@ -355,6 +356,27 @@ def few_steps(canvas: Canvas) -> None:
 
 
 @example
+def hypersolver(canvas: Canvas) -> None:
+    """Four to ten steps for every prompt: the hypersolver
+
+    Train Hypersolver runs once for a checkpoint, for hours: as long as 1,400 images of 20 steps, which it says
+    before it starts. Cancel keeps what is done, and the next run goes on from there. Give it prompts like
+    yours, one a line, and the range of guidance that you use. Afterwards `lambda_fitted` finds the file by
+    itself, without column 2, for any prompt and size.
+    """
+    got = start(canvas)
+    canvas.column("2  Train, once", 420)
+    trained = canvas.add("LambdaTrainHypersolver", model=got.model, clip=got.clip, negative=got.negative,
+                         latent_image=got.latent, tall=900)
+    canvas.y += 240  # Nodes 2.0 adds the picture below
+    canvas.column("3  Sample with it")
+    latent = canvas.add("KSampler", model=trained[2], positive=got.positive, negative=got.negative,
+                        latent_image=got.latent, seed=1, steps=6, cfg=7.0, sampler_name="lambda_fitted",
+                        scheduler="karras")
+    save(canvas, "4  Image", latent[0], got.vae)
+
+
+@example
 def lambda_amed(canvas: Canvas) -> None:
     """AMED at 5 evaluations
 
@@ -439,6 +461,8 @@ def tried(server, path: Path, words: str) -> dict[str, dict]:
     learns = {"LambdaTrainAmed": 3, "LambdaTuneFitted": 5}  # for a number of steps
     demo.fill_in(prompt, words,
                  next((steps for kind, steps in learns.items() if any(nodes_of(prompt, kind))), 8))
+    for node in nodes_of(prompt, "LambdaTrainHypersolver"):
+        node.update(prompts="\n".join(demo.LEARNED[:4]), images=1, training=100)
     for node in nodes_of(prompt, "EmptySD3LatentImage"):
         node.update(width=demo.SIZE, height=demo.SIZE)
     for node in prompt.values():  # a picture of its own for every example

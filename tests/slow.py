@@ -8,7 +8,7 @@ SLOW = {
     "test_a_short_campaign_finds_no_fault[kills|files|prompts]": "other cases",
     "test_the_example_workflows_run_with_every_sampler":
         "test_an_example_runs_on_the_tiny_checkpoint_and_its_image_restores_it",
-    "test_an_example_runs_on_the_tiny_checkpoint_and_its_image_restores_it[few_steps|compare|amed]":
+    "test_an_example_runs_on_the_tiny_checkpoint_and_its_image_restores_it[few_steps|compare|amed|hypersolver]":
         "other cases",
     "test_the_emoji_model_is_measured_in_bfloat16_as_in_float32": "test_the_dry_run_makes_the_table",
     "test_any_sampler_is_led[lambda_fitted|lambda_v3]": "other cases",
@@ -70,6 +70,7 @@ SLOW = {
 INTERFACE, OPPOSITE = "newest-nodes2", "pinned-classic"
 BOTH_ENDS = ("test_an_edited_step_count_is_seen_at_once_on_the_sampler",
              "test_ksampler_shows_a_panel_for_our_names_only",
+             "test_a_small_ksampler_grows_for_all_that_its_panel_says_and_shrinks_again",
              "test_every_example_runs_by_the_run_button_and_shows_its_evaluations[ksampler]",
              "test_a_collapsed_sampler_hides_its_panel_and_shows_it_again")
 """What the kind of nodes makes a difference to. All of the browser's tests run in INTERFACE, the newest with

@@ -14,7 +14,8 @@ from samplers import (CalibrationError, Statistics, estimate_statistics, k_diffu
                       load_calibration)
 from samplers.learning import hypersolver as hypersolver_module, train_hypersolver
 from samplers.learning.hypersolver import Conditions, Hypersolver, Network, flat, last_of, unflat
-from samplers.learning.train_hypersolver import School, ending, fit_hypersolver, hypersolver_bytes, hypersolver_cost, lessons
+from samplers.learning.train_hypersolver import (School, ending, fit_hypersolver, hypersolver_bytes,
+                                                 hypersolver_cost, lessons)
 from samplers.learning.storage import write_checked
 from samplers.schedule import PATHS
 from test_calibrate import mixture, noise

@@ -188,7 +188,8 @@ def test_a_node_refuses_what_the_server_let_through() -> None:
 
 @pytest.mark.parametrize("node, name, values", [
     ("LambdaSamplerFitted", "measure", {"order": 2, "nodes": "chosen"}),
-    ("LambdaOptions", "threshold", {"sampler": "euler", "first_step": "evaluate", "quantile": 1.0, "bound": 1.0}),
+    ("LambdaOptions", "threshold", {"sampler": "euler", "first_step": "evaluate", "quantile": 1.0,
+                                    "bound": 1.0}),
     ("LambdaScheduler", "clock", {"model": None, "steps": 3, "rho": 1.0, "denoise": 1.0, "sigma_max": 0.0,
                                   "sigma_min": 0.0, "to_zero": True, "values": ""})])
 def test_a_choice_that_there_is_not_is_refused_by_its_name(node: str, name: str, values: dict) -> None:

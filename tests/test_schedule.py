@@ -61,7 +61,8 @@ def test_an_unusable_schedule_is_refused_by_value_and_remedy(sigmas, path: str, 
 
 @pytest.mark.parametrize("shift", [1.32, 1.66, 1.83, 2.86, 2.89, 3.0, 4.03])
 def test_a_shifted_flow_begins_at_one_however_its_float32_is_rounded(shift: float) -> None:
-    """As ComfyUI computes shift t / (1 + (shift - 1) t): at t = 1 it is beside 1 for one shift in fourteen."""
+    """As ComfyUI computes shift t / (1 + (shift - 1) t): at t = 1 it is beside 1 for one shift in
+    fourteen."""
     t = torch.tensor([1.0, 0.7, 0.3])
     sigmas = shift * t / (1.0 + (shift - 1.0) * t)
     first, second, _ = levels(sigmas, PATHS["flow"])

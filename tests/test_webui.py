@@ -218,7 +218,8 @@ def test_the_loras_of_a_prompt_are_named_with_what_extensions_read_from_it(bent)
     def said(**more) -> tuple[list[str], list[float]]:
         p = bent.job(extra_network_data={"lora": [network("a", "0.5", "unet=1", "lbw=MIDD", "stop=10")],
                                          "lyco": [network("b", "1")]}, **more)
-        told = bent.part("webui.checkpoint").description(p, {"cond": p.cond, "uncond": p.uncond, "cond_scale": 2.0})
+        told = bent.part("webui.checkpoint").description(
+            p, {"cond": p.cond, "uncond": p.uncond, "cond_scale": 2.0})
         return told["patches"], told["strengths"]
 
     assert said() == said(is_hr_pass=True) == (["LoRA a lbw=MIDD stop=10", "LoRA b"], [0.5, 1.0, 1.0])

@@ -22,8 +22,9 @@ def prepared(server, path) -> dict:
     prompt = workflows.tried(server, path, "panda")
     for node in nodes_of(prompt, "CheckpointLoaderSimple"):
         node["ckpt_name"] = demo.NANO
-    for node in nodes_of(prompt, "LambdaTuneFitted"):
-        node["prompts"] = "\n".join(node["prompts"].split("\n")[:2])
+    for kind in ("LambdaTuneFitted", "LambdaTrainHypersolver"):
+        for node in nodes_of(prompt, kind):
+            node["prompts"] = "\n".join(node["prompts"].split("\n")[:2])
     return prompt
 
 

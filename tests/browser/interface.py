@@ -268,7 +268,11 @@ def example(name: str) -> dict:
             node["widgets_values"] = [demo.NANO]
         if node["type"] == "EmptyLatentImage":
             node["widgets_values"] = [demo.SIZE, demo.SIZE, 1]
-        if node["type"] == "LambdaTuneFitted":
+        if node["type"] in ("LambdaTuneFitted", "LambdaTrainHypersolver"):
             node["widgets_values"] = ["\n".join(value.split("\n")[:2]) if isinstance(value, str) else value
                                       for value in node["widgets_values"]]
+        if node["type"] == "LambdaTrainHypersolver":
+            short = {4: 1, 6000: 20}  # images, training
+            node["widgets_values"] = [short.get(value, value) if k not in (6, 7) else value
+                                      for k, value in enumerate(node["widgets_values"])]
     return workflow
