@@ -180,27 +180,24 @@ class Progress:
         self.what, self.run, self.images, self.calls = what, run, images, calls
         self.start, self.done, self.total = time.monotonic(), 0, 1
         self.before = self.at = run.pace.calls
+        run.pace.called = self._called
         if calls:
             say(f"{what}: {as_long_as(calls, run.image)}")
-            run.pace.called = self._called
 
     def __call__(self, done: int, total: int, loss: float = math.nan) -> None:
         self.run.check()
         self.done, self.total, self.at = done, total, self.run.pace.calls
-        self._show()
         left = self._seconds(total - done)
         error = "" if math.isnan(loss) else f", error {loss:.3g}"
         say(f"{self.what}: evaluation {done} of {total}, {self._cost(total)}{error}, "
             + (f"{left:.0f} s left" if left < 600 else f"{left / 60:.0f} min left"))
 
-    def _show(self) -> None:
-        """The bar, in calls of the model: evaluations of hundreds of images take minutes each."""
-        since = min(self.run.pace.calls - self.at, self._of(1))
-        self.run.show(round(self._of(self.done) + since), round(self._of(self.total)))
-
     def _called(self) -> None:
-        self._show()
-        if self.run.pace.calls - self.before == TIMED:
+        """The bar is moved by calls of the model: an evaluation of hundreds of images takes minutes."""
+        since = min(self.run.pace.calls - self.at, self._of(1))
+        if self.calls or self.done:  # the total is known
+            self.run.show(round(self._of(self.done) + since), round(self._of(self.total)))
+        if self.calls and self.run.pace.calls - self.before == TIMED:
             say(f"{self.what}: {self._cost(self.total)}, about {duration(self._seconds(self.total))}")
 
     def _of(self, evaluations: int) -> float:

@@ -9,9 +9,9 @@ import torchsde
 from torch import Tensor
 
 from .schedule import Level
+from .solver import CLOCK
 from .tensors import moved
 
-LAM_LIMIT = 16        # the path runs over lam in [-16, 16]: sigma from 9e6 to 1e-7
 CELLS_PER_LAM = 4096  # a power of two: every time the path is asked for is then a node of the tree
 
 CACHED = 24           # increments kept on the way down the tree: half of torchsde's, and no slower
@@ -40,20 +40,20 @@ class BrownianNoise:
         self.like = x
         self.scale = scale
         self.trees = [
-            torchsde.BrownianInterval(t0=0.0, t1=2.0 * LAM_LIMIT * CELLS_PER_LAM, size=tuple(x.shape[1:]),
+            torchsde.BrownianInterval(t0=0.0, t1=2.0 * CLOCK * CELLS_PER_LAM, size=tuple(x.shape[1:]),
                                       dtype=torch.float32, device=device, entropy=own % 2**64, tol=0.5,
                                       halfway_tree=True, pool_size=24, cache_size=CACHED)
             for own in seeds
         ]
 
     def __call__(self, s: Level, t: Level) -> Tensor:
-        start, end = (round((min(max(level.lam, -LAM_LIMIT), LAM_LIMIT) + LAM_LIMIT) * CELLS_PER_LAM)
+        start, end = (round((min(max(level.lam, -CLOCK), CLOCK) + CLOCK) * CELLS_PER_LAM)
                       for level in (s, t))
         if not start < end:
             raise ValueError(
                 f"the step from sigma = {s.sigma:.6g} to {t.sigma:.6g} is too short for its noise: "
-                f"stochastic steps are at least {1 / CELLS_PER_LAM:.1g} in lambda, between -{LAM_LIMIT} and "
-                f"{LAM_LIMIT}; use fewer steps")
+                f"stochastic steps are at least {1 / CELLS_PER_LAM:.1g} in lambda, between -{CLOCK:g} and "
+                f"{CLOCK:g}; use fewer steps")
         xi = torch.stack([tree(start, end) for tree in self.trees]).mul_(self.scale * (end - start) ** -0.5)
         if xi.device != self.like.device and self.like.is_cuda:
             xi = xi.pin_memory()  # a pageable copy would wait for the GPU

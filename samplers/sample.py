@@ -29,7 +29,8 @@ def sample(denoise: Denoiser, x: Tensor, steps: Sequence[Step], *, noise: Noise 
            observe: Observer | None = None, first: int = 0) -> Tensor:
     """Run planned steps, from x at steps[0].s to steps[-1].t; `first` is the number of the first interval.
 
-    The latents are touched once an update, by one linear combination, and nothing here waits for the device.
+    The latents are touched once an update, by one linear combination, and nothing here waits for the device,
+    but for steps that are planned on the image (AMED's predictor).
     """
     steps = [on_device(step, x) for step in steps]
     memory = max((step.lookback for step in steps), default=0)

@@ -323,7 +323,7 @@ def test_train_amed_saves_what_the_sampler_then_finds(server, folder) -> None:
     run = server.run({key: value for key, value in graph.nodes.items()})
     assert run.status == "success", run.error
     [name] = files(folder)
-    assert f"saved as {name}; samplers find it by themselves" in run.texts
+    assert any(text.startswith(f"saved as {name}; samplers find it by themselves") for text in run.texts)
     graph = Graph("strawberry").counted().ksampler("lambda_amed", steps=3, scheduler="karras")
     _, run = graph.run(server)
     assert run.texts == [f"AMED: {name}"] and len(graph.evaluations(server)) == 5 and files(folder) == [name]
