@@ -290,7 +290,8 @@ def test_measure_model_saves_what_lambda_v3_and_lambda_fitted_then_find(server, 
         run = server.run(graph.nodes)
         assert run.status == "success" and run.outputs[node]["images"], run.error
         assert len(files(folder)) == count
-    saved = [re.match("saved as (.+); samplers find it by themselves. Change the seed to see it", text) for text in run.texts]
+    saved = [re.match("saved as (.+); samplers find it by themselves. Change the seed to see it", text)
+             for text in run.texts]
     [newest] = [found[1] for found in saved if found]
     assert newest.endswith("-fitted-cfg3-2.safetensors")
     for name in (NAME, "lambda_fitted"):
