@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 NAME = "any"  # how the digest of these conditions begins
-LENGTHS = (1, 8, 77, 256, 512)
+LENGTHS = (1, 4, 8, 77, 256, 512)
 """Tokens: the largest that a text has. They are few, so that a longer prompt seldom counts as another model,
 and those that encoders pad a text to, which some models want."""
 NORMAL_MEDIAN = 0.6745  # of |v|

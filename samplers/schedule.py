@@ -139,7 +139,7 @@ def levels(sigmas: Sequence[float] | Tensor | np.ndarray, path: Path) -> list[Le
                 f"{type(path).__name__} path: use this model's own scheduler, or path='ve' for Karras/EDM "
                 "sigmas"
             )
-        found.append(path.level(sigma))
+        found.append(path.level(float(sigma)))
         if i and found[i].sigma >= found[i - 1].sigma:
             fault, remedy = (("repeats", "remove the repeated value, or ask the scheduler for fewer steps")
                              if found[i].sigma == found[i - 1].sigma else
