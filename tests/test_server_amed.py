@@ -154,7 +154,7 @@ def test_cancel_while_training_leaves_a_partial_file_from_which_the_next_run_goe
     cancelled = []
 
     async def watch(server, run):
-        if len(run.progress) == 45 and not cancelled:
+        if len(run.progress) == 45 * IMAGES and not cancelled:
             cancelled.append(True)
             await server.interrupt()
 
