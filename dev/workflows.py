@@ -462,7 +462,7 @@ def tried(server, path: Path, words: str) -> dict[str, dict]:
     demo.fill_in(prompt, words,
                  next((steps for kind, steps in learns.items() if any(nodes_of(prompt, kind))), 8))
     for node in nodes_of(prompt, "LambdaTrainHypersolver"):
-        node.update(prompts="\n".join(demo.LEARNED[:4]), images=1, training=100)
+        node.update(prompts="\n".join(demo.LEARNED[:4]), images=1, training=100, save=False)
     for node in nodes_of(prompt, "EmptySD3LatentImage"):
         node.update(width=demo.SIZE, height=demo.SIZE)
     for node in prompt.values():  # a picture of its own for every example
