@@ -74,7 +74,7 @@ SIZES = {
                 kinds=(*CATALOGUE, "trained", "trained variant")),
     "accuracy": Size(SCHEDULERS, budgets=(4, 5, 6, 8, 10, 15, 20), other_budgets=(4, 5, 6, 8, 10)),
     "hyper": Size(("karras", "sgm_uniform", "exponential", "beta", "normal"), UNSEEN, (5, 6, 8, 10),
-                  (5, 6, 8, 10), (7.0, 3.0, 1.0), noises=4, exact_noises=0, stride=5, second=False,
+                  (5, 6, 8, 10), (7.0, 3.0, 1.0), noises=8, exact_noises=0, stride=5, second=False,
                   kinds=("core", "calibrated", "hypersolver"),
                   names=("comfy/euler", "comfy/dpmpp_2m", "comfy/lms", "comfy/ipndm", "comfy/ipndm_v",
                          "comfy/deis", "comfy/uni_pc_bh2", "lambda/fitted_chosen")),
