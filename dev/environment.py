@@ -16,6 +16,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -64,7 +65,7 @@ def ensure(*groups: str) -> Environment:
     _step("ComfyUI's requirements", "\n".join(wanted), lambda: _pip(python, "install", *wanted))
     declared = (ROOT / "pyproject.toml").read_text()
     for group in groups:
-        _step(f"the {group} packages", declared,
+        _step(f"the {group} packages", re.search(rf"^{group} = .*$", declared, re.M)[0],
               lambda: _pip(python, "install", "--group", f"{ROOT / 'pyproject.toml'}:{group}"))
     return Environment(python, comfyui)
 

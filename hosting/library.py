@@ -148,8 +148,9 @@ def choice(kind: Kind, about: Mapping[str, Any], how: str, options: Mapping[str,
 
     It is of the same checkpoint and patches, at near strengths and guidance; for auto measured at nobody's
     prompt, for "every prompt" at the run's own; or, whatever the rule, learned for all prompts and just such
-    a run, or taught for it at its guidance. Of several those that serve best, then those of the same prompt,
-    then of the nearest guidance, then those that were measured for no more than is needed, then the newest.
+    a run, or taught for it at its guidance. Of several those that serve best, then those that more images
+    taught, then those of the same prompt, then of the nearest guidance, then those that were measured for no
+    more than is needed, then the newest.
     """
     sought, found = wanted(about, how), []
     run = {**sought, "guidance": about["guidance"]}
@@ -163,7 +164,8 @@ def choice(kind: Kind, about: Mapping[str, Any], how: str, options: Mapping[str,
         well = kind.serves(kind.suited(content, run), options, path, schedule)
         here = alike("guidance", content.about, sought)
         if well == TAUGHT or here and (well == 2 or well and measured_for(content.about)):
-            rank = (-well, content.about.get("conditions") != sought["conditions"],
+            taught = content.about.get("hypersolver", {}).get("images", 0.0) if well == TAUGHT else 0.0
+            rank = (-well, -taught, content.about.get("conditions") != sought["conditions"],
                     abs(content.about["guidance"] - sought["guidance"]), bool(content.about.get("fitted")))
             found.append((rank, content.about.get("created", ""), name, content))
     found.sort(key=lambda entry: entry[1:3], reverse=True)

@@ -13,7 +13,8 @@ from problems import Gaussian
 from samplers import (CalibrationError, Statistics, estimate_statistics, k_diffusion_sampler,
                       load_calibration)
 from samplers.learning import hypersolver as hypersolver_module, train_hypersolver
-from samplers.learning.hypersolver import Conditions, Hypersolver, Network, flat, last_of, unflat
+from samplers.learning.hypersolver import (BOUND, VIEWS, Conditions, Hypersolver, Network, flat, last_of,
+                                           unflat, views)
 from samplers.learning.train_hypersolver import (School, ending, fit_hypersolver, hypersolver_bytes,
                                                  hypersolver_cost, lessons)
 from samplers.learning.storage import write_checked
@@ -153,6 +154,33 @@ def test_each_image_may_have_a_guidance_of_its_own() -> None:
     assert not torch.allclose(each[0:1], run(having(replace(hypersolver(), guidance=5.0)), x[0:1]), atol=1e-4)
 
 
+def test_what_a_step_sees_is_where_it_is_and_how_its_answers_moved() -> None:
+    x, a, b, c = torch.randn(4, 2, 3, 5, 5, generator=torch.Generator().manual_seed(2))
+    at = PATHS["flow"].level(0.8)
+    torch.testing.assert_close(views(x, at, [a, b, c]),
+                               torch.stack([x / math.hypot(0.2, 0.8), a, a - b, b - c], 1))
+    assert not views(x, at, [a])[:, 2:].any()
+    levels = PATHS["ve"].level(9.0), PATHS["ve"].level(3.0), PATHS["ve"].level(1.0), PATHS["ve"].level(0.0)
+    assert [step.missed.uses for step in hypersolver().steps(levels, PATHS["ve"])] == [
+        (0,), (0, -1), (0, -1, -2)]
+
+
+def test_both_answers_stay_within_their_bounds_whatever_is_seen() -> None:
+    network = hypersolver().network()
+    by = network.modulation(torch.zeros(1, len(Conditions._fields)))
+    v = 1e6 * torch.randn(1, VIEWS, 3, 6, 6, generator=torch.Generator().manual_seed(4))
+    most = BOUND * float(by.whole + by.rho)
+    assert 0.5 * most < float(network(v, by).abs().max()) <= most * (1.0 + 1e-5)
+
+
+def test_beyond_what_taught_it_counts_as_the_nearest_of_it() -> None:
+    found = replace(hypersolver(), end=np.array([-3.0, 0.5, -3.0, 0.8]))
+    x, highest = noise(2, seed=5), math.exp(BOUNDS[1, -1])
+    far, near = (run(having(replace(found, guidance=guidance)), x) for guidance in (100.0, highest))
+    assert torch.equal(far, near)
+    assert not torch.allclose(far, run(having(replace(found, guidance=0.5 * highest)), x), atol=1e-4)
+
+
 def test_what_inpainting_keeps_is_kept_exactly() -> None:
     kept = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
     kept[..., :2] = True
@@ -205,6 +233,51 @@ def test_it_costs_what_was_said_beforehand() -> None:
     told = found.about["hypersolver"]
     assert told["evaluations"] == max(done for done, _ in seen) <= seen[0][1]
     assert seen[0][1] == hypersolver_cost([k // 4 for k in range(24)], (3, 4)) <= told["evaluations"] + 1
+
+
+def test_what_is_held_out_teaches_nothing(monkeypatch) -> None:
+    """Every eighth prompt, or the last of fewer: here the images of the sixth of six."""
+    seen, original, train = [], train_hypersolver.trained, School.train
+
+    def watched(network, data, taught, held, *more):
+        seen.append((len(data[2]), taught.tolist(), held.tolist()))
+        return original(network, data, taught, held, *more)
+
+    def training(school, k, found):
+        names = [f"{i}.{j}" for i in range(k + 1) for j in range(len(school.rounds[i]))]
+        lessons_ = [lesson for taught in school.rounds[:k + 1] for lesson in taught]
+        away = [image in {20, 21, 22, 23} for lesson in lessons_ for _ in range(lesson.n)
+                for image in lesson.images]
+        assert len(names) == len(lessons_)
+        train(school, k, found)
+        rows, taught, held = seen[-1]
+        assert held == [row for row in range(rows) if away[row]]
+        assert taught == [row for row in range(rows) if not away[row]]
+
+    monkeypatch.setattr(train_hypersolver, "trained", watched)
+    monkeypatch.setattr(School, "train", training)
+    fitted(iterations=1)
+    assert len(seen) == 3 and all(held for _, _, held in seen)
+
+
+def test_the_best_network_on_what_was_held_out_is_kept_and_images_are_mirrored_with_what_they_miss(
+        monkeypatch) -> None:
+    v = torch.randn(16, VIEWS, 3, 5, 5, generator=torch.Generator().manual_seed(6))
+    r, c = v[:, 1].clone(), torch.zeros(16, len(Conditions._fields))
+    r[8:] *= -1.0  # the better it learns, the worse it is here
+    own = train_hypersolver.loss
+
+    def paired(network, v, r, c):
+        assert torch.equal(r, v[:, 1]) or torch.equal(r, -v[:, 1])
+        return own(network, v, r, c)
+
+    monkeypatch.setattr(train_hypersolver, "loss", paired)
+    begun = Network(3)
+    before = {name: value.clone() for name, value in begun.state_dict().items()}
+    best, error = train_hypersolver.trained(begun, (v, r, c), torch.arange(8), torch.arange(8, 16), 60, 0,
+                                            lambda loss: None)
+    assert error == pytest.approx(1.0) and all(
+        torch.equal(value, before[name]) for name, value in best.state_dict().items())
 
 
 def test_it_keeps_as_much_as_was_said_beforehand(monkeypatch) -> None:

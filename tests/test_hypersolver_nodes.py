@@ -121,6 +121,10 @@ def test_what_was_taught_goes_before_what_was_measured_or_refitted(folder) -> No
     statistics(hypersolver()).save(folder / "taught.safetensors")
     assert chosen() == chosen(9.0) == "taught"
     assert chosen(steps=6) == "refitted" and chosen(3.0) is None  # the newest of two that serve as any other
+    for name, images, guidance in (("well", 384.0, 5.5), ("hastily", 4.0, 7.0)):
+        statistics(hypersolver(), hypersolver={"images": images}, guidance=guidance, created="9").save(
+            folder / f"{name}.safetensors")
+    assert chosen() == chosen(9.0) == "well"  # what more images taught, not the newest or nearest
 
 
 def test_a_run_is_given_the_hypersolver_at_its_own_guidance_or_none() -> None:

@@ -12,8 +12,8 @@ from problems import (
     ADAPTIVE, ODE, Gaussian, needed, ode, predicting, sigmas_between, serving, smooth_statistics,
     starting_noise)
 from samplers import FAMILIES, PATHS, SAMPLERS, k_diffusion_sampler
-from samplers.integrand import PREDICTIONS
-from samplers.phi import RULES, pseudo_weights, weights
+from samplers.integrand import PREDICTIONS, DataPrediction
+from samplers.phi import RULES, midpoint, pseudo_weights, weights
 from samplers.sample import advance, combine
 from samplers.schedule import levels
 from samplers.solver import Multistep
@@ -148,6 +148,16 @@ def test_a_corrector_gives_one_order_more(order: int, rule: str) -> None:
     for prediction in PREDICTIONS:
         solver = FAMILIES["multistep"].solver(order=order, rule=rule, prediction=prediction, corrector="full")
         assert slope(solver, "ve", (64, 128)) == pytest.approx(predictor + 1, abs=0.3), prediction
+
+
+def test_half_a_corrector_is_that_of_steps_which_arrive_at_little_noise() -> None:
+    path = PATHS["ve"]
+    levels = [*(path.at(lam) for lam in (-2.4, -1.5, -0.6, -0.5, 0.4, 1.3)), path.level(0.0)]
+    found = {how: [bool(step.correction) for step in
+                   Multistep(DataPrediction(), 2, midpoint, corrector=how).steps(levels, path)]
+             for how in ("off", "half", "full")}
+    assert found == {"off": [False] * 6, "half": [False, False, True, True, False, False],
+                     "full": [True, True, True, True, False, False]}
 
 
 def test_a_corrector_gives_ipndm_the_order_that_its_equal_steps_cost() -> None:
