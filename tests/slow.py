@@ -8,7 +8,7 @@ SLOW = {
     "test_a_short_campaign_finds_no_fault[kills|files|prompts]": "other cases",
     "test_the_example_workflows_run_with_every_sampler":
         "test_an_example_runs_on_the_tiny_checkpoint_and_its_image_restores_it",
-    "test_an_example_runs_on_the_tiny_checkpoint_and_its_image_restores_it[few_steps|compare|amed|hypersolver]":
+    "test_an_example_runs_on_the_tiny_checkpoint_and_its_image_restores_it[few|compare|amed|hypersolver]":
         "other cases",
     "test_the_emoji_model_is_measured_in_bfloat16_as_in_float32": "test_the_dry_run_makes_the_table",
     "test_any_sampler_is_led[lambda_fitted|lambda_v3]": "other cases",
