@@ -36,7 +36,7 @@ def _model(what: str) -> list[io.Input]:
                        tooltip=("Guidance. For any prompt it is rounded: to halves below 5, to whole "
                                 "numbers below 10; for this prompt it serves within about 10 % of it")),
         io.Latent.Input("latent_image", tooltip=(
-            "Its shape is measured, and as many images at once as it has: 1 takes the least memory")),
+            "Its shape is measured, and at most as many images at once as it has: 1 takes the least memory")),
     ]
 
 

@@ -224,11 +224,11 @@ def test_what_other_packs_call_their_patches_is_written_so_that_it_loads(tmp_pat
 def test_a_file_larger_than_any_of_ours_is_not_read_nor_written(tmp_path, monkeypatch) -> None:
     Statistics.constant().save(tmp_path / "x.safetensors")
     size = (tmp_path / "x.safetensors").stat().st_size
-    monkeypatch.setattr(storage.read_checked, "__defaults__", (size - 1, storage.digest))
+    monkeypatch.setattr(storage.read_checked, "__defaults__", (storage.SHARED._replace(largest=size - 1),))
     with pytest.raises(CalibrationError,
                        match=f"has {size} bytes: files of lambda-solvers statistics 1 have at most"):
         Statistics.load(tmp_path / "x.safetensors")
-    monkeypatch.setattr(storage.write_checked, "__defaults__", (size - 1, storage.digest))
+    monkeypatch.setattr(storage.write_checked, "__defaults__", (storage.SHARED._replace(largest=size - 1),))
     with pytest.raises(CalibrationError,
                        match="y.safetensors would have .* bytes: .*fewer samples or intervals"):
         Statistics.constant().save(tmp_path / "y.safetensors")

@@ -34,6 +34,7 @@ from ..integrand import DataPrediction
 from ..phi import midpoint
 from ..schedule import Level, Path
 from ..solver import Multistep, Step
+from ..tensors import moved
 from .storage import CalibrationError
 
 SOLVER = Multistep(DataPrediction(), 2, midpoint)
@@ -176,7 +177,7 @@ class Missed:
         if own != learned:
             raise ValueError(f"this hypersolver was trained on latents of {learned} channels, and x has "
                              f"shape {list(x.shape)}: train one on this model")
-        by = Modulation(*(value.to(x.device, non_blocking=True) for value in self.by))
+        by = Modulation(*(moved(value, x.device) for value in self.by))
         return replace(self, network=self.network.to(x.device), by=by)
 
     @torch.no_grad()

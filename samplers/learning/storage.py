@@ -16,7 +16,7 @@ import re
 import secrets
 import time
 from pathlib import Path
-from typing import Any, Callable, Mapping, Sequence
+from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
 import numpy as np
 import torch
@@ -101,9 +101,6 @@ def _plainly(value: Any) -> Any:
     return plain(value) if isinstance(value, str) else value
 
 
-Digest = Callable[[Mapping[str, np.ndarray]], str]
-
-
 def digest(arrays: Mapping[str, np.ndarray]) -> str:
     """Twelve hex digits for the names, shapes and values (as float64) of arrays: the same in memory and in
     any file of them."""
@@ -124,17 +121,29 @@ def bytewise(arrays: Mapping[str, np.ndarray]) -> str:
     return content.hexdigest()
 
 
+class Rules(NamedTuple):
+    """What holds for files: their bytes, their tensors, and what their seal is of."""
+
+    largest: float
+    most: float
+    content: Callable[[Mapping[str, np.ndarray]], str]
+
+
+SHARED, OWN = Rules(LARGEST, MOST, digest), Rules(math.inf, math.inf, bytewise)
+"""Of calibrations, and of what a measurement keeps until it is done."""
+
+
 def write_checked(path: Path, kind: str, tensors: Mapping[str, np.ndarray], about: Mapping[str, Any],
-                  overwrite: bool, largest: float = LARGEST, of: Digest = digest) -> None:
+                  overwrite: bool, rules: Rules = SHARED) -> None:
     """Write a file for `read_checked`, whole or not at all; FileExistsError if it exists, unless told to
     overwrite."""
     described = json.dumps(checked(_plainly(about)), sort_keys=True, allow_nan=False)
     content = save({name: np.asarray(value, order="C") for name, value in tensors.items()},
                    metadata={"format": kind, "about": described,
-                             "seal": seal(kind, described, of(tensors))})
-    if len(content) > largest:
+                             "seal": seal(kind, described, rules.content(tensors))})
+    if len(content) > rules.largest:
         raise CalibrationError(
-            f"{path.name} would have {len(content)} bytes: files have at most {largest:.0f}; measure "
+            f"{path.name} would have {len(content)} bytes: files have at most {rules.largest:.0f}; measure "
             "with fewer samples or intervals")
     write_whole(path, content, overwrite)
 
@@ -169,24 +178,24 @@ def _link_new(temporary: Path, path: Path) -> None:
         os.replace(temporary, path)
 
 
-def read_checked(path: Path, expected: Sequence[str], largest: float = LARGEST,
-                 of: Digest = digest) -> tuple[str, dict[str, np.ndarray], dict[str, Any]]:
+def read_checked(path: Path, expected: Sequence[str],
+                 rules: Rules = SHARED) -> tuple[str, dict[str, np.ndarray], dict[str, Any]]:
     """Format, tensors and description of a file of one of these formats; CalibrationError if it is none,
     or of another version."""
     shown, kinds = plain(str(path), 1000), " or ".join(expected)
     try:
-        if path.stat().st_size > largest:
+        if path.stat().st_size > rules.largest:
             raise CalibrationError(
-                f"{shown} has {path.stat().st_size} bytes: files of {kinds} have at most {largest:.0f}")
+                f"{shown} has {path.stat().st_size} bytes: files of {kinds} have at most {rules.largest:.0f}")
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             found = _format(shown, metadata, expected)
             names = list(file.keys())
-            if len(names) > (MOST if largest < math.inf else math.inf) or not all(map(NAME.fullmatch, names)):
+            if len(names) > rules.most or not all(map(NAME.fullmatch, names)):
                 raise CalibrationError(
                     f"{shown} has tensors that no file of {_kind(found)} has: measure again, or get it anew")
             tensors, told = {name: file.get_tensor(name) for name in names}, metadata.get("about", "{}")
-            _check_seal(shown, seal(found, told, of(tensors)), metadata)
+            _check_seal(shown, seal(found, told, rules.content(tensors)), metadata)
             about = json.loads(told, parse_constant=_no_number)
             return found, tensors, checked(about, where=f"{shown}: about")
     except FileNotFoundError:
@@ -266,7 +275,7 @@ class Partial:
         same calibration."""
         if self.path:
             try:
-                _, tensors, about = read_checked(self.path, (self.format,), math.inf, bytewise)
+                _, tensors, about = read_checked(self.path, (self.format,), OWN)
             except CalibrationError:
                 return {}, 0  # none, damaged, or of another version: measured again, and overwritten
             if about.get("key") == self.key:
@@ -279,8 +288,7 @@ class Partial:
         if self.path and (at_once or start - self.written >= max(self.seconds, self.took / SHARE)):
             tensors = {name: value.cpu().numpy() for name, value in kept.items()}
             try:
-                write_checked(self.path, self.format, tensors, {"key": self.key, "next": following}, True,
-                              math.inf, bytewise)
+                write_checked(self.path, self.format, tensors, {"key": self.key, "next": following}, True, OWN)
             except OSError as fault:
                 if not self.warned:
                     logging.warning("%s cannot be written (%s): the measuring goes on, but if it is cut "

@@ -145,7 +145,7 @@ def fit_hypersolver(model: Callable[..., Tensor], x: Tensor, calibration: Statis
                     total=hypersolver_cost(prompts, steps, rounds, bool(opening)), dtype=dtype,
                     precision=precision, extra_args=extra_args, partial=partial, seconds=30.0,
                     progress=progress, probed=PROBED)
-    school = School(course, x.cpu(), x.device, opening, gaussian, plain, guidances, prompts, tuple(steps),
+    school = School(course, x.cpu(), opening, gaussian, plain, guidances, prompts, tuple(steps),
                     _curriculum(prompts, steps, rounds, seed, guidances), iterations, seed)
     with course:
         kept, parts = dict(course.kept), school.parts()
@@ -237,7 +237,6 @@ class School:
 
     course: Course
     x: Tensor
-    device: torch.device
     opening: Sequence[Level]
     path: Path
     calibration: Statistics
@@ -265,7 +264,7 @@ class School:
         steps, begin = [ddim(DataPrediction(), level, self.grid[0]) for level in self.opening], self.x.clone()
         for images in self.batches:
             denoise = bound(self.course.denoise, images=images)
-            begin[images] = sample(denoise, self.x[images].to(self.device), steps).cpu()
+            begin[images] = sample(denoise, self.x[images].to(self.course.device), steps).cpu()
         found["begin"] = found["x"] = begin
 
     @cached_property
@@ -277,7 +276,7 @@ class School:
         """One step of the teacher. Its answers are kept, in half precision: they tell its whole way."""
         update, now, answers = SOLVER.step(self.grid, i).updates[0], self.x.clone(), torch.zeros_like(self.x)
         for images in self.batches:
-            x = found["x"][images].to(self.device)
+            x = found["x"][images].to(self.course.device)
             answer = self.course.denoise(x, self.grid[i].sigma, images=images).half()
             kept = self.crop(answer, images)
             if "answers" not in found:
@@ -285,7 +284,7 @@ class School:
             found["answers"][i, images] = kept
             values = {0: answer.to(x.dtype)}
             if i:
-                values[-1] = found["before"][images].to(self.device)
+                values[-1] = found["before"][images].to(self.course.device)
             now[images], answers[images] = combine(x, update, values).cpu(), values[0].cpu()
         found |= {"x": now, "before": answers}
         if i == TEACHER - 1:
@@ -372,7 +371,7 @@ class School:
             truth: Callable[[Level], tuple[Tensor, Tensor]]) -> list[tuple[Tensor, list[Tensor]]]:
         """The same, where the solver's own run is; and how far from the truth it ends."""
         denoise = bound(self.course.denoise, images=list(images))
-        place, went = Place(0, found["begin"][images].to(self.device)), []
+        place, went = Place(0, found["begin"][images].to(self.course.device)), []
         for step in self.guided(images, found).steps(levels, self.path):
             here, place = onward(denoise, place, on_device(step, place.x), 2)
             answers = [here.values[0], *here.past][:len(went) + 1]
@@ -390,8 +389,8 @@ class School:
     def train(self, k: int, found: Found) -> None:
         """The network, on all that was seen so far."""
         names = [f"{i}.{j}" for i in range(k + 1) for j in range(len(self.rounds[i]))]
-        v, r, told = (Rows([found[f"{which}.{name}"] for name in names]) for which in "vrc")
-        c = torch.cat(told.parts)
+        v, r = (Rows([found[f"{which}.{name}"] for name in names]) for which in "vr")
+        c = torch.cat([found[f"c.{name}"] for name in names])
         taught, held = (torch.nonzero(c[:, -1] == away).flatten() for away in (0.0, 1.0))
         with torch.inference_mode(False), torch.enable_grad():
             c = c[:, :-1].clone()
@@ -401,7 +400,7 @@ class School:
                                          if name.startswith("net.")})
             settle(network, v, r, c, taught)
             network, self.course.loss = trained(
-                network.to(self.device), (v, r, c), taught, held,
+                network.to(self.course.device), (v, r, c), taught, held,
                 self.iterations // (1 if k == len(self.rounds) - 1 else 2), self.seed + k, self._tell)
         found |= {f"net.{name}": value.cpu() for name, value in network.state_dict().items()}
         found["bounds"] = torch.stack([c.amin(0), c.amax(0)]).double()
@@ -426,7 +425,7 @@ class School:
         for images in _together(_held(self.prompts)[:COMPARED], self.prompts):
             guided, denoise = self.guided(images, found), bound(self.course.denoise, images=images)
             having = guided.steps(self.to(n, low, guided.last(n, low, high)), self.path)
-            begin = found["begin"][images].to(self.device)
+            begin = found["begin"][images].to(self.course.device)
             ends = [self.crop(sample(denoise, begin, steps), images)
                     for steps in (without, having)]
             true = found["answers"][-1, images].to(self.x.dtype)
