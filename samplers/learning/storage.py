@@ -287,8 +287,9 @@ class Partial:
         start = time.monotonic()
         if self.path and (at_once or start - self.written >= max(self.seconds, self.took / SHARE)):
             tensors = {name: value.cpu().numpy() for name, value in kept.items()}
+            about = {"key": self.key, "next": following}
             try:
-                write_checked(self.path, self.format, tensors, {"key": self.key, "next": following}, True, OWN)
+                write_checked(self.path, self.format, tensors, about, True, OWN)
             except OSError as fault:
                 if not self.warned:
                     logging.warning("%s cannot be written (%s): the measuring goes on, but if it is cut "
