@@ -34,7 +34,8 @@ sys.path.append(str(Path(__file__).parent / "browser"))
 import interface  # noqa: E402
 
 FLAGS = ["--skip-prepare-environment", "--skip-version-check", "--skip-install", "--skip-torch-cuda-test",
-         "--always-cpu", "--api", "--server-name", "127.0.0.1"]
+         "--api", "--server-name", "127.0.0.1"]
+ON_CPU = {"Forge": ["--always-cpu"], "A1111": ["--use-cpu", "all", "--no-half", "--opt-sdp-attention"]}
 CLOSED = "closed form of a cat"
 PLOT = "x/y/z plot"
 PANEL = "#script_txt2img_lambda_solvers_panel"
@@ -127,6 +128,7 @@ def webui(tmp_path_factory):
     root = os.environ.get("WEBUI_PATH")
     if not root:
         pytest.skip("NO REAL WEBUI WAS RUN: WEBUI_PATH names no folder of one (and WEBUI_PYTHON no Python)")
+    kind = "Forge" if (Path(root) / "modules_forge").is_dir() else "A1111"
     data, port = tmp_path_factory.mktemp("webui"), free_port()
     for folder in ("extensions/probe/scripts", "models/Lora"):
         (data / folder).mkdir(parents=True)
@@ -138,8 +140,8 @@ def webui(tmp_path_factory):
               data / "models" / "Lora" / "stripes.safetensors")
     with (data / "log").open("w") as log:
         process = subprocess.Popen(
-            [os.environ.get("WEBUI_PYTHON", "python"), "launch.py", *FLAGS, "--port", str(port), "--data-dir",
-             str(data), "--ckpt-dir", str(Path(root) / "models" / "Stable-diffusion"),
+            [os.environ.get("WEBUI_PYTHON", "python"), "launch.py", *FLAGS, *ON_CPU[kind], "--port",
+             str(port), "--data-dir", str(data), "--ckpt-dir", str(Path(root) / "models" / "Stable-diffusion"),
              "--gradio-allowed-path", root], cwd=root, stdout=log, stderr=subprocess.STDOUT)
     try:
         yield WebUI(port, data).started(process)

@@ -3,6 +3,7 @@
 "closed form" in a prompt answers in place of the checkpoint's network, at no cost, or "slowly". This runs in
 the WebUI's Python, where the pack is loaded as lambda_solvers_pack.
 """
+import importlib.util
 import sys
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import torch
 from modules import paths, scripts
 
+FORGE = importlib.util.find_spec("modules_forge") is not None
 RUNS = Path(paths.data_path) / "runs"
 OPTIONS = {"Lambda order": "order", "Lambda eta": "eta", "Lambda first step": "first_step"}
 asked = []
@@ -24,24 +26,32 @@ class Probe(scripts.Script):
 
     def process_before_every_sampling(self, p, *args, **kwargs):
         if "closed form" in p.prompt:
-            unet = p.sd_model.forge_objects.unet.clone()
-            unet.set_model_unet_function_wrapper(slowly if "slowly" in p.prompt else closed_form)
-            p.sd_model.forge_objects.unet = unet
+            answered(p, slowly if "slowly" in p.prompt else closed_form)
         if hasattr(p.sampler, "solver") and not hasattr(p.sampler, "probed"):
             p.sampler.func, p.sampler.probed = probed(p, p.sampler.func), True
 
 
-def closed_form(network, told):
+def answered(p, function):
+    """function(x, sigma, texts) in place of the network, for this job."""
+    if FORGE:
+        unet = p.sd_model.forge_objects.unet.clone()
+        unet.set_model_unet_function_wrapper(
+            lambda network, told: function(told["input"], told["timestep"], told["c"]["c_crossattn"]))
+        p.sd_model.forge_objects.unet = unet
+    else:
+        p.sampler.model_wrap.forward = lambda x, sigma, cond: function(x, sigma, cond["c_crossattn"][0])
+
+
+def closed_form(x, sigma, texts):
     """Data near two values, around what the prompt says."""
-    asked.append(len(told["input"]))
-    mean, sigma = told["c"]["c_crossattn"].mean((1, 2)), told["timestep"]
-    mean, sigma = mean[:, None, None, None], sigma[:, None, None, None]
-    return mean + torch.tanh((told["input"] - mean) / (sigma.square() + 0.3))
+    asked.append(len(x))
+    mean, sigma = texts.mean((1, 2))[:, None, None, None], sigma[:, None, None, None]
+    return mean + torch.tanh((x - mean) / (sigma.square() + 0.3))
 
 
-def slowly(network, told):
+def slowly(x, sigma, texts):
     time.sleep(0.1)
-    return closed_form(network, told)
+    return closed_form(x, sigma, texts)
 
 
 def probed(p, own):
@@ -73,19 +83,20 @@ def keep(entry):
 def direct(p, x, sigmas, extra):
     """What the solver makes of the same noise as it is called in a program: the network alone is asked, with
     the guidance and the options that the infotext says."""
-    pack, unet = sys.modules["lambda_solvers_pack.samplers"], p.sd_model.forge_objects.unet
-    cond = torch.cat([torch.stack([one[0].cond for one in extra["uncond"]]),
-                      torch.stack([several[0].schedules[0].cond for several in extra["cond"].batch])])
+    pack = sys.modules["lambda_solvers_pack.samplers"]
+    told = torch.stack([several[0].schedules[0].cond for several in extra["cond"].batch])
+    free = torch.stack([one[0].cond for one in extra["uncond"]])
     scale = p.hr_cfg if getattr(p, "is_hr_pass", False) and hasattr(p, "hr_cfg") else p.cfg_scale
 
     def denoise(x, sigma, seed):
         x, sigma = torch.cat([x, x]), torch.cat([sigma, sigma])
-        if answer := unet.model_options.get("model_function_wrapper"):
-            both = answer(None, {"input": x, "timestep": sigma, "c": {"c_crossattn": cond}})
+        if FORGE:
+            without, having = forge(p, x, sigma, torch.cat([free, told])).chunk(2)
         else:
-            both = unet.model.apply_model(x, sigma, c_crossattn=cond)
-        without, told = both.chunk(2)
-        return without + (told - without) * scale
+            image = torch.cat([extra["image_cond"]] * 2)
+            having, without = p.sampler.model_wrap(
+                x, sigma, cond={"c_crossattn": [torch.cat([told, free])], "c_concat": [image]}).chunk(2)
+        return without + (having - without) * scale
 
     said = p.extra_generation_params
     options = {option: said[label] for label, option in OPTIONS.items() if label in said}
@@ -96,6 +107,14 @@ def direct(p, x, sigmas, extra):
     first = p.iteration * p.batch_size
     seeds = p.all_seeds[first:first + p.batch_size]
     return function(denoise, x.float(), levels, {"seed": seeds}, disable=True)
+
+
+def forge(p, x, sigma, texts):
+    """What Forge's network answers, or what is there in its place."""
+    unet = p.sd_model.forge_objects.unet
+    if answer := unet.model_options.get("model_function_wrapper"):
+        return answer(None, {"input": x, "timestep": sigma, "c": {"c_crossattn": texts}})
+    return unet.model.apply_model(x, sigma, c_crossattn=texts)
 
 
 def calibration(pack, name):
