@@ -140,8 +140,9 @@ def webui(tmp_path_factory):
               data / "models" / "Lora" / "stripes.safetensors")
     with (data / "log").open("w") as log:
         process = subprocess.Popen(
-            [os.environ.get("WEBUI_PYTHON", "python"), "launch.py", *FLAGS, *ON_CPU[kind], "--port",
-             str(port), "--data-dir", str(data), "--ckpt-dir", str(Path(root) / "models" / "Stable-diffusion"),
+            [os.environ.get("WEBUI_PYTHON", "python"), "launch.py", *FLAGS, *ON_CPU[kind],
+             "--port", str(port), "--data-dir", str(data),
+             "--ckpt-dir", str(Path(root) / "models" / "Stable-diffusion"),
              "--gradio-allowed-path", root], cwd=root, stdout=log, stderr=subprocess.STDOUT)
     try:
         yield WebUI(port, data).started(process)
