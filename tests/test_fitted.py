@@ -14,7 +14,7 @@ from problems import Gaussian, fitted_statistics, reference_mixture, starting_no
 from samplers import (PATHS, Statistics, CalibrationError, estimate_statistics, fit_multistep,
                       k_diffusion_sampler)
 from samplers.learning import course, measure
-from samplers.learning.fitted import EVEN, HIGHEST, _correction, _even, fit_weights, fitted_sigmas
+from samplers.learning.fitted import CHANCE, EVEN, HIGHEST, _correction, _even, fit_weights, fitted_sigmas
 from samplers.integrand import DataPrediction
 from samplers.phi import midpoint
 from samplers.sample import sample
@@ -116,6 +116,18 @@ def test_the_error_to_expect_is_that_of_the_run_on_what_was_measured(monkeypatch
         plan = fit_multistep(found, n)
         left = run(model, x, plan.steps(PATHS["ve"])) - goal
         assert float(left.square().mean().sqrt()) == pytest.approx(plan.error, rel=0.1)
+
+
+def test_of_what_steps_miss_a_share_is_by_chance_and_adds_up_as_squares(monkeypatch) -> None:
+    found = calibration(x=noise(4))
+    nodes = fit_multistep(found, 5).lam
+
+    def square(share: float) -> float:
+        monkeypatch.setattr("samplers.learning.fitted.CHANCE", share)
+        return fit_weights(found, nodes).error ** 2
+
+    usual, signed, whole = square(CHANCE), square(0.0), square(1.0)
+    assert usual - signed == pytest.approx(CHANCE**2 * (whole - signed)) and whole > 1.1 * signed
 
 
 def test_a_single_trajectory_proves_nothing_and_leaves_v3() -> None:

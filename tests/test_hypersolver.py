@@ -336,6 +336,31 @@ def test_it_goes_on_from_wherever_it_was_cut_short_and_ends_alike(tmp_path, monk
         np.testing.assert_array_equal(found.arrays()[name], value, err_msg=name)
 
 
+@pytest.mark.parametrize("other", [
+    {}, {"guidance": 2.0}, {"steps": (3, 5)}, {"rounds": 1}, {"seed": 1}, {"iterations": 3},
+    {"about": {"model": "another"}}, {"prompts": [k // 3 for k in range(24)]}],
+    ids=lambda other: next(iter(other), "nothing else"))
+def test_a_training_that_is_asked_otherwise_starts_anew(tmp_path, monkeypatch, other: dict) -> None:
+    monkeypatch.setattr(train_hypersolver, "TEACHER", 6)
+    told = []
+
+    def progress(done: int, total: int, loss: float) -> None:
+        told.append(done)
+        if len(told) == stop:
+            raise Stop
+
+    def asked(**how) -> int:
+        told.clear()
+        fitted(**{"iterations": 2, **how}, progress=progress)
+        return len(told)
+
+    stop = 30
+    with pytest.raises(Stop):
+        asked(partial=tmp_path / "partial")
+    stop = 0
+    assert (asked(**other, partial=tmp_path / "partial") == asked(**other)) == bool(other)
+
+
 def test_the_ends_of_runs_are_in_one_order_whatever_was_kept(tmp_path, monkeypatch) -> None:
     """Of more lessons than ten, whose names a file sorts in another order."""
     seen, original = [], train_hypersolver.ending

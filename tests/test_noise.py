@@ -263,6 +263,15 @@ def test_churn_raises_a_step_with_all_that_is_in_it() -> None:
             torch.testing.assert_close(other, results[0], rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_churn_is_at_the_levels_of_its_window_both_ends_included(path: str) -> None:
+    levels = [PATHS[path].at(-math.log(ratio)) for ratio in (9.0, 5.0, 2.0, 1.0, 0.5, 0.1)]
+    low, high = (level.sigma / level.alpha for level in (levels[3], levels[1]))
+    steps = Churned(Singlestep(SDE, DPM_2S_TAYLOR), 8.0, low, high, 1.0).steps(levels, PATHS[path])
+    raised = [step.t.lam < level.lam for step, level in zip(steps, levels[1:])]
+    assert raised == [True, True, True, False, False]
+
+
 def test_a_churned_run_that_stops_early_is_at_the_schedule_s_last_level() -> None:
     x, sigmas = drawn(20_000, (0.16 + 81.0) ** 0.5), sigmas_between(-math.log(9.0), 0.0, 20, "ve")
     result = k_diffusion_sampler("heun", s_churn=40.0)(Gaussian(mean=0.0), x, sigmas, {"seed": 1},
