@@ -16,7 +16,7 @@ from samplers.learning import hypersolver as hypersolver_module, train_hypersolv
 from samplers.learning.hypersolver import (BOUND, VIEWS, Conditions, Hypersolver, Network, flat, last_of,
                                            unflat, views)
 from samplers.learning.train_hypersolver import (School, ending, fit_hypersolver, hypersolver_bytes,
-                                                 hypersolver_cost, lessons)
+                                                 hypersolver_cost, lessons, teachers)
 from samplers.learning.storage import write_checked
 from samplers.schedule import PATHS
 from test_calibrate import mixture, noise
@@ -386,7 +386,7 @@ def test_the_ends_of_runs_are_in_one_order_whatever_was_kept(tmp_path, monkeypat
     assert len(seen) == 1 and torch.equal(seen[0], whole)
 
 
-def test_the_teacher_is_exact_between_its_levels(monkeypatch) -> None:
+def test_the_teacher_is_exact_between_its_levels_to_second_order(monkeypatch) -> None:
     """On normal data, whose solution is known."""
     seen, model, x = [], Gaussian(), noise(24, seed=21)
 
@@ -401,9 +401,19 @@ def test_the_teacher_is_exact_between_its_levels(monkeypatch) -> None:
             assert torch.equal(truth(levels[-1])[0], truth(self.grid[-2])[1])
             super().attend(k, j, found)
 
+    def worst(evaluations: int) -> float:
+        seen.clear()
+        monkeypatch.setattr(train_hypersolver, "TEACHER", evaluations)
+        fitted(model=lesson_model(model), iterations=1)
+        assert len(seen) > 60
+        return max(seen)
+
     monkeypatch.setattr(train_hypersolver, "School", Watched)
-    fitted(model=lesson_model(model), iterations=1)
-    assert len(seen) > 60 and max(seen) < 5e-3
+    assert worst(48) < 4e-3 and worst(24) < 4.5 * worst(48)
+
+
+def test_the_more_steps_are_learned_the_finer_is_the_teacher() -> None:
+    assert [teachers(steps) for steps in ((4,), (4, 10), (5, 20))] == [24, 24, 48]
 
 
 def test_a_flow_is_trained_from_pure_noise() -> None:

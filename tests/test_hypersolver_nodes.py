@@ -245,8 +245,8 @@ def test_it_is_taught_from_nothing_in_calls_of_the_run_s_batch_and_says_before_w
     told = found.about.get("hypersolver")
     measured = [text for text in said if text.startswith("no saved statistics")]
     assert len(measured) == 1 and [path.name for path in folder.glob("*.safetensors")]
-    begins = said.index("training the hypersolver: as long as 6 images of 20 steps")  # 64 of 2 images
-    assert re.fullmatch(r"training the hypersolver: as long as 6 images of 20 steps, about \d+ seconds",
+    begins = said.index("training the hypersolver: as long as 4 images of 20 steps")  # 40 of 2 images
+    assert re.fullmatch(r"training the hypersolver: as long as 4 images of 20 steps, about \d+ seconds",
                         next(text for text in said[begins + 1:] if "about" in text))
     [summary] = [text for text in said if text.startswith("hypersolver trained in ")]
     assert "error on prompts held out, without and with it: 4 steps " in summary

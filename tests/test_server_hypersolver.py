@@ -34,10 +34,10 @@ def test_it_is_trained_and_says_before_what_it_costs_and_after_what_it_gained(se
     plain, *taught = sorted(files(folder))
     assert plain.endswith("-fitted-cfg4.safetensors")
     begins = next(k for k, text in enumerate(run.texts) if text.startswith("training the hypersolver"))
-    # 63 evaluations of six images
-    assert run.texts[begins] == "training the hypersolver: as long as 19 images of 20 steps"
-    assert re.fullmatch(r".* 19 images of 20 steps, about \d+ (seconds|minutes)", run.texts[begins + 1])
-    assert any(re.search(r"evaluation 6\d of 63, .*, error \d\.\d+, \d+ s left", text) for text in run.texts)
+    # 39 evaluations of six images
+    assert run.texts[begins] == "training the hypersolver: as long as 12 images of 20 steps"
+    assert re.fullmatch(r".* 12 images of 20 steps, about \d+ (seconds|minutes)", run.texts[begins + 1])
+    assert any(re.search(r"evaluation 3\d of 39, .*, error \d\.\d+, \d+ s left", text) for text in run.texts)
     [told] = [text for text in run.texts if text.startswith("hypersolver trained in ")]
     without, having, after = re.search(r": 4 steps ([0-9.]+) and ([0-9.]+)\. (.*)", told).groups()
     assert ("It is used for 4 steps" in after) == bool(taught) and float(without) > 0 < float(having)
@@ -48,7 +48,7 @@ def test_it_is_trained_and_says_before_what_it_costs_and_after_what_it_gained(se
         [shown] = run.outputs[node]["images"]
         with Image.open(server.file(shown)) as image:
             assert image.size == (480, 520)
-    assert 154 + 6 * 60 < len(graph.evaluations(server)) <= 154 + 6 * 63
+    assert 154 + 6 * 36 < len(graph.evaluations(server)) <= 154 + 6 * 39
 
 
 def test_it_is_used_for_its_guidances_and_numbers_of_steps(server, folder) -> None:

@@ -42,9 +42,10 @@ from .hypersolver import (EXACT, SHALLOW, SOLVER, TERMS, VIEWS, Conditions, Hype
 from .statistics import Statistics
 from .storage import digest
 
-PARTIAL = "lambda-solvers partial hypersolver 4"
+PARTIAL = "lambda-solvers partial hypersolver 5"
 STEPS = 4, 5, 6, 7, 8, 9, 10
-TEACHER = 48       # its evaluations
+TEACHER = 24       # its evaluations, at least
+FINER = 2.4        # so many times the most steps that are learned, at least
 PROBED = 8         # images that show which model it is
 SHOWN = 3          # lessons on the true trajectory that each image is in
 ROUNDS = 2         # of lessons of the solver's own runs
@@ -170,7 +171,12 @@ def hypersolver_cost(prompts: Sequence[int], steps: Sequence[int] = STEPS, round
                for lesson in own) / len(prompts)
     compared = 2 * sum(steps) * min(COMPARED, len(_held(prompts))) / len(prompts)
     probe = PROBE * min(PROBED, len(prompts)) / len(prompts)
-    return math.ceil(probe + opening + TEACHER + runs + compared)
+    return math.ceil(probe + opening + teachers(steps) + runs + compared)
+
+
+def teachers(steps: Sequence[int]) -> int:
+    """The teacher's evaluations, where these are learned."""
+    return max(TEACHER, math.ceil(FINER * max(steps)))
 
 
 def hypersolver_bytes(shape: Sequence[int], prompts: Sequence[int], steps: Sequence[int] = STEPS,
@@ -180,7 +186,7 @@ def hypersolver_bytes(shape: Sequence[int], prompts: Sequence[int], steps: Seque
     channels, *sizes = shape[1:]
     taught = sum(_curriculum(prompts, steps, rounds, 0), [])
     rows = sum(lesson.n * len(lesson.images) for lesson in taught)
-    kept = 2 * channels * math.prod(_kept(sizes)) * ((VIEWS + 1) * rows + TEACHER * len(prompts))
+    kept = 2 * channels * math.prod(_kept(sizes)) * ((VIEWS + 1) * rows + teachers(steps) * len(prompts))
     return kept + 3 * 4 * channels * math.prod(sizes) * len(prompts)
 
 
@@ -248,7 +254,7 @@ class School:
     seed: int
 
     def parts(self) -> list[Callable[[Found], None]]:
-        teaching = [bound(self.teach, i) for i in range(TEACHER)]
+        teaching = [bound(self.teach, i) for i in range(self.teacher)]
         learning = [part for k, taught in enumerate(self.rounds) for part in (
             *(bound(self.attend, k, j) for j in range(len(taught))), bound(self.train, k))]
         return [self.begin, *teaching, *learning, *(bound(self.compare, k) for k in range(len(self.counts)))]
@@ -267,10 +273,15 @@ class School:
             begin[images] = sample(denoise, self.x[images].to(self.course.device), steps).cpu()
         found["begin"] = found["x"] = begin
 
+    @property
+    def teacher(self) -> int:
+        """Its evaluations."""
+        return teachers(self.counts)
+
     @cached_property
     def grid(self) -> list[Level]:
         """The teacher's levels, and sigma = 0."""
-        return [*self.over(np.linspace(*self.calibration.lam[[0, -1]], TEACHER).tolist())]
+        return [*self.to(self.teacher, *map(float, self.calibration.lam[[0, -1]]))]
 
     def teach(self, i: int, found: Found) -> None:
         """One step of the teacher. Its answers are kept, in half precision: they tell its whole way."""
@@ -280,21 +291,22 @@ class School:
             answer = self.course.denoise(x, self.grid[i].sigma, images=images).half()
             kept = self.crop(answer, images)
             if "answers" not in found:
-                found["answers"] = torch.zeros(TEACHER, len(self.x), *kept.shape[1:], dtype=torch.half)
+                found["answers"] = torch.zeros(self.teacher, len(self.x), *kept.shape[1:],
+                                               dtype=torch.half)
             found["answers"][i, images] = kept
             values = {0: answer.to(x.dtype)}
             if i:
                 values[-1] = found["before"][images].to(self.course.device)
             now[images], answers[images] = combine(x, update, values).cpu(), values[0].cpu()
         found |= {"x": now, "before": answers}
-        if i == TEACHER - 1:
+        if i == self.teacher - 1:
             del found["x"], found["before"]
 
     def truth(self, images: Sequence[int], found: Found) -> Callable[[Level], tuple[Tensor, Tensor]]:
         """x* and D* of these images at any level, D* by the line through its neighbours; at sigma = 0 they
         are one."""
         answers, xs = found["answers"][:, images].to(self.x.dtype), []
-        for i in range(TEACHER):
+        for i in range(self.teacher):
             values = {0: answers[i - 1], -1: answers[max(i - 2, 0)]}
             xs.append(combine(xs[-1], SOLVER.step(self.grid, i - 1).updates[0], values) if i else
                       self.crop(found["begin"][images], images))
@@ -304,7 +316,7 @@ class School:
                 return answers[-1], answers[-1]
             i = bisect_right(self.grid, level.lam + NEAR, key=lambda there: there.lam) - 1
             s, answer, h = self.grid[i], answers[i], level.lam - self.grid[i].lam
-            if i == TEACHER - 1:
+            if i == self.teacher - 1:
                 return xs[i], answer
             whole, change = self.grid[i + 1].lam - s.lam, answers[i + 1] - answer
             moved = (1.0 - math.exp(-h)) * answer + (h - 1.0 + math.exp(-h)) / whole * change
@@ -341,10 +353,6 @@ class School:
 
     def to(self, n: int, start: float, last: float) -> tuple[Level, ...]:
         return tuple(spaced(self.path.at(start), self.path.at(last), n, self.path))
-
-    def over(self, nodes: Sequence[float]) -> tuple[Level, ...]:
-        """Levels at these lam, and sigma = 0."""
-        return (*map(self.path.at, nodes), self.path.level(0.0))
 
     def attend(self, k: int, j: int, found: Found) -> None:
         """One lesson: what its steps see, and what they miss."""
