@@ -229,6 +229,11 @@ def resumable(what: str, partial: Path | None, run: Run) -> Iterator[None]:
         named = ", ".join(run.changed()) or "nothing that the host knows of"
         raise ValueError(f"{fault}. {run.remedies['unsteady'].format(changed=named)}") from fault
     except run.cancelled:
-        kept = partial is not None and partial.exists()
-        say(f"{what} was cancelled; the next run {'goes on from there' if kept else 'begins anew'}")
+        if partial is not None and partial.exists():
+            size = max(1, round(partial.stat().st_size / 1e6))
+            say(f"{what} was cancelled; the next run goes on from there, with the same settings. Until then "
+                f"{partial.parent.name}/{partial.name} takes {size} MB beside the calibrations: delete it if "
+                "none will")
+        else:
+            say(f"{what} was cancelled; the next run begins anew")
         raise

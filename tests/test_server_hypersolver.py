@@ -93,7 +93,10 @@ def test_a_cancelled_training_goes_on_from_what_was_done(server, folder) -> None
     cut = graph()
     run = server.run(cut.nodes, watch)
     assert run.status == "interrupted" and any(name.endswith(".part") for name in files(folder))
-    assert any("the training was cancelled; the next run goes on from there" in text for text in run.texts)
+    said = "the training was cancelled; the next run goes on from there"
+    [told] = [text for text in run.texts if said in text]
+    [kept] = [name for name in files(folder) if name.endswith(".part")]
+    assert re.search(rf"partial/{re.escape(kept)} takes \d MB", told)
     again = graph()
     run = server.run(again.nodes)
     assert run.status == "success", run.error
