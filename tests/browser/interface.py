@@ -221,6 +221,11 @@ class Interface:
                 return [at[0] + frame.left, at[1] + frame.top]
             }""", [node, widget]))
 
+    def beside(self) -> None:
+        """Click where no node is. Soon after another click it would be a double one, which opens a search."""
+        self.page.wait_for_timeout(700)
+        self.page.mouse.click(80, 600)
+
     def aside(self, node: Any) -> None:
         """Move a node to where no other is."""
         self.do(

@@ -165,7 +165,7 @@ def test_inside_a_subgraph_the_panel_reads_and_runs_as_outside(ui) -> None:
         const steps = inner.inputs.find((input) => input.name === 'steps')
         host.subgraph.addInput('steps', 'INT').connect(steps, inner)
         host.widgets.find((widget) => widget.name === 'steps').value = 15 }""")
-    ui.page.mouse.click(80, 600)
+    ui.beside()
     ui.reads("count: model evaluations: 15")  # the value outside, not the one that the node inside keeps
 
 
@@ -182,10 +182,10 @@ def test_a_sampler_that_is_named_outside_its_subgraph_has_a_panel(ui) -> None:
         host.widgets.find((widget) => widget.name === 'sampler_name').value = name }"""
     for _ in range(2):
         ui.do(name, "lambda_2m")
-        ui.page.mouse.click(80, 600)
+        ui.beside()
         ui.reads("count: model evaluations: ")
         ui.do(name, "euler")
-        ui.page.mouse.click(80, 600)
+        ui.beside()
         until("it is put away", lambda: all(panel["height"] == 0 for panel in ui.panels()), ui.panels)
 
 
