@@ -219,7 +219,7 @@ class Progress:
 
 @contextmanager
 def resumable(what: str, partial: Path | None, run: Run) -> Iterator[None]:
-    """Says after Cancel whether the next run goes on from there.
+    """Says after Cancel whether the next run goes on from there, and what file is left for it.
 
     ValueError for a model that does not answer for itself, naming what has been put around it.
     """

@@ -279,9 +279,9 @@ class School:
         return teachers(self.counts)
 
     @cached_property
-    def grid(self) -> list[Level]:
+    def grid(self) -> tuple[Level, ...]:
         """The teacher's levels, and sigma = 0."""
-        return [*self.to(self.teacher, *map(float, self.calibration.lam[[0, -1]]))]
+        return self.to(self.teacher, *map(float, self.calibration.lam[[0, -1]]))
 
     def teach(self, i: int, found: Found) -> None:
         """One step of the teacher. Its answers are kept, in half precision: they tell its whole way."""
