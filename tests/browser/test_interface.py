@@ -172,10 +172,11 @@ def test_inside_a_subgraph_the_panel_reads_and_runs_as_outside(ui) -> None:
 def test_a_sampler_that_is_named_outside_its_subgraph_has_a_panel(ui) -> None:
     ui.load("ksampler")
     ui.put(ui.node("KSampler"), "sampler_name", "euler")
-    ui.do("""() => { const inner = app.graph.nodes.find((node) => node.comfyClass === 'KSampler')
-        app.canvas.graph.convertToSubgraph(new Set([inner]))
+    ui.do("""() => { const outer = app.graph.nodes.find((node) => node.comfyClass === 'KSampler')
+        app.canvas.graph.convertToSubgraph(new Set([outer]))
         const host = app.graph.nodes.find((node) => node.subgraph)
         app.canvas.openSubgraph(host.subgraph, host)
+        const inner = host.subgraph.nodes[0]
         const input = inner.inputs.find((input) => input.name === 'sampler_name')
         host.subgraph.addInput('sampler_name', 'COMBO').connect(input, inner) }""")
     name = """(name) => { const host = app.graph.nodes.find((node) => node.subgraph)
