@@ -146,7 +146,7 @@ def hypersolver() -> None:
         one = flops(lambda: unet(torch.empty(shape), torch.empty(1), context=torch.empty(1, 77, 2048),
                                  y=torch.empty(1, 2816)))
         added = flops(lambda: network(torch.empty(1, VIEWS, *shape[1:]), network.modulation(told)))
-    x, network = torch.zeros(shape), Network(shape[1])
+    x, network = torch.zeros(shape), Network(shape[1]).begun()
     with torch.no_grad(), Trace() as seen:
         network(views(x, Level(0.0, 1.0, 1.0), [x, x, x]), network.modulation(torch.zeros(told.shape)))
     print(f"\nhypersolver at {'x'.join(map(str, shape))}: {added / 1e9:.2f} GFLOP a step, "

@@ -190,7 +190,7 @@ def hypersolver(device: str) -> None:
     print("\n| hypersolver at | ms a step |\n|---|---|")
     for shape in (*IMAGES, VIDEO) if device == "cuda" else SMALL:
         x = noise(shape, device, torch.float32)
-        network = Network(len(x[0])).to(device)
+        network = Network(len(x[0])).begun().to(device)
         told = torch.zeros(1, len(Conditions._fields), device=device)
         times = []
         with torch.no_grad():

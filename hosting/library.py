@@ -113,7 +113,7 @@ def calibration_for(kind: Kind, run: Run, given: Any, how: str) -> Used:
     calls = kind.cost(run.options, run.path, run.levels) * run.calls(kind.images(run.options, run.x.shape))
     say(f"no saved {kind.noun} for {of} serves this run: measuring once, {as_long_as(calls, run.image)}")
     with run.apart(), measuring_at(kind, run, how) as about:
-        result = kind.measure(run, about, store.partial(file_name(kind, about)))
+        result = kind.measure(run, about, unfinished(kind, about))
     path = kept(kind, result)
     if path is None:
         return used("measured", result)
@@ -197,6 +197,11 @@ def file_name(kind: Kind, about: Mapping[str, Any]) -> str:
     prompt = "" if canonical.named(about) else about.get("conditions", "")
     return "-".join(filter(None, [about.get("model", "model"), patched, kind.name(about),
                                   f"cfg{about.get('guidance', 1.0):g}{distilled}", prompt]))
+
+
+def unfinished(kind: Kind, about: Mapping[str, Any], *settings: object) -> Path:
+    """Where a measurement of these settings is kept until it is whole."""
+    return store.partial("-".join([file_name(kind, about), *map(str, settings)]))
 
 
 NUMBERS = {"guidance": 0.1, "distilled": 0.1, "strengths": 0.0}

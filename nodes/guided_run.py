@@ -177,7 +177,7 @@ class SeveralPrompts(comfy.samplers.CFGGuider):
         k = model_options[PROMPT]
         return comfy.samplers.sampling_function(
             self.inner_model, x, timestep, self.conds["negative"], self.conds[_positive(k)],
-            self.cfg * self.shares[k], model_options=model_options, seed=seed)
+            self.guidances[k], model_options=model_options, seed=seed)
 
 
 def _positive(k: int) -> str:

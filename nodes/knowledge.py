@@ -1,26 +1,26 @@
 """Nodes that measure and learn what solvers need to know of a model."""
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..hosting import canonical, library, store
+from ..hosting import canonical, store, teaching
 from ..hosting.events import say
 from ..hosting.kinds import AMED_KIND, STATISTICS_KIND, kind_of
-from ..hosting.library import Kind, file_name, kept, measuring_at
+from ..hosting.library import Kind, kept, measuring_at, unfinished
+from ..hosting.prompts import PROMPTS
+from ..hosting.teaching import Lessons, beneath, lines
 from ..samplers.learning.amed import BASES
 from ..samplers.learning.measure import INTERVALS
 from ..samplers.learning.refit import FEWEST, LARGEST
 from ..samplers.learning.train_amed import TEACHER
-from ..samplers.learning.train_hypersolver import ITERATIONS, spread
-from . import identity, picture, teaching
+from ..samplers.learning.train_hypersolver import ITERATIONS
+from . import identity, picture
 from .calibration_socket import SOCKET, needed, outputs, attached
 from .guided_run import Run, measured
 from .host import CATEGORY, advanced, one_of
-from .prompts import PROMPTS
 
 WHOSE = {"any": "auto", "this": "every prompt"}
 """The prompt that is measured at, and the rule under which samplers find it."""
@@ -98,15 +98,11 @@ def _measured(cls: type[io.ComfyNode], kind: Kind, prompt: str, save: bool, name
     def measure(run: Run) -> Any:
         run = replace(run, options=options)
         with measuring_at(kind, run, WHOSE[one_of("prompt", prompt, WHOSE)]) as about:
-            return kind.measure(run, about, _partial(kind, about, seed, *how.values()), seed=seed, **how)
+            return kind.measure(run, about, unfinished(kind, about, seed, *how.values()), seed=seed, **how)
 
     result = measured(model, [positive], negative, cfg, latent_image, seed, sigmas, measure)
     return _made(cls, model, result, save, name)
 
-
-def _partial(kind: Any, about: dict[str, Any], *settings: object) -> Any:
-    """Where a measurement of these settings is kept until it is whole."""
-    return store.partial("-".join([file_name(kind, about), *map(str, settings)]))
 
 
 class MeasureModel(Learning):
@@ -240,27 +236,23 @@ class TuneFitted(Learning):
 
         def measure(run: Run) -> Any:
             about = {**identity.description(run.guider), "prompts": len(positives)}
-            partial = _partial(STATISTICS_KIND, about, "refit", steps, seed, samples)
+            partial = unfinished(STATISTICS_KIND, about, "refit", steps, seed, samples)
             return STATISTICS_KIND.refit(run, found, steps, about, partial, seed=seed, samples=samples)
 
         result = measured(model, positives, negative, cfg, latent_image, seed, None, measure)
         return _made(cls, model, result, save and bool(result.plans), name)
 
 
-def _lines(prompts: str) -> list[str]:
-    return [line.strip() for line in prompts.splitlines() if line.strip()]
-
-
 def _read(prompts: str, clip: Any, like: Any) -> list[Any]:
     """Conditions for every line, with what else `like` has, if there is one."""
-    lines = _lines(prompts)
-    if lines and clip is None:
-        raise ValueError(f"prompts has {len(lines)} lines and nothing reads them: connect the checkpoint's "
+    texts = lines(prompts)
+    if texts and clip is None:
+        raise ValueError(f"prompts has {len(texts)} lines and nothing reads them: connect the checkpoint's "
                          "CLIP to clip, or leave prompts empty")
     others = like[0][1] if like else {}
     return [[[tensor, {**others, **more}]
              for tensor, more in clip.encode_from_tokens_scheduled(clip.tokenize(line))]
-            for line in lines]
+            for line in texts]
 
 
 class TrainHypersolver(Learning):
@@ -311,25 +303,16 @@ class TrainHypersolver(Learning):
     def execute(cls, model, clip, negative, latent_image, cfg_low, cfg_high, prompts, images, positive=None,
                 calibration=None, save=True, seed=0, fewest=4, most=10, training=ITERATIONS,
                 name="") -> io.NodeOutput:
-        if cfg_low > cfg_high or fewest > most:
-            raise ValueError(f"cfg_low = {cfg_low:g} and cfg_high = {cfg_high:g}, fewest = {fewest} and most "
-                             f"= {most}: the first of each two must not be above the second")
-        count = len(_lines(prompts))
-        if count < 2:
-            raise ValueError(f"prompts has {count} lines: write two at least, one a line, and better a "
-                             "hundred, since some are held out to test what the others teach")
-        positives, middle = _read(prompts, clip, positive), math.sqrt(cfg_low * cfg_high)
+        lessons = Lessons(lines(prompts), images, cfg_low, cfg_high, fewest, most, training, seed)
+        positives, middle = _read(prompts, clip, positive), lessons.middle
         if calibration is None:
-            calibration = measured(model, positives[:1], negative, middle, latent_image, seed, None, _fitted)
+            calibration = measured(model, positives[:1], negative, middle, latent_image, seed, None, beneath)
         found = needed(STATISTICS_KIND, calibration, "Train Hypersolver")
 
         def teach(run: Run) -> Any:
-            about = identity.description(run.guider)
-            steps = range(fewest, most + 1)
-            partial = _partial(STATISTICS_KIND, about, "hypersolver", images, fewest, most, seed, training)
-            return teaching.teach(run, found, steps, images, about, partial, seed=seed, training=training)
+            return teaching.teach(run, found, lessons, identity.description(run.guider))
 
-        shares = [guidance / middle for guidance in spread(cfg_low, cfg_high, count)]
+        shares = [guidance / middle for guidance in lessons.guidances]
         result = measured(model, positives, negative, middle, latent_image, seed, None, teach, shares)
         return _made(cls, model, result, save and result is not found, name)
 
@@ -343,12 +326,6 @@ def _guidance(name: str, default: float, which: str) -> io.Input:
 def _steps(name: str, default: int, which: str) -> io.Input:
     return advanced(io.Int.Input(name, default=default, min=FEWEST, max=20, tooltip=(
         f"{which} of KSampler's steps that it is trained for")))
-
-
-def _fitted(run: Run) -> Any:
-    """What lambda_fitted would be given in a run of this model."""
-    run = replace(run, options={"order": 2, "nodes": "chosen"})
-    return library.calibration_for(STATISTICS_KIND, run, None, "auto").found
 
 
 NODES: list[type[io.ComfyNode]] = [MeasureModel, TrainAmed, TuneFitted, TrainHypersolver]

@@ -30,4 +30,4 @@ except ImportError as missing:
 else:
     webui = load()
     webui.register()
-    Panel = webui.Panel  # the WebUI looks for it here
+    Panel, Training = webui.Panel, webui.Training  # the WebUI looks for them here

@@ -28,7 +28,7 @@ BOUNDS, END = np.array([[-3.0] * 8, [3.0] * 8]), np.array([-3.0, 0.0, 9.0, 0.0])
 
 def hypersolver(seed: int | None = 0, channels: int = 3, counts: tuple[int, ...] = (2, 3, 4)) -> Hypersolver:
     """With weights at random, or with seed None one that learned nothing."""
-    network = Network(channels)
+    network = Network(channels).begun()
     weights = {name: value.detach().half() if name != "sizes" else value
                for name, value in network.state_dict().items()}
     if seed is not None:
@@ -88,6 +88,13 @@ def test_what_has_learned_nothing_is_2m_on_karras_levels_to_the_last_one_it_lear
     plain = k_diffusion_sampler("dpmpp_2m")(mixture(), x, sigmas, disable=True)
     torch.testing.assert_close(run(having(hypersolver(None)), x), plain, rtol=0, atol=1e-12)
     assert not torch.equal(run(having(hypersolver()), x), plain)
+
+
+def test_it_moves_nobody_s_random_numbers() -> None:
+    before = torch.random.get_rng_state()
+    run(having(hypersolver()), noise(1))
+    Network(3).begun(7)
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_it_is_the_same_on_every_path() -> None:
@@ -272,7 +279,7 @@ def test_the_best_network_on_what_was_held_out_is_kept_and_images_are_mirrored_w
         return own(network, v, r, c)
 
     monkeypatch.setattr(train_hypersolver, "loss", paired)
-    begun = Network(3)
+    begun = Network(3).begun()
     before = {name: value.clone() for name, value in begun.state_dict().items()}
     best, error = train_hypersolver.trained(begun, (v, r, c), torch.arange(8), torch.arange(8, 16), 60, 0,
                                             lambda loss: None)

@@ -25,7 +25,7 @@ def kind():
 def hypersolver(channels: int = 4, size: float = 0.0):
     """One that was taught for LOW to HIGH and COUNTS, and adds something of this size."""
     made = part("samplers.learning.hypersolver")
-    network = made.Network(channels)
+    network = made.Network(channels).begun()
     network.leave.bias.data += size
     bounds = np.array([[-9.0] * 7 + [math.log(LOW)], [9.0] * 7 + [math.log(HIGH)]])
     end = np.array([-3.0, 0.5, -3.0, 0.8])
@@ -62,7 +62,7 @@ def test_guidances_are_spread_evenly_over_the_prompts_and_over_those_held_out() 
 
 
 def test_the_built_in_prompts_are_a_hundred_different_ones() -> None:
-    prompts = part("nodes.prompts").PROMPTS
+    prompts = part("hosting.prompts").PROMPTS
     assert len(set(prompts)) == len(prompts) == 100 and all(10 < len(line) < 90 for line in prompts)
     node = part("nodes.knowledge").TrainHypersolver
     assert node.INPUT_TYPES()["required"]["prompts"][1]["default"].splitlines() == list(prompts)
@@ -217,7 +217,7 @@ def test_a_name_that_came_by_a_link_and_cannot_be_loses_nothing(folder, monkeypa
 def taught(network: Network, monkeypatch, cancel_after: int = 10**9, **changes):
     """Train Hypersolver on two prompts of the double, and what was said."""
     said = []
-    for name in ("hosting.library", "hosting.kinds", "hosting.measuring", "nodes.teaching",
+    for name in ("hosting.library", "hosting.kinds", "hosting.measuring", "hosting.teaching",
                  "nodes.knowledge"):
         monkeypatch.setattr(part(name), "say", lambda text, level=0: said.append(text))
     node, seen = part("nodes.knowledge").TrainHypersolver, len(network.calls)

@@ -281,7 +281,7 @@ def test_a_file_with_a_hypersolver_is_taken_and_used_at_its_guidances(bent) -> N
     plain = bent.run("Lambda Fitted", bent.job(), large(), full(bent, 5))
     found = bent.part("samplers").load_calibration(files(bent)[0])
     made = bent.part("samplers.learning.hypersolver")
-    network = made.Network(4)
+    network = made.Network(4).begun()
     network.leave.bias.data += 3.0
     weights = network.state_dict()
     weights["sizes"][1, 0] = -1.0

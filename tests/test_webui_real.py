@@ -297,6 +297,23 @@ def test_a_lora_changes_which_model_it_is_and_its_strength_may_be_near(webui) ->
     assert {name.split("-")[1] for name in (with_it, less)} == {plain.split("-")[1]}  # of one checkpoint
 
 
+# --- training -----------------------------------------------------------------------------------------------
+
+TRAIN = "lambda solvers: train hypersolver"
+
+
+def test_a_hypersolver_is_trained_by_the_script_and_used_for_the_picture_and_later_ones(webui) -> None:
+    lines = "\n".join(f"{much} {what}" for what in ("cats", "houses") for much in ("no", "two", "all", "ten"))
+    job = {"sampler_name": "Euler", "steps": 2, "width": 128, "height": 128}
+    trained = webui.picture(**job, script_name=TRAIN, script_args=[lines, 2, 1.0, 4.0, 2, 2, 200])
+    first = webui.run()
+    assert value("Sampler", trained) == "Lambda Fitted" and "hypersolver1-4" in value(USED, trained)
+    again, run = webui.picture(**{**job, "sampler_name": "Lambda Fitted"}), webui.run()
+    assert np.array_equal(again.pixels, trained.pixels) and value(USED, again) == value(USED, trained)
+    assert first["asked"] > 200 > run["asked"] and not run["moved"]
+    assert (run["latents"] - run["direct"]).abs().max() <= 1e-4
+
+
 # --- in a browser -------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -390,3 +407,18 @@ def test_what_a_measurement_came_to_stands_below_the_picture(webui, page) -> Non
     generated(page)
     assert "statistics saved: " in page.inner_text("#html_log_txt2img")
     show(page, "measured")
+
+
+def test_the_script_that_trains_says_what_it_costs_before_it_starts(page) -> None:
+    page.locator("#script_list input").first.click()
+    page.get_by_role("option", name="Lambda Solvers: train hypersolver").or_(page.locator(
+        "#script_list li", has_text="Lambda Solvers: train hypersolver")).first.click()
+    images = page.locator("[id$=lambda_solvers_train_hypersolver_images] input[type=number]").first
+    interface.until("it is shown", images.is_visible, seconds=30)
+    images.scroll_into_view_if_needed()
+    page.wait_for_timeout(1000)
+    page.screenshot(path=PICTURES / "training.png")
+    assert images.input_value() == "4"
+    assert page.get_by_text("about 2 images of 20 steps for each image").first.is_visible()
+    prompts = page.locator("[id$=lambda_solvers_train_hypersolver_prompts] textarea").first.input_value()
+    assert len(prompts.splitlines()) == 100

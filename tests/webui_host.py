@@ -179,6 +179,8 @@ class Host:
             "prompt_parser": {"MulticondLearnedConditioning": Multicond,
                               "ComposableScheduledPromptConditioning": Composable},
             "shared": {"opts": self.opts, "state": self.state, "OptionInfo": OptionInfo, "sd_model": self},
+            "extra_networks": {"parse_prompts": lambda prompts: (prompts, {})},
+            "processing": {"process_images": lambda p: p},
             "paths": {"models_path": self.models}, "devices": {"dtype_unet": torch.float32},
             "scripts": {"Script": Script, "AlwaysVisible": object(), "scripts_data": [found]},
             **({"sd_schedulers": {"schedulers": schedulers, "Scheduler": Scheduler, "schedulers_map": {
@@ -193,7 +195,7 @@ class Host:
             setattr(modules, name, module)
             monkeypatch.setitem(sys.modules, module.__name__, module)
         gradio = types.ModuleType("gradio")
-        gradio.Accordion = gradio.Radio = gradio.Slider = Widget
+        gradio.Accordion = gradio.Radio = gradio.Slider = gradio.Textbox = gradio.Markdown = Widget
         monkeypatch.setitem(sys.modules, "gradio", gradio)
         self.samplers, self.schedulers = modules.sd_samplers, schedulers
         self.schedule_types = getattr(modules, "sd_schedulers", None)

@@ -1,5 +1,6 @@
 """Everything that knows Stable Diffusion WebUI (Forge, reForge, A1111): our names in its lists, their options
-in a panel, in the infotext and as axes of the X/Y/Z plot, and how a model is measured there."""
+in a panel, in the infotext and as axes of the X/Y/Z plot, how a model is measured there, and a script that
+trains a hypersolver."""
 from __future__ import annotations
 
 from modules import script_callbacks
@@ -7,8 +8,9 @@ from modules import script_callbacks
 from ..hosting import events, store
 from . import axes, folder, job, registration, schedule_type, settings_page
 from .panel import Panel
+from .training import Training
 
-__all__ = ["Panel", "register"]
+__all__ = ["Panel", "Training", "register"]
 
 
 def register() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Iterator, Sequence
+from typing import Any, Iterator, Mapping, Sequence
 
 import torch
 from modules import devices, sd_samplers_common, shared
@@ -24,6 +24,7 @@ class Run(measuring.Run):
     """What the WebUI calls a sampler function with; `model` is its CFGDenoiser."""
 
     sampler: Any = None
+    each: Sequence[Mapping[str, Any]] = ()  # where there are several prompts: the arguments of each
 
     cancelled = sd_samplers_common.InterruptedException
     remedies = {
@@ -73,7 +74,8 @@ class Run(measuring.Run):
         """At the first step, where no prompt has changed yet."""
         self.check()
         self.model.step = 0
-        return self.model(x, sigma, **{**self.extra_args, **checkpoint.few(self.extra_args, len(x))})
+        told = {**self.extra_args, **(self.each[prompt] if self.each else {})}
+        return self.model(x, sigma, **{**told, **checkpoint.few(told, len(x))})
 
     @contextmanager
     def apart(self) -> Iterator[None]:

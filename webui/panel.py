@@ -6,7 +6,7 @@ from typing import Any
 import gradio as gr
 from modules import scripts
 
-from . import options, schedule_type
+from . import options, schedule_type, training
 from .options import PANEL, Setting
 
 
@@ -29,6 +29,9 @@ class Panel(scripts.Script):
     def process(self, p: Any, *values: Any) -> None:
         schedule_type.begin(p)
         options.choose(p, dict(zip(PANEL, values)))
+
+    def process_batch(self, p: Any, *values: Any, **told: Any) -> None:
+        training.read(p)
 
     def _widget(self, name: str, setting: Setting) -> Any:
         option = setting.option

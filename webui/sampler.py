@@ -11,7 +11,7 @@ from ..hosting import events, library
 from ..hosting.kinds import kind_for
 from ..samplers.catalogue import Sampler
 from ..samplers.k_diffusion import k_diffusion_function
-from . import checkpoint, options, settings_page
+from . import checkpoint, options, settings_page, training
 from .job import Run
 
 
@@ -47,10 +47,11 @@ class LambdaSampler(KDiffusionSampler):
         run = Run(model, x.float(), sigmas, dict(extra_args), {**self.solver.fixed, **defaults, **chosen},
                   sampler=self)
         how = options.rule(self.p) or settings_page.rule()
-        with events.noting() as notes, commented(self.p, notes), library.provided(kind, run, None,
-                                                                                  how) as ready:
-            options.note_calibration(self.p, how, notes.used[kind.option].told())
-            return sample(**{kind.option: ready})
+        with events.noting() as notes, commented(self.p, notes):
+            training.teach(run)
+            with library.provided(kind, run, None, how) as ready:
+                options.note_calibration(self.p, how, notes.used[kind.option].told())
+                return sample(**{kind.option: ready})
 
 
 def steps(sigmas: Tensor, path: str) -> Tensor:

@@ -88,23 +88,29 @@ class Modulation(NamedTuple):
 
 
 class Network(Module):
-    """w, g, and their sizes, for latents of so many channels. It answers 0 until it has learned."""
+    """w, g, and their sizes, for latents of so many channels. It is on no device until it is begun or loaded:
+    torch's own initial values would move everybody's random numbers."""
 
-    def __init__(self, channels: int, width: int = WIDTH, seed: int = 0) -> None:
+    def __init__(self, channels: int, width: int = WIDTH) -> None:
         super().__init__()
-        self.enter = Conv2d(VIEWS * channels, width, 3, padding=1)
-        self.middle = ModuleList(Conv2d(width, width, 3, padding=d, dilation=d) for d in DILATIONS)
-        self.leave = Conv2d(width, channels, 3, padding=1)
-        self.told = ModuleList((Linear(len(Conditions._fields), HIDDEN),
-                                Linear(HIDDEN, 2 * (1 + len(DILATIONS)) * width)))
-        self.register_buffer("weights", torch.zeros(VIEWS, TERMS))
-        self.register_buffer("sizes", torch.zeros(2 + VIEWS, TERMS))  # of whole, rho and scale
+        with torch.device("meta"):
+            self.enter = Conv2d(VIEWS * channels, width, 3, padding=1)
+            self.middle = ModuleList(Conv2d(width, width, 3, padding=d, dilation=d) for d in DILATIONS)
+            self.leave = Conv2d(width, channels, 3, padding=1)
+            self.told = ModuleList((Linear(len(Conditions._fields), HIDDEN),
+                                    Linear(HIDDEN, 2 * (1 + len(DILATIONS)) * width)))
+            self.register_buffer("weights", torch.zeros(VIEWS, TERMS))
+            self.register_buffer("sizes", torch.zeros(2 + VIEWS, TERMS))  # of whole, rho and scale
+
+    @torch.no_grad()
+    def begun(self, seed: int = 0) -> Network:
+        """It with random numbers, so that it answers 0."""
         generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for name, value in self.named_parameters():
-                silent = value.ndim == 1 or name in ("leave.weight", "told.1.weight")
-                value.copy_(0.0 * value if silent else torch.randn(value.shape, generator=generator)
-                            / math.sqrt(3.0 * value[0].numel()))
+        for name, value in self.to_empty(device="cpu").state_dict().items():
+            silent = value.ndim == 1 or name in ("leave.weight", "told.1.weight", "weights", "sizes")
+            value.copy_(torch.zeros(()) if silent else torch.randn(value.shape, generator=generator)
+                        / math.sqrt(3.0 * value[0].numel()))
+        return self
 
     def modulation(self, c: Tensor) -> Modulation:
         """Of c [B, 8]."""
@@ -218,8 +224,7 @@ class Hypersolver:
         enter = self.weights.get("enter.weight")
         if enter is None or enter.ndim != 4 or not 1 <= len(enter) <= 1024 or not enter.shape[1]:
             raise CalibrationError("the hypersolver's enter.weight must have shape [width, 4 channels, 3, 3]")
-        with torch.device("meta"):
-            shapes = {name: value.shape for name, value in self._empty().state_dict().items()}
+        shapes = {name: value.shape for name, value in self._empty().state_dict().items()}
         for name in shapes.keys() | self.weights.keys():
             found = self.weights.get(name, torch.empty(0)).shape
             if shapes.get(name) != found:
@@ -240,7 +245,8 @@ class Hypersolver:
 
     def network(self) -> Network:
         network = self._empty()
-        network.load_state_dict({name: value.float() for name, value in self.weights.items()})
+        network.load_state_dict({name: value.float().contiguous() for name, value in self.weights.items()},
+                                assign=True)  # in one order, whether trained just now or read
         return network.requires_grad_(False)
 
     @property

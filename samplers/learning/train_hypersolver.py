@@ -402,7 +402,7 @@ class School:
         taught, held = (torch.nonzero(c[:, -1] == away).flatten() for away in (0.0, 1.0))
         with torch.inference_mode(False), torch.enable_grad():
             c = c[:, :-1].clone()
-            network = Network(self.x.shape[1], seed=self.seed)
+            network = Network(self.x.shape[1]).begun(self.seed)
             if "bounds" in found:
                 network.load_state_dict({name[4:]: value.float().clone() for name, value in found.items()
                                          if name.startswith("net.")})

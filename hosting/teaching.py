@@ -1,29 +1,75 @@
-"""A hypersolver for a model: its teaching, in a run of ComfyUI's with several prompts."""
+"""A hypersolver for a model: its teaching, in a run of the host's with several prompts."""
 from __future__ import annotations
 
 import logging
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Mapping, Sequence
 
-from ..hosting.events import say
-from ..hosting.kinds import PROMPTS, STATISTICS_KIND, pure_noise
-from ..hosting.library import faults
-from ..hosting.measuring import Progress, resumable
 from ..samplers import Statistics, fit_hypersolver, fitted_sigmas, hypersolver_bytes, hypersolver_cost
-from ..samplers.learning.train_hypersolver import ROUNDS
+from ..samplers.learning.train_hypersolver import ROUNDS, spread
 from ..samplers.schedule import find_path
 from ..samplers.solver import finite
-from .guided_run import Run
+from . import library
+from .events import say
+from .kinds import PROMPTS, STATISTICS_KIND, pure_noise
+from .measuring import Progress, Run, resumable
 
 
-def teach(run: Run, found: Statistics, steps: Sequence[int], images: int, about: Mapping[str, Any],
-          partial: Any, *, seed: int = 0, training: int) -> Statistics:
-    """The statistics with a hypersolver for these numbers of steps, taught by so many images of every prompt
-    of the run, each at its guidance; as they were if it is of no use at any of them."""
-    guidances = run.guider.guidances
+@dataclass(frozen=True)
+class Lessons:
+    """What a hypersolver is to be taught with: so many images of every prompt, over a range of guidances, for
+    numbers of steps, and how long the network is trained."""
+
+    prompts: Sequence[str]
+    images: int
+    cfg_low: float
+    cfg_high: float
+    fewest: int
+    most: int
+    training: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """ValueError for what cannot be taught."""
+        if self.cfg_low > self.cfg_high or self.fewest > self.most:
+            raise ValueError(f"cfg_low = {self.cfg_low:g} and cfg_high = {self.cfg_high:g}, fewest = "
+                             f"{self.fewest} and most = {self.most}: the first of each two must not be above "
+                             "the second")
+        if len(self.prompts) < 2:
+            raise ValueError(f"prompts has {len(self.prompts)} lines: write two at least, one a line, and "
+                             "better a hundred, since some are held out to test what the others teach")
+
+    @property
+    def middle(self) -> float:
+        """The guidance of the levels and statistics below it."""
+        return math.sqrt(self.cfg_low * self.cfg_high)
+
+    @property
+    def guidances(self) -> list[float]:
+        """Of every prompt."""
+        return spread(self.cfg_low, self.cfg_high, len(self.prompts))
+
+
+def lines(prompts: str) -> list[str]:
+    """One prompt a line, blank ones left out."""
+    return [line.strip() for line in prompts.splitlines() if line.strip()]
+
+
+def beneath(run: Run) -> Statistics:
+    """What `lambda_fitted` would be given in a run of this model."""
+    run = replace(run, options={"order": 2, "nodes": "chosen"})
+    return library.calibration_for(STATISTICS_KIND, run, None, "auto").found
+
+
+def teach(run: Run, found: Statistics, lessons: Lessons, about: Mapping[str, Any]) -> Statistics:
+    """The statistics with a hypersolver, taught by images of every prompt of the run, each at its guidance;
+    as they were if it is of no use at any number of steps."""
+    guidances, steps, seed = lessons.guidances, range(lessons.fewest, lessons.most + 1), lessons.seed
     check(found, about, guidances)
-    highest, count = run.ends[0], images * run.prompts
+    partial = library.unfinished(STATISTICS_KIND, about, "hypersolver", lessons.images, lessons.fewest,
+                                 lessons.most, seed, lessons.training)
+    highest, count = run.ends[0], lessons.images * run.prompts
     opening = not finite(find_path(run.path).level(highest))
     prompts = [k % run.prompts for k in range(count)]
     plain, counts = replace(found, hypersolver=None), [n - opening for n in steps]
@@ -35,7 +81,7 @@ def teach(run: Run, found: Statistics, steps: Sequence[int], images: int, about:
         result = fit_hypersolver(
             run.denoise, pure_noise(run, count, seed), plain, guidance=[guidances[k] for k in prompts],
             prompts=prompts, steps=counts, path=run.path, start=highest if opening else None,
-            iterations=training, seed=seed, progress=progress, precision=run.precision,
+            iterations=lessons.training, seed=seed, progress=progress, precision=run.precision,
             about=about, partial=partial)
     say(summary(result, opening, progress))
     return result if result.hypersolver else found
@@ -45,7 +91,7 @@ def check(found: Statistics, about: Mapping[str, Any], guidances: Sequence[float
     """ValueError for statistics of something else; a warning where prompts are few."""
     own = found.about.get("guidance", math.nan)
     nearest = min(max(own, min(guidances)), max(guidances))
-    if wrong := faults(found.about, {**about, "guidance": nearest}):
+    if wrong := library.faults(found.about, {**about, "guidance": nearest}):
         raise ValueError(f"these statistics were {'; '.join(wrong)}: a hypersolver goes with their levels. "
                          f"Leave calibration unconnected, or run {STATISTICS_KIND.makes} on this model at a "
                          f"guidance from {min(guidances):g} to {max(guidances):g} and connect what it makes")
