@@ -8,7 +8,7 @@ stochastic   distance of 10^4 images to the data, ours against ComfyUI's SDE sam
 distribution distance of the emoji model's images to converged ones, few evaluations (--images, --seconds)
 table        writes the table of all samplers in docs/solvers.md, with a figure of each: a quarter of an hour
 classifier   how often the emoji model's images have the colour they are led to (--images: 64)
-hypersolver  trains the emoji model's anew: two hours or more
+hypersolver  trains the emoji model's anew: an hour or more
 the others   error to the converged solution at equal model evaluations (see accuracy/__init__.py)
 """
 from __future__ import annotations
