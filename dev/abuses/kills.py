@@ -102,16 +102,14 @@ def _work(work: Callable[[Path], Record], path: Path, partial: Path, place: mmap
           chance: random.Random) -> None:
     """Measure and save; `place` says where in a write it is. A write takes as long as on a slow disk, which
     has a part of it at first."""
-    write, fsync, replace, content = storage.write_whole, os.fsync, os.replace, b""
+    write_whole, fsync, replace = storage.write_whole, os.fsync, os.replace
 
-    def seen(to: Path, of: bytes, overwrite: bool) -> None:
-        nonlocal content
-        content = of
-        write(to, of, overwrite)
+    def seen(to: Path, write: Callable[[Path], None], overwrite: bool) -> None:
+        write_whole(to, write, overwrite)
         place[0] = NOWHERE
 
     def slow(file: int) -> None:
-        place[0] = WRITING
+        place[0], content = WRITING, os.pread(file, os.fstat(file).st_size, 0)
         os.ftruncate(file, chance.randrange(len(content)))
         time.sleep(PAUSE)
         os.pwrite(file, content, 0)

@@ -14,6 +14,7 @@ import math
 import os
 import re
 import secrets
+import stat
 import time
 from pathlib import Path
 from typing import Any, Callable, Mapping, NamedTuple, Sequence
@@ -21,7 +22,7 @@ from typing import Any, Callable, Mapping, NamedTuple, Sequence
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors.numpy import save_file
 from torch import Tensor
 
 
@@ -138,25 +139,32 @@ def write_checked(path: Path, kind: str, tensors: Mapping[str, np.ndarray], abou
     """Write a file for `read_checked`, whole or not at all; FileExistsError if it exists, unless told to
     overwrite."""
     described = json.dumps(checked(_plainly(about)), sort_keys=True, allow_nan=False)
-    content = save({name: np.asarray(value, order="C") for name, value in tensors.items()},
-                   metadata={"format": kind, "about": described,
-                             "seal": seal(kind, described, rules.content(tensors))})
-    if len(content) > rules.largest:
-        raise CalibrationError(
-            f"{path.name} would have {len(content)} bytes: files have at most {rules.largest:.0f}; measure "
-            "with fewer samples or intervals")
-    write_whole(path, content, overwrite)
+    metadata = {"format": kind, "about": described, "seal": seal(kind, described, rules.content(tensors))}
+
+    def write(temporary: Path) -> None:  # gigabytes, of which no copy is made
+        own = {name: np.asarray(value, order="C") for name, value in tensors.items()}
+        try:
+            save_file(own, temporary, metadata)
+        except SafetensorError as fault:  # a disk that is full, by another name
+            raise OSError(str(fault)) from fault
+        if (size := temporary.stat().st_size) > rules.largest:
+            raise CalibrationError(f"{path.name} would have {size} bytes: files have at most "
+                                   f"{rules.largest:.0f}; measure with fewer samples or intervals")
+
+    write_whole(path, write, overwrite)
 
 
-def write_whole(path: Path, content: bytes, overwrite: bool) -> None:
+def write_whole(path: Path, write: Callable[[Path], None], overwrite: bool) -> None:
     """Put a file in place in one go: no reader, and no process killed half way, ever sees a part of it.
     Folders that are missing are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        with open(temporary, "xb") as file:  # unlike mkstemp's, with the permissions that new files have here
-            file.write(content)
-            file.flush()
+        with open(temporary, "xb") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)  # that new files have here
+        write(temporary)  # which may be by another file in its place, nobody else's to read
+        os.chmod(temporary, mode)
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         if overwrite:
             os.replace(temporary, path)
