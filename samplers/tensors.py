@@ -1,6 +1,8 @@
 """The one place where coefficients meet latents."""
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,6 +16,12 @@ def moved(v: Tensor, device: torch.device) -> Tensor:
     """v on a device; not waited for where that is safe, on CUDA. MPS would read what is freed by then
     (PyTorch's issue 189690)."""
     return v.to(device, non_blocking=device.type == "cuda")
+
+
+def as_written(device: torch.device) -> AbstractContextManager[object]:
+    """Arithmetic in the dtypes it is written in. A host may have autocast around a whole job (A1111): that
+    computes in half precision, and keeps its copies of weights until the job ends, whatever they learn."""
+    return torch.autocast(device.type, enabled=False) if device.type in ("cuda", "cpu") else nullcontext()
 
 
 def placed(coefficient: Coefficient, x: Tensor) -> Coefficient:

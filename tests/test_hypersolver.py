@@ -488,6 +488,34 @@ def test_it_trains_inside_inference_mode() -> None:
                                   fitted(iterations=21, steps=(3,)).about["hypersolver"]["selection"]["3"])
 
 
+def halved() -> torch.autocast:
+    """As A1111 has around a whole job."""
+    return torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+def test_a_network_learns_the_same_inside_a_host_s_autocast(monkeypatch) -> None:
+    alone, train = fitted(iterations=2, steps=(3,)), School.train
+
+    def inside(school, k, found) -> None:
+        with halved():
+            train(school, k, found)
+
+    monkeypatch.setattr(School, "train", inside)
+    again = fitted(iterations=2, steps=(3,))
+    assert alone.hypersolver and again.about["hypersolver"] == alone.about["hypersolver"]
+    for name, value in alone.arrays().items():
+        np.testing.assert_array_equal(again.arrays()[name], value, err_msg=name)
+
+
+def test_a_network_adds_the_same_inside_a_host_s_autocast() -> None:
+    levels, x = [PATHS["ve"].level(sigma) for sigma in (9.0, 3.0, 1.0, 0.0)], noise(2, seed=5).float()
+    missed, answers = hypersolver().steps(levels, PATHS["ve"])[1].missed.placed(x), [0.2 * x, 0.1 * x.sin()]
+    expected = missed(x, answers)
+    with halved():
+        assert torch.equal(missed(x, answers), expected) and expected.any()
+        assert (x[0, 0] @ x[0, 0]).dtype == torch.bfloat16  # what it does to others
+
+
 @pytest.mark.parametrize("how, message", [
     ({"prompts": [0] * 24}, "all images have one prompt: give at least two"),
     ({"prompts": [0, 1]}, "prompts names 2, and x has 24 images"),

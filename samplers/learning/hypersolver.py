@@ -27,14 +27,14 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Conv2d, Linear, Module, ModuleList
-from torch.nn.functional import silu
+from torch.nn.functional import conv2d, linear, silu
 
 from ..clocks import CLOCKS, evenly
 from ..integrand import DataPrediction
 from ..phi import midpoint
 from ..schedule import Level, Path
 from ..solver import Multistep, Step
-from ..tensors import moved
+from ..tensors import as_written, moved
 from .storage import CalibrationError
 
 SOLVER = Multistep(DataPrediction(), 2, midpoint)
@@ -116,17 +116,23 @@ class Network(Module):
         """Of c [B, 8]."""
         (inner, outer), of = self.told, terms(c)
         whole, rho, *scale = (of @ self.sizes.T).exp().unbind(1)
-        return Modulation(outer(silu(inner(c))), of @ self.weights.T, whole, rho, torch.stack(scale, 1))
+        told = linear(silu(linear(c, inner.weight, inner.bias)), outer.weight, outer.bias)
+        return Modulation(told, of @ self.weights.T, whole, rho, torch.stack(scale, 1))
 
     def forward(self, v: Tensor, by: Modulation) -> Tensor:
         """What is missed in y [B, C, H, W] of v [B, VIEWS, C, H, W]."""
         factors, shifts = by.layers[:, :, None, None].unflatten(1, (2, 1 + len(self.middle), -1)).unbind(1)
         u = v / over(by.scale, v)
-        h = silu(self.enter(u.flatten(1, 2)) * (1.0 + factors[:, 0]) + shifts[:, 0])
+        h = silu(convolved(self.enter, u.flatten(1, 2)) * (1.0 + factors[:, 0]) + shifts[:, 0])
         for k, layer in enumerate(self.middle, 1):
-            h = h + silu(layer(h) * (1.0 + factors[:, k]) + shifts[:, k])
-        easy, rest = (over(by.weights, u) * u).sum(1), self.leave(h)
+            h = h + silu(convolved(layer, h) * (1.0 + factors[:, k]) + shifts[:, k])
+        easy, rest = (over(by.weights, u) * u).sum(1), convolved(self.leave, h)
         return over(by.whole, easy) * bounded(easy) + over(by.rho, rest) * bounded(rest)
+
+
+def convolved(layer: Conv2d, h: Tensor) -> Tensor:
+    """layer(h), by no method of a class that a host may have changed (A1111's manual cast)."""
+    return conv2d(h, layer.weight, layer.bias, padding=layer.padding, dilation=layer.dilation)
 
 
 def bounded(answer: Tensor) -> Tensor:
@@ -197,7 +203,8 @@ class Missed:
         frames, some = len(v) // len(x), max(1, AT_ONCE // v[0, 0, 0].numel())
         by = [value.expand(len(x), *value.shape[1:]).repeat_interleave(frames, 0).split(some)
               for value in self.by]
-        missed = self.t.alpha * torch.cat(list(map(self.network, v.split(some), map(Modulation, *by))))
+        with as_written(x.device):
+            missed = self.t.alpha * torch.cat(list(map(self.network, v.split(some), map(Modulation, *by))))
         if self.t.sigma == 0.0 and len(answers) > 1:
             missed = missed * (flat(answers[0]) != flat(answers[1])).any(1, keepdim=True)
         return unflat(missed, x)

@@ -34,6 +34,7 @@ from ..model import PROBE, latents
 from ..sample import Place, combine, on_device, onward, sample
 from ..schedule import Level, Path, find_path
 from ..solver import ddim
+from ..tensors import as_written
 from .course import Course
 from .fitted import Fitted, check
 from .gauss_newton import FLOOR, typical
@@ -53,8 +54,8 @@ LESSON = 16        # images of a lesson
 INSIDE = 7         # every seventh that is shown begins at a level between, as image to image does
 DEEPEST = 0.7      # of the way to the last level, in lam, where they begin at most
 NEARBY = 0.7       # in lam: how far from what was best the last level is at most, after the first round
-USUAL = -3.0, 0.5, -3.0, 0.8  # of `error_of`; on the emoji model -3.2, .66, -3.9, .86
-TRUST = 1e-3       # in them, against the runs
+USUAL = -3.2, 0.7, -3.9, 0.9  # of `error_of`, on the emoji model
+TRUST = 20.0       # in them: what so many runs weigh
 OUTLIER = 20.0     # times as far off as usual, no run counts for more
 HELD_OUT = 8       # every eighth prompt
 COMPARED = 16      # images of them that are run in the end, at most
@@ -400,7 +401,8 @@ class School:
         v, r = (Rows([found[f"{which}.{name}"] for name in names]) for which in "vr")
         c = torch.cat([found[f"c.{name}"] for name in names])
         taught, held = (torch.nonzero(c[:, -1] == away).flatten() for away in (0.0, 1.0))
-        with torch.inference_mode(False), torch.enable_grad():
+        device = self.course.device
+        with torch.inference_mode(False), torch.enable_grad(), as_written(device):
             c = c[:, :-1].clone()
             network = Network(self.x.shape[1]).begun(self.seed)
             if "bounds" in found:
@@ -408,7 +410,7 @@ class School:
                                          if name.startswith("net.")})
             settle(network, v, r, c, taught)
             network, self.course.loss = trained(
-                network.to(self.course.device), (v, r, c), taught, held,
+                network.to(device), (v, r, c), taught, held,
                 self.iterations // (1 if k == len(self.rounds) - 1 else 2), self.seed + k, self._tell)
         found |= {f"net.{name}": value.cpu() for name, value in network.state_dict().items()}
         found["bounds"] = torch.stack([c.amin(0), c.amax(0)]).double()
@@ -429,7 +431,7 @@ class School:
         """The mean squared errors of the images that select, by the fitted solver alone and with the
         network."""
         n, (low, high), errors = self.counts[k], map(float, self.calibration.lam[[0, -1]]), []
-        without = Fitted(self.calibration, nodes="chosen").steps(self.to(n, low, high), self.path)
+        without = Fitted(self.calibration).steps(self.to(n, low, high), self.path)
         for images in _together(_held(self.prompts)[:COMPARED], self.prompts):
             guided, denoise = self.guided(images, found), bound(self.course.denoise, images=images)
             having = guided.steps(self.to(n, low, guided.last(n, low, high)), self.path)
@@ -458,7 +460,7 @@ def ending(runs: Tensor, start: float) -> Tensor:
             descent.zero_grad()
             mean = error_of(end, n, start, lam, guidance)
             off = (error / mean).clamp(max=OUTLIER) + mean.log()
-            total = off.mean() + TRUST * (end - usual).square().sum()
+            total = off.mean() + TRUST / len(runs) * (end - usual).square().sum()
             total.backward()
             return total
 
