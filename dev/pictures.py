@@ -28,6 +28,7 @@ USERS = {"SAMPLER": ("SamplerCustom", "sampler"), "GUIDER": ("SamplerCustomAdvan
          "MODEL": ("KSampler", "model"), "LATENT": ("VAEDecode", "samples"),
          "IMAGE": ("PreviewImage", "images")}
 SMALL = {"LambdaClassifierGuider": {"label": "blue", "scale": 4.0},
+         "LambdaTuneFitted": {"prompts": "\n".join(demo.LEARNED)},
          "LambdaTrainHypersolver": {  # what the tiny checkpoint knows, in minutes
     "prompts": "\n".join((*demo.PROMPTS, "pizza", "tulip", "ghost", "red apple")), "images": 2,
     "training": 150}}
@@ -97,9 +98,6 @@ def of_node(ui, kind: str, info: dict):
     ui.open()  # nothing of the last node is kept, and lists have the files that were saved
     ui.load(workflow)
     ui.run()
-    if kind == "LambdaOptions":  # its mean: the second seed is the first to use the mean
-        ui.put(ui.node("SamplerCustom"), "noise_seed", demo.SEED + 1)
-        ui.run()
     ui.page.wait_for_timeout(1500)
     picture = photograph(ui, [node] if neighbour is None or ui.do(SHOWS, node) else [node, neighbour])
     return picture.resize((picture.width * 3 // 4, picture.height * 3 // 4))  # all are shipped: some 300 kB
@@ -114,7 +112,6 @@ def laid(kind: str, info: dict) -> tuple[dict, int, int | None]:
         node["widgets_values"] = [text]
     amed = "Amed" in kind
     chosen = {"cfg": demo.GUIDANCE, "fitted": True, "noise_seed": demo.SEED,
-              "first_step": "mean" if kind == "LambdaOptions" else "evaluate",
               "scheduler": "karras", "seed": [*info].index(kind),  # one's own: nothing comes from a cache
               "steps": 3 if amed else STEPS, "sampler_name": "lambda_amed" if amed else "lambda_v3",
               "name": f"{'amed' if amed else 'statistics'}-panda{'.safetensors' if 'Load' in kind else ''}"}

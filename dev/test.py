@@ -2,12 +2,14 @@
 
     python dev/test.py                    the README's tests, in two processes: all but those that take long
     python dev/test.py --all              these, then the slow rest; how long each took is told at the end
+    python dev/test.py --oldest           those that need no host, in Python 3.10 with A1111's PyTorch
     python dev/test.py tests/x.py -k y    just that, however it is marked (tests/slow.py): the arguments are
                                           pytest's
 """
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -17,13 +19,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import environment  # noqa: E402
 
 PARTS = {"the README's tests": "not slow and not thorough", "the slow rest": "slow"}
+HOSTED = re.compile("comfy|server|playwright|abuse")  # what tests say that need a host
 TWO = ["-q", "-n", "2", "--dist", "loadgroup", "--no-loadscope-reorder"]  # see tests/conftest.py
 
 
-def run(*arguments: str) -> int:
+def run(*arguments: str, python: str | Path = sys.executable) -> int:
     """pytest's exit status."""
-    return subprocess.run([sys.executable, "-m", "pytest", "--rootdir", str(environment.ROOT),
+    return subprocess.run([str(python), "-m", "pytest", "--rootdir", str(environment.ROOT),
                            "-c", str(environment.ROOT / "pyproject.toml"), *arguments]).returncode
+
+
+def oldest() -> int:
+    """pytest's exit status with the oldest Python and PyTorch."""
+    files = [str(path) for path in sorted((environment.ROOT / "tests").glob("test_*.py"))
+             if not HOSTED.search(path.read_text())]
+    return run(*TWO, *files, python=environment.oldest())
 
 
 def timed(name: str, marks: str) -> tuple[int, str]:
@@ -45,5 +55,7 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] == ["--oldest"]:
+        raise SystemExit(oldest())
     environment.enter("test")
     raise SystemExit(main(sys.argv[1:]))

@@ -359,7 +359,7 @@ def few_steps(canvas: Canvas) -> None:
 def hypersolver(canvas: Canvas) -> None:
     """Four to ten steps for every prompt: the hypersolver
 
-    Train Hypersolver runs once for a checkpoint, for hours: as long as 840 images of 20 steps, which it
+    Train Hypersolver runs once for a checkpoint, for hours: as long as 460 images of 20 steps, which it
     says before it starts. Cancel keeps what is done, and the next run goes on from there. Give it prompts
     like yours, one a line, and the range of guidance that you use. Afterwards `lambda_fitted` finds the
     file by itself, without column 2, for any prompt and size.

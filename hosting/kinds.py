@@ -58,7 +58,7 @@ class StatisticsKind:
             return 1
         if found.root is None:
             return 0
-        solver = Fitted(found, options["order"], options["nodes"])
+        solver = Fitted(found, options["choose_levels"])
         if solver.learned(schedule) and not _skipped(options):
             return TAUGHT
         return 1 if solver.refitted(schedule) is None else 2
@@ -184,7 +184,7 @@ class AmedKind:
     def cost(self, options: Mapping[str, Any], path: str, schedule: list[Level]) -> int:
         if len(schedule) - 1 > LONGEST:
             raise ValueError(f"AMED is not trained for {len(schedule) - 1} steps, which takes too long: "
-                             f"choose at most {LONGEST} steps, or lambda_fitted, which serves any number")
+                             f"choose at most {LONGEST} steps, or the fitted sampler, which serves any")
         return training_cost(schedule, first_step=_first_step(options))
 
     def images(self, options: Mapping[str, Any], shape: Sequence[int]) -> int:
@@ -202,8 +202,7 @@ class AmedKind:
         if start < FULL * highest:
             raise ValueError(f"AMED is trained from full noise, and this run starts at sigma = {start:.4g}, "
                              f"where there is an image, and not at the model's highest, {highest:.4g}: "
-                             "choose a scheduler and settings that start there (denoise 1, start_at_step 0), "
-                             "or train for the whole schedule and allow interpolation in the AMED node")
+                             f"{run.remedies['full noise']}")
         count = samples or training_images(run.x.shape)
         held_out = _held_out(count)
         run = replace(run, image=self.sampled(run.options, run.levels))
@@ -244,12 +243,12 @@ class AmedKind:
 def _fits(options: Mapping[str, Any]) -> bool:
     """Whether a solver with these options is the fitted one, which needs trajectories beside the
     statistics."""
-    return "nodes" in options
+    return "choose_levels" in options
 
 
 def _skipped(options: Mapping[str, Any]) -> bool:
     """Whether the first evaluation is not the model's."""
-    return options.get("first_step", "evaluate") != "evaluate"
+    return _first_step(options) != "evaluate"
 
 
 def _held_out(count: int) -> int:
@@ -258,16 +257,16 @@ def _held_out(count: int) -> int:
 
 
 def _first_step(options: Mapping[str, Any]) -> str:
-    """What AMED is trained with: a mean stands in for an evaluation."""
-    return "afs" if options.get("first_step") == "afs" else "evaluate"
+    """What AMED is trained with."""
+    return options.get("first_step", "evaluate")
 
 
 STATISTICS_KIND, AMED_KIND = KINDS = (StatisticsKind(), AmedKind())
 
 
-def kind_for(sampler: Sampler, options: Mapping[str, Any] | None = None) -> Kind | None:
-    """What a solver needs to know of a model, if it does with these options; or may, if they are not told."""
-    return next((kind for kind in KINDS if sampler.uses(kind.option, options)), None)
+def kind_for(sampler: Sampler) -> Kind | None:
+    """What a solver needs to know of a model, if it does."""
+    return next((kind for kind in KINDS if kind.option in sampler.options), None)
 
 
 def kind_of(found: Any) -> Kind:

@@ -17,7 +17,7 @@ from . import canonical, events, store
 from .events import Used, say
 from .measuring import Run, as_long_as
 
-RULES = ("auto", "every prompt", "saved only", "never")
+RULES = ("auto", "every prompt", "saved only")
 """What a sampler may do that needs a calibration and was given none."""
 VARIABLE = "LAMBDA_SOLVERS_CALIBRATION"
 TAUGHT = 3  # how well something serves that was taught for a range of guidances
@@ -93,9 +93,6 @@ def calibration_for(kind: Kind, run: Run, given: Any, how: str) -> Used:
         if found is not None:
             warn(kind, found, run, own)
             return used(where, found)
-    if how == "never":
-        raise ValueError(f"this sampler needs {kind.noun}, and measuring is switched off: "
-                         + run.remedies[how].format(makes=kind.makes))
     if math.isnan(own["guidance"]):
         raise ValueError(f"the guidance of this {run.guided}, and "
                          f"{kind.noun} hold for one number: set one, give the sampler what {kind.makes} made "

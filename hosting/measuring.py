@@ -47,8 +47,9 @@ class Run:
         check()             raises `cancelled` if the user has cancelled
         show(done, total)   how far a measurement is
         cancelled           an exception's type
-        remedies            what to do where the rule does not allow that {makes} is done; "unsteady": where
-                            {changed} keep the model from answering for itself
+        remedies            what to do: "saved only": where the rule does not allow that {makes} is done;
+                            "unsteady": where {changed} keep the model from answering for itself; "full
+                            noise": where a run that would train AMED begins lower
     """
 
     model: Any
@@ -75,7 +76,7 @@ class Run:
         return nullcontext()
 
     def out_of_memory(self, fault: Exception) -> bool:
-        return isinstance(fault, torch.OutOfMemoryError)
+        return isinstance(fault, torch.cuda.OutOfMemoryError)  # of every PyTorch
 
     def free_memory(self) -> None:
         """Give back what the device has in reserve."""

@@ -24,6 +24,9 @@ NODES = {
 }
 """Family -> its node's title. The other families are bases and teachers: SAMPLERS has them, nodes do not."""
 
+EVERYDAY = ("multistep", "sde", "fitted")
+"""Families for every model. The others seldom pay, or want many steps (docs/accuracy.md)."""
+
 
 def node_id(family: str) -> str:
     return "LambdaSampler" + family.capitalize()

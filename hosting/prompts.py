@@ -105,3 +105,5 @@ PROMPTS = tuple(line.strip() for line in """
     a stormy sea breaking over a pier, long exposure
     origami crane made of gold paper on a black table
 """.strip().splitlines())
+DOZEN = PROMPTS[::9]
+"""As many as levels and weights are learned from."""

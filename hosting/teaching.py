@@ -58,7 +58,7 @@ def lines(prompts: str) -> list[str]:
 
 def beneath(run: Run) -> Statistics:
     """What `lambda_fitted` would be given in a run of this model."""
-    run = replace(run, options={"order": 2, "nodes": "chosen"})
+    run = replace(run, options={"choose_levels": True})
     return library.calibration_for(STATISTICS_KIND, run, None, "auto").found
 
 

@@ -67,10 +67,6 @@ def _entry(line: str) -> Entry:
             ours.settings({**ours.stand_ins, **options})
         except ValueError as error:
             raise ValueError(f"samplers: the line {line!r}: {error}") from None
-        if options.get("first_step") == "mean":
-            raise ValueError(f"samplers: the line {line!r}: the mean is learned from other seeds, and here "
-                             f"all runs "
-                             "have one noise, whose own answer it would be: write evaluate or afs")
         return Entry(line, KSAMPLER(calibrated(ours), options),
                      KSAMPLER(sampler_function(ours), {**ours.stand_ins, **options}),
                      name if name in names else "euler")

@@ -28,10 +28,10 @@ class Run(measuring.Run):
 
     cancelled = comfy.model_management.InterruptProcessingException
     remedies = {
-        "never": ("add the node Load Calibration or {makes} and connect its CALIBRATION to the sampler's "
-                  "node, or for KSampler its MODEL"),
-        "saved only": ("run {makes} once, or set measure to auto (on the sampler's node; for KSampler in "
-                       "ComfyUI's settings, Lambda Solvers)"),
+        "saved only": ("run {makes} once, connect what Load Calibration hands out, or set measure to auto "
+                       "(on the sampler's node; for KSampler in ComfyUI's settings, Lambda Solvers)"),
+        "full noise": ("choose a scheduler and settings that start there (denoise 1, start_at_step 0), or "
+                       "train for the whole schedule and allow interpolation in the AMED node"),
         "unsteady": ("Other nodes have put around this model: {changed}. Bypass the node that did it and "
                      "measure; given the result (by Load Calibration behind the model), a sampler "
                      "needs no measuring, and the node may be switched on again"),

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..hosting import fingerprint
 from ..samplers.classifier import Classifier, gradient, load_classifier, shift
 from . import folder
-from .host import CATEGORY, advanced, noise_scale, path_of
+from .host import SPECIAL, advanced, noise_scale, path_of
 from .identity import Ruled
 
 NONE = "[none there yet]"
@@ -70,7 +70,7 @@ class ClassifierGuiderNode(io.ComfyNode):
         return io.Schema(
             node_id="LambdaClassifierGuider",
             display_name="Classifier Guider",
-            category=CATEGORY,
+            category=SPECIAL,
             description="Leads any sampler towards a class, by the gradient of a classifier of noisy images: "
                         "classifier guidance. The classifier must have been trained on this model's own "
                         "noisy images or latents. Dhariwal & Nichol 2021 (arXiv:2105.05233).",

@@ -18,7 +18,6 @@ from ..samplers.catalogue import Sampler
 from ..samplers.denoisers import plus
 from ..samplers.k_diffusion import k_diffusion_function
 from ..samplers.tensors import moved
-from . import first_steps
 
 REFUSED = {
     "IMG_TO_IMG": "it maps an image to an image and does not denoise",
@@ -29,6 +28,7 @@ each."""
 
 
 CATEGORY = "Lambda Solvers"
+SPECIAL = "Lambda Solvers/special"  # what seldom pays, or is for one kind of model
 
 
 def advanced(widget: io.Input) -> io.Input:
@@ -129,10 +129,10 @@ def guided_by_step(sampler: KSAMPLER) -> KSAMPLER:
     @functools.wraps(sampler.sampler_function)
     def function(model: Any, x: Tensor, sigmas: Tensor, extra_args: dict, *arguments: Any,
                  **named: Any) -> Tensor:
-        if ours and (kind_for(ours, named) or named.get("first_step") == "mean"):
+        if ours and kind_for(ours):
             raise ValueError("cfg_pp is another guidance in every step, and what this sampler learned "
                              "beforehand is of one: connect a sampler without calibration, such as "
-                             "Multistep, with first_step evaluate or afs, or set cfg_pp to false")
+                             "Multistep, or set cfg_pp to false")
         path = path_of(model.inner_model.model_patcher.get_model_object("model_sampling"))
         levels = sigmas.float()
         noise = levels / (1.0 - levels) if path == "flow" else levels
@@ -159,12 +159,10 @@ def sampler_function(sampler: Sampler) -> Callable[..., Tensor]:
     def sample(model: Any, x: Tensor, sigmas: Tensor, extra_args: dict | None = None,
                callback: Callable | None = None, disable: bool | None = None, **options: Any) -> Tensor:
         model_sampling = model.inner_model.model_patcher.get_model_object("model_sampling")
-        learns = options.get("first_step") == "mean"
-        mean = first_steps.answer_of(model, x, sigmas, extra_args or {}) if learns else None
         fn = k_diffusion_function(
-            sampler, path_of(model_sampling), options, noise_scale=noise_scale(model_sampling), mean=mean,
-            follow=following,
-            sigma_max=float(model_sampling.sigma_max), sigma_min=float(model_sampling.sigma_min))
+            sampler, path_of(model_sampling), options, noise_scale=noise_scale(model_sampling),
+            follow=following, sigma_max=float(model_sampling.sigma_max),
+            sigma_min=float(model_sampling.sigma_min))
         return fn(model, x.float(), sigmas, extra_args=extra_args, callback=callback,
                   disable=disable).to(x.dtype)
 

@@ -10,7 +10,7 @@ from ..hosting import canonical, store, teaching
 from ..hosting.events import say
 from ..hosting.kinds import AMED_KIND, STATISTICS_KIND, kind_of
 from ..hosting.library import Kind, kept, measuring_at, unfinished
-from ..hosting.prompts import PROMPTS
+from ..hosting.prompts import DOZEN, PROMPTS
 from ..hosting.teaching import Lessons, beneath, lines
 from ..samplers.learning.amed import BASES
 from ..samplers.learning.measure import INTERVALS
@@ -20,7 +20,7 @@ from ..samplers.learning.train_hypersolver import ITERATIONS
 from . import identity, picture
 from .calibration_socket import SOCKET, needed, outputs, attached
 from .guided_run import Run, measured
-from .host import CATEGORY, advanced, one_of
+from .host import CATEGORY, SPECIAL, advanced, one_of
 
 WHOSE = {"any": "auto", "this": "every prompt"}
 """The prompt that is measured at, and the rule under which samplers find it."""
@@ -32,18 +32,19 @@ def _model(what: str) -> list[io.Input]:
         io.Model.Input("model", tooltip="The model with its LoRAs, as it will be sampled"),
         io.Conditioning.Input("positive", tooltip=f"The prompt that will be sampled; {what}"),
         io.Conditioning.Input("negative", tooltip="The negative prompt that will be used"),
-        io.Float.Input("cfg", default=5.0, min=0.0, max=100.0, step=0.1, round=False,
-                       tooltip=("Guidance. For any prompt it is rounded: to halves below 5, to whole "
-                                "numbers below 10; for this prompt it serves within about 10 % of it")),
+        io.Float.Input("cfg", default=5.0, min=0.0, max=100.0, step=0.1, round=False, tooltip=(
+            "The guidance that will be used. With prompt any it is rounded: to quarters below 2, halves "
+            "below 5, whole numbers below 10, even ones above; else it serves within about 10 % of it")),
         io.Latent.Input("latent_image", tooltip=(
-            "Its shape is measured, and at most as many images at once as it has: 1 takes the least memory")),
+            "Its size is used, and other sizes are served too; as many images at once as it has: 1 takes the "
+            "least memory")),
     ]
 
 
 def _for(others: str) -> io.Input:
     return advanced(io.Combo.Input("prompt", options=[*WHOSE], default="any", tooltip=(
-        "any: at no prompt in particular, as samplers do that measure by themselves, so that they find it. "
-        f"this: at the prompt that is connected; {others}")))
+        "any: at no prompt in particular, as samplers do that measure by themselves. this: at the prompt "
+        f"that is connected; {others}")))
 
 
 def _seed(of: str) -> io.Input:
@@ -54,7 +55,8 @@ def _seed(of: str) -> io.Input:
 
 def _save() -> io.Input:
     return io.Boolean.Input("save", default=True, tooltip=(
-        "Write the result to models/solver_calibrations, where samplers find it by themselves"))
+        "Write the result to models/solver_calibrations. Samplers find it there by themselves, unless it was "
+        "learned at one prompt: then only where `measure` is every prompt"))
 
 
 def _name() -> io.Input:
@@ -139,9 +141,9 @@ class MeasureModel(Learning):
     @classmethod
     def execute(cls, model, positive, negative, cfg, latent_image, save=True, prompt="any", fitted=True,
                 seed=0, intervals=INTERVALS, samples=0, pool="all", name="") -> io.NodeOutput:
-        how = {"intervals": intervals, "samples": samples, "pool": pool}
-        return _measured(cls, STATISTICS_KIND, prompt, save, name, {"nodes": "chosen"} if fitted else {}, how,
-                         model, positive, negative, cfg, latent_image, seed)
+        how, options = {"intervals": intervals, "samples": samples, "pool": pool}, {"choose_levels": True}
+        return _measured(cls, STATISTICS_KIND, prompt, save, name, options if fitted else {}, how, model,
+                         positive, negative, cfg, latent_image, seed)
 
 
 class TrainAmed(Learning):
@@ -150,18 +152,19 @@ class TrainAmed(Learning):
         return io.Schema(
             node_id="LambdaTrainAmed",
             display_name="Train AMED",
-            category=CATEGORY,
+            category=SPECIAL,
             description="Learns where AMED evaluates inside every step of one schedule of at most 10 steps, "
-                        "and saves it: the AMED node, lambda_amed and lambda_amed_2m then find it. Takes as "
-                        "long as 30 to 150 images of that schedule, by the latent's size.",
+                        "and saves it: the AMED node with this base then finds it; in KSampler "
+                        "lambda_amed finds base amed, lambda_amed_2m base dpmpp_2m. Takes as long as 30 to "
+                        "150 images of that schedule, by the latent's size.",
             inputs=[
                 *_model("read only for its size, unless `prompt` is this"),
                 io.Sigmas.Input("sigmas", tooltip="The schedule to train for, as it will be sampled. AMED "
                                                   "evaluates twice in every interval but the last: n steps "
                                                   "are 2 n - 1 evaluations"),
-                io.Combo.Input("base", options=list(BASES), default="amed", tooltip=(
+                io.Combo.Input("base", options=list(BASES), default="dpmpp_2m", tooltip=(
                     "The rule that steps to the learned node and on: AMED's own, or another solver's "
-                    "(AMED-Plugin)")),
+                    "(AMED-Plugin). dpmpp_2m was the best in our measurements")),
                 _save(),
                 _for("other prompts it serves less well"),
                 advanced(io.Combo.Input("form", options=["table", "predictor"], default="table", tooltip=(
@@ -203,20 +206,21 @@ class TuneFitted(Learning):
             display_name="Tune Fitted",
             category=CATEGORY,
             description="Learns levels and weights of lambda_fitted for one number of steps from its own "
-                        "runs on the model, for all prompts from a dozen, or for one. Takes as long as about "
-                        "50 images of 20 steps for 5 steps, and 100 for 8; with a dozen prompts two or "
-                        "three times that.",
+                        "runs on the model, for all prompts from a dozen, or for one: worth it without "
+                        "guidance (cfg 1). Takes as long as 100 to 150 images of 20 steps for 5 steps, twice "
+                        "that for 8; for one prompt a third.",
             inputs=[
-                *_model("what is learned is used for this prompt only, unless there are more prompts below"),
+                *_model("beside those below; alone, what is learned is used for it only"),
                 SOCKET.Input("calibration", tooltip=FITTED),
                 io.Int.Input("steps", default=5, min=FEWEST, max=LARGEST + 1, tooltip=(
                     "KSampler's steps that it is for: other numbers stay as they were")),
                 io.Clip.Input("clip", optional=True, tooltip=(
-                    "Reads the prompts below; what else the positive input has (guidance, sizes, ControlNet) "
-                    "they get from it")),
-                io.String.Input("prompts", default="", multiline=True, optional=True, tooltip=(
-                    "More prompts, one a line, a dozen or more. What is learned from several is used for "
-                    "every prompt, if it helps on those that select")),
+                    "The checkpoint's own: reads the prompts below; what else the positive input has "
+                    "(guidance, sizes, ControlNet) they get from it")),
+                io.String.Input("prompts", default="\n".join(DOZEN), multiline=True, optional=True, tooltip=(
+                    "One a line, a dozen or more. What is learned from several is used for every prompt, if "
+                    "it helps on those that select. Empty: for the positive one alone, which lambda_fitted "
+                    "takes where `measure` is every prompt")),
                 _save(),
                 _seed("it learns from"),
                 advanced(io.Int.Input("samples", default=0, min=0, max=64, tooltip=(
@@ -265,7 +269,7 @@ class TrainHypersolver(Learning):
             description="Trains a small network that adds what every step of lambda_fitted misses, for all "
                         "prompts, a range of guidances and of numbers of steps, and saves it: lambda_fitted "
                         "then finds it. No data, and no gradients of the model. Takes as long as about "
-                        "2 images of 20 steps for each image it learns from: 840 with the built-in prompts.",
+                        "2 images of 20 steps for each image it learns from: 460 with the built-in prompts.",
             inputs=[
                 io.Model.Input("model", tooltip="The model with its LoRAs, as it will be sampled"),
                 io.Clip.Input("clip", tooltip="The checkpoint's own: it reads the prompts"),
@@ -284,8 +288,8 @@ class TrainHypersolver(Learning):
                 io.String.Input("prompts", default="\n".join(PROMPTS), multiline=True, tooltip=(
                     "One a line, of all that the model will be used for: the more and the more varied, the "
                     "better it serves others")),
-                io.Int.Input("images", default=4, min=1, max=64, tooltip=(
-                    "Of every prompt: the time it takes goes with them")),
+                io.Int.Input("images", default=2, min=1, max=64, tooltip=(
+                    "Of every prompt: twice as many take twice as long")),
                 _save(),
                 _seed("it learns from"),
                 _steps("fewest", 4, "The fewest"),

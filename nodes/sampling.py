@@ -14,14 +14,14 @@ from torch import Tensor
 from ..hosting import events, library
 from ..hosting.kinds import kind_for
 from ..hosting.library import RULES, Kind
-from ..hosting.names import NAMES, NODES, node_id
+from ..hosting.names import EVERYDAY, NAMES, NODES, node_id
 from ..samplers import FAMILIES, SAMPLERS
 from ..samplers.catalogue import Option, Sampler
-from ..samplers.denoisers import FIRST_STEPS, THRESHOLDS
+from ..samplers.denoisers import THRESHOLDS
 from . import nobody, settings
 from .calibration_socket import SOCKET, needed
 from .guided_run import Run
-from .host import CATEGORY, advanced, around, guided_by_step, one_of, sampler_function
+from .host import CATEGORY, SPECIAL, advanced, around, guided_by_step, one_of, sampler_function
 
 
 def register() -> None:
@@ -59,14 +59,13 @@ def _node(family: Sampler, title: str) -> type[io.ComfyNode]:
         def define_schema(cls) -> io.Schema:
             options = {name: option for name, option in family.options.items() if not kind
                        or name != kind.option}
-            condition = _condition(family.options[kind.option]) if kind else ""
             return io.Schema(
                 node_id=node_id(family.name),
                 display_name=f"{title} (Lambda)",
-                category=CATEGORY,
+                category=CATEGORY if family.name in EVERYDAY else SPECIAL,
                 description=f"{family.help}\n\n{family.citation}",
-                inputs=[*(_sockets(kind, condition) if kind else []), *starmap(_input, options.items()),
-                        *(_measure(kind, condition) if kind else [])],
+                inputs=[*(_sockets(kind) if kind else []), *starmap(_input, options.items()),
+                        *(_measure(kind) if kind else [])],
                 outputs=[_output()],
             )
 
@@ -86,10 +85,9 @@ def _node(family: Sampler, title: str) -> type[io.ComfyNode]:
 def calibrated(sampler: Sampler, how: str | None = None) -> Callable[..., Tensor]:
     """The sampler's function for KSAMPLER, known as ours and telling of its runs; one that needs a
     calibration finds or measures it first."""
-    function = sampler_function(sampler)
+    function, kind = sampler_function(sampler), kind_for(sampler)
 
     def prepared(model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
-        kind = kind_for(sampler, options)
         if len(sigmas) < 2:
             return x  # nothing to do, so nothing to measure
         given = options.pop(kind.option, None)
@@ -99,11 +97,7 @@ def calibrated(sampler: Sampler, how: str | None = None) -> Callable[..., Tensor
             return function(model, x, sigmas, extra_args, callback, disable, **{kind.option: ready},
                             **options)
 
-    plain, measuring = events.observed(function, None), events.observed(prepared, nobody.description)
-
-    def sample(*arguments, **options):
-        return (measuring if kind_for(sampler, options) else plain)(*arguments, **options)
-
+    sample = events.observed(prepared, nobody.description) if kind else events.observed(function, None)
     sample.lambda_solvers = sampler
     return sample
 
@@ -115,18 +109,18 @@ def _condition(option: Option) -> str:
     return f"For {wanted} alone. " if wanted else ""
 
 
-def _sockets(kind: Kind, condition: str) -> list[io.Input]:
+def _sockets(kind: Kind) -> list[io.Input]:
     """The socket of a node whose solver needs a calibration, beside the solver's own options."""
     return [SOCKET.Input("calibration", optional=True, tooltip=(
-        f"{condition}From {kind.makes} or Load Calibration. Without: what is attached to the model, or as "
+        f"From {kind.makes} or Load Calibration. Without: what is attached to the model, or as "
         "`measure` says"))]
 
 
-def _measure(kind: Kind, condition: str) -> list[io.Input]:
+def _measure(kind: Kind) -> list[io.Input]:
     return [io.Combo.Input("measure", optional=True, options=list(RULES), default=RULES[0], tooltip=(
-        f"{condition}Without {kind.noun} connected or attached: auto takes a saved file of this model and "
-        "guidance, or measures and saves one once, at no prompt in particular; every prompt measures each "
-        "new prompt, which is more exact; saved only never measures; never stops without one"))]
+        f"Without {kind.noun} connected or attached: auto takes a saved file of this model and guidance, or "
+        "measures and saves one once, at no prompt in particular; every prompt measures each new prompt, "
+        "which is more exact; saved only never measures"))]
 
 
 def _input(name: str, option: Option) -> io.Input:
@@ -154,18 +148,13 @@ class SamplerOptions(io.ComfyNode):
         return io.Schema(
             node_id="LambdaOptions",
             display_name="Sampler Options",
-            category=CATEGORY,
-            description="Changes what a sampler gets for the model's answers: the first one left out (afs: "
-                        "Dockhorn et al. 2022, arXiv:2210.05475), all kept within bounds (dynamic: Saharia "
-                        "et al. 2022, Imagen, arXiv:2205.11487), or guided by CFG++ (Chung et al. 2024, "
-                        "arXiv:2406.08070).",
+            category=SPECIAL,
+            description="Changes what a sampler gets for the model's answers: all kept within bounds "
+                        "(dynamic: Saharia et al. 2022, Imagen, arXiv:2205.11487), or guided by CFG++ "
+                        "(Chung et al. 2024, arXiv:2406.08070).",
             inputs=[
-                io.Sampler.Input("sampler", tooltip="Any sampler; first_step is for those of this pack"),
-                io.Combo.Input("first_step", options=list(FIRST_STEPS), default="evaluate", tooltip=(
-                    "The first evaluation, where x is nothing but noise. evaluate: as the sampler is set; "
-                    "afs: answered analytically, worth it where sigma_max is very high; mean: from the "
-                    "second seed of a prompt on, by the mean of what the model said to the first, kept in "
-                    "memory. Not for img2img")),
+                io.Sampler.Input("sampler", tooltip=(
+                    "Any sampler; cfg_pp not for DPM-Solver-v3, Fitted and AMED")),
                 io.Combo.Input("threshold", options=list(THRESHOLDS), default="off", tooltip=(
                     "Keeps the denoised image of every step within bounds, for models of pixels at high "
                     "guidance. dynamic: what goes beyond the quantile is cut off, and the image scaled "
@@ -184,27 +173,13 @@ class SamplerOptions(io.ComfyNode):
             outputs=[_output()])
 
     @classmethod
-    def execute(cls, sampler: Any, first_step: str, threshold: str, quantile: float, bound: float,
+    def execute(cls, sampler: Any, threshold: str, quantile: float, bound: float,
                 cfg_pp: bool = False) -> io.NodeOutput:
         if not isinstance(sampler, comfy.samplers.KSAMPLER):
             raise ValueError("Sampler Options wraps ComfyUI's KSAMPLER, and this is a "
                              f"{type(sampler).__name__}: connect KSamplerSelect or the node of a sampler")
-        if first_step != "evaluate":
-            sampler = _skipping(sampler, first_step)
         if cfg_pp:
             sampler = guided_by_step(sampler)
         bounded = THRESHOLDS[one_of("threshold", threshold, THRESHOLDS)]
         return io.NodeOutput(around(sampler, partial(bounded, quantile=quantile, bound=bound))
                              if bounded else sampler)
-
-
-def _skipping(sampler: Any, first_step: str) -> Any:
-    """The same sampler of ours, with its first evaluation answered so."""
-    function = sampler.sampler_function
-    if not hasattr(function, "lambda_solvers"):
-        raise ValueError(f"first_step = {first_step!r} is for samplers of this pack, and this is "
-                         f"{getattr(function, '__name__', sampler)}: connect one of the Lambda Solvers "
-                         "nodes, or KSamplerSelect with one of our names; or set first_step to evaluate")
-    options = {**sampler.extra_options, "first_step": first_step}
-    function.lambda_solvers.settings({**function.lambda_solvers.stand_ins, **options})
-    return comfy.samplers.KSAMPLER(function, options, sampler.inpaint_options)

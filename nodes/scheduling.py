@@ -30,19 +30,18 @@ class LambdaScheduler(io.ComfyNode):
             display_name="Lambda Scheduler",
             category=CATEGORY,
             description="Noise levels at even distances on a clock of your choice, over the model's range, "
-                        "as SIGMAS for any sampler; or your own list of levels. Or fitted: the levels where "
-                        "so few steps leave the least error on your model, once it was measured, which is "
-                        "for any checkpoint what the tables of Align Your Steps, GITS and OptimalSteps are "
-                        "for a few. With a picture and a table.",
+                        "as SIGMAS for any sampler; or your own list of levels; or those that lambda_fitted "
+                        "uses. With a picture and a table.",
             inputs=[
                 io.Model.Input("model", tooltip="The model that will be sampled: its noise levels are used"),
                 SOCKET.Input("calibration", optional=True, tooltip=f"For the clock fitted alone. {FITTED}"),
                 io.Combo.Input("clock", options=[*CHOICES], default="lambda", tooltip=(
                     "What is divided evenly. lambda: half the log of the signal-to-noise ratio; sigma: sigma "
                     "/ alpha, with rho 7 that of karras; t: the model's own time, with rho 2 DDIM's "
-                    "quadratic; linear, cosine: the time of the continuous VP schedules. fitted: chosen for "
-                    "the model that was measured, and for DPM-Solver-v3's own steps. Or the levels in "
-                    "values, as they are")),
+                    "quadratic; linear, cosine: the time of the continuous VP schedules. fitted: what "
+                    "lambda_fitted chooses for a model that was measured; other samplers gained nothing by "
+                    "it over sgm_uniform or beta in our measurements. Or the levels in values, as they "
+                    "are")),
                 io.Int.Input("steps", default=20, min=1, max=1000, tooltip=(
                     "Intervals of the schedule. A list has its own")),
                 io.Float.Input("rho", default=1.0, min=0.1, max=100.0, step=0.1, round=False, tooltip=(

@@ -12,12 +12,11 @@ PLOT = "LambdaSolvers.Plot"
 PAGE: list[dict[str, Any]] = [
     {"id": CALIBRATION, "category": ["Lambda Solvers", "Sampling", "Calibration"], "type": "combo",
      "options": list(RULES),
-     "defaultValue": RULES[0], "name": "Samplers that measure the model",
-     "tooltip": "What a sampler of KSampler's list does that needs a calibration and was given none. auto: "
-                "take a saved one of this "
-                "model and guidance, or measure and save one, at no prompt in particular; every prompt: "
-                "measure each new prompt; saved only: never measure; "
-                "never: stop. The environment variable LAMBDA_SOLVERS_CALIBRATION overrides this"},
+     "defaultValue": RULES[0], "name": "When a sampler must know the model",
+     "tooltip": "Of KSampler's list: lambda_v3, lambda_fitted and AMED's. auto: use what was saved for this "
+                "model and guidance, or measure once, at no prompt in particular, and save it; every prompt: "
+                "measure each new prompt, which is more exact; saved only: never measure. The environment "
+                "variable LAMBDA_SOLVERS_CALIBRATION overrides this"},
     {"id": PLOT, "category": ["Lambda Solvers", "Display", "Plot"], "type": "boolean", "defaultValue": True,
      "name": "Draw the schedule on sampler nodes",
      "tooltip": "The line is lambda, half the log of the signal-to-noise ratio, over the steps; the dots are "

@@ -97,16 +97,7 @@ class Sampler:
                     f"{self.name} has no option {name!r}: choose from {', '.join(self.options) or 'none'}")
         given = {name: options.get(name, option.default) for name, option in self.options.items()}
         return {**self.fixed, **{
-            name: option.check(name, given[name]) if option.stand_in is None or self.uses(name, given)
-            else given[name] for name, option in self.options.items()}}
-
-    def uses(self, name: str, options: Mapping[str, Any] | None = None) -> bool:
-        """Whether this is an option of the sampler's that counts beside the others; or, if they are not told,
-        may count."""
-        option = self.options.get(name)
-        if option is None or options is None:
-            return option is not None
-        return all(options.get(other, self.options[other].default) == value for other, value in option.where)
+            name: option.check(name, given[name]) for name, option in self.options.items()}}
 
     def solver(self, **options: Any) -> Solver:
         return self.solver_of(self.settings(options))
@@ -125,8 +116,7 @@ class Sampler:
     def first_step(self, settings: Mapping[str, Any]) -> str:
         """How the first evaluation is answered: as set, or as an AMED that was trained with afs needs it."""
         chosen, trained = settings["first_step"], settings.get("trained")
-        if trained is None or trained.base is None or chosen == trained.first_step or (
-                chosen, trained.first_step) == ("mean", "evaluate"):
+        if trained is None or trained.base is None or chosen == trained.first_step:
             return chosen
         if chosen == "evaluate":
             return trained.first_step
@@ -166,10 +156,9 @@ class Preset(NamedTuple):
 
 
 FIRST_STEP = Option(
-    "How the first evaluation of a run at full noise is answered. evaluate: by the model; afs: analytically, "
-    "at no cost, which suits models with a very high sigma_max; mean: by the mean of what the model answered "
-    "to earlier seeds of the same prompt, once there are "
-    "some", choices=tuple(FIRST_STEPS), advanced=True, default="evaluate")
+    "How the first evaluation of a run at full noise is answered. evaluate: by the model (AMED: as it was "
+    "trained); afs: analytically, at no cost, worth it at a sigma_max near 100. A hypersolver is left out "
+    "then", choices=tuple(FIRST_STEPS), advanced=True, default="evaluate")
 
 FAMILIES: dict[str, Sampler] = {}
 SAMPLERS: dict[str, Sampler] = {}
@@ -180,10 +169,9 @@ def family(title: str, citation: str,
     """Enter the decorated function and its presets into the catalogue."""
 
     def enter(build: Callable[..., Solver]) -> Callable[..., Solver]:
-        hints = typing.get_type_hints(build, include_extras=True)
         options = {}
-        for name, parameter in inspect.signature(build).parameters.items():
-            kind, option = typing.get_args(hints[name])
+        for name, parameter in inspect.signature(build, eval_str=True).parameters.items():
+            kind, option = typing.get_args(parameter.annotation)
             options[name] = replace(option, kind=kind, default=parameter.default)
         options["first_step"] = FIRST_STEP
         paragraphs = [" ".join(part.split()) for part in inspect.getdoc(build).split("\n\n")]

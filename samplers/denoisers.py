@@ -1,14 +1,11 @@
 """Denoisers around a denoiser: the first evaluation at full noise answered without the model, a limit to
 how many there are, a bound on what is answered, and guidance by the length of the step.
 
-At the highest level x is almost nothing but noise, and what the model makes of it hardly depends on which:
+At the highest level x is almost nothing but noise. The analytic first step (AFS) takes it for that:
 
-    afs     D = (x - sigma eps) / alpha,   eps = x / sqrt(alpha^2 sigma_data^2 + sigma^2)
-            (the analytic first step)
-    mean    D = the mean of the model's own first answers to other noises of the same prompt
+    D = (x - sigma eps) / alpha,   eps = x / sqrt(alpha^2 sigma_data^2 + sigma^2)
 
-Dockhorn et al. 2022 (arXiv:2210.05475), section 3.3, and Zhou et al. 2024 (arXiv:2312.00094) for afs; the
-mean is ours.
+Dockhorn et al. 2022 (arXiv:2210.05475), section 3.3, and Zhou et al. 2024 (arXiv:2312.00094).
 """
 from __future__ import annotations
 
@@ -42,53 +39,9 @@ def afs(start: Level, sigma_data: float = 1.0) -> Denoiser:
     return lambda x, sigma: x * gain
 
 
-class MeanAnswer:
-    """The mean of a model's first answers, [C, ...]: those of one prompt, guidance, shape and level.
-
-    Kept on the CPU.
-    ValueError for images of another shape than those it has learned.
-    """
-
-    def __init__(self) -> None:
-        self.count, self.mean = 0, None
-
-    def learn(self, denoised: Tensor) -> None:
-        """Take in what the model answered to a batch of noises; nothing that is not finite, of which the
-        run itself will tell."""
-        self._check(denoised)
-        total = denoised.detach().float().sum(0).cpu()
-        if not total.isfinite().all():
-            return
-        self.mean = (total if self.mean is None else self.mean * self.count + total) / (self.count +
-                                                                                        len(denoised))
-        self.count += len(denoised)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        self._check(x)
-        return self.mean.to(x).expand_as(x)
-
-    def of(self, denoise: Denoiser) -> Denoiser:
-        """The mean; but where there is none yet what the model answers, which it learns."""
-
-        def answer(x: Tensor, sigma: float) -> Tensor:
-            if self.count:
-                return self(x)
-            self.learn(denoised := denoise(x, sigma))
-            return denoised
-
-        return answer
-
-    def _check(self, x: Tensor) -> None:
-        if self.mean is not None and self.mean.shape != x.shape[1:]:
-            raise ValueError(
-                f"this MeanAnswer has learned images of shape {list(self.mean.shape)}, and x has "
-                f"{list(x.shape[1:])}: give every shape, as every prompt, a MeanAnswer of its own")
-
-
-FIRST_STEPS: Mapping[str, Callable[[Denoiser, Level, MeanAnswer | None], Denoiser]] = {
-    "evaluate": lambda denoise, start, mean: denoise,
-    "afs": lambda denoise, start, mean: opened(denoise, afs(start)),
-    "mean": lambda denoise, start, mean: opened(denoise, mean.of(denoise)),
+FIRST_STEPS: Mapping[str, Callable[[Denoiser, Level], Denoiser]] = {
+    "evaluate": lambda denoise, start: denoise,
+    "afs": lambda denoise, start: opened(denoise, afs(start)),
 }
 """How the first evaluation of a run from a level may be answered."""
 

@@ -49,6 +49,9 @@ NOISE_DEVICE = Option(
 NoiseDevice = Annotated[str, NOISE_DEVICE]
 S_NOISE = Option("Factor on the added noise; 1 is exact, a little more adds texture", 0.0, 10.0, 0.01)
 SNoise = Annotated[float, S_NOISE]
+StatisticsOption = Annotated[Statistics, Option(
+    "the model's statistics: samplers.estimate_statistics(...), or Statistics.load(path)",
+    stand_in=Statistics.constant())]
 ORDER_HELP = "Order of accuracy. 2 was the best choice up to 20 steps in our measurements; 3 needs more"
 
 DPM_SOLVER = "Lu et al. 2022, DPM-Solver (arXiv:2206.00927)"
@@ -90,7 +93,7 @@ def multistep(
 ) -> Solver:
     """DPM-Solver and DPM-Solver++, multistep: the last evaluations are reused, each step costs one new one.
 
-    The defaults are what dev/benchmark.py accuracy found best on average at 5 to 20 evaluations.
+    The defaults were the best on average at 5 to 20 evaluations in our measurements.
     """
     return Multistep(PREDICTIONS[prediction], order, RULES[rule], lower_order_final, corrector=corrector,
                      corrector_rule=CORRECTING[rule])
@@ -205,15 +208,12 @@ SDE = f"{DPM_SOLVER_PP}, SDE-DPM-Solver++"
 DDIM = "Song et al. 2021, DDIM (arXiv:2010.02502)"
 DDPM = "Ho et al. 2020, DDPM (arXiv:2006.11239)"
 ANALYTIC_DPM = "Bao et al. 2022, Analytic-DPM (arXiv:2201.06503)"
-LAWS = {"sde": lambda eta, s_noise, *measured: DataPrediction(eta, s_noise),
-        "ddim": lambda eta, s_noise, *measured: AncestralPrediction(eta, s_noise),
-        "analytic": AnalyticPrediction}
+LAWS = {"sde": DataPrediction, "ddim": AncestralPrediction}
 PUBLISHED = {"eta": 1.0, "corrector": "off"}
 """Of what is of first order, where the family's defaults have less noise and a corrector."""
-OF_ANALYTIC = (("law", "analytic"),)
 
 
-@family("DPM-Solver++ SDE", f"{SDE}; {DDIM}; {ANALYTIC_DPM}", {
+@family("DPM-Solver++ SDE", f"{SDE}; {DDIM}", {
     "dpmpp_sde": Preset("SDE-DPM-Solver++(1)",
                         "stochastic, of first order: needs the most steps", {"order": 1, "law": "sde"},
                         PUBLISHED, SDE),
@@ -227,9 +227,6 @@ OF_ANALYTIC = (("law", "analytic"),)
     "ddpm": Preset("DDPM, ancestral",
                    "the first diffusion sampler, for hundreds of steps: dpmpp_sde at eta 1",
                    {"order": 1, "law": "ddim"}, PUBLISHED, DDPM),
-    "analytic_dpm": Preset("Analytic-DPM",
-                           "noise of the right size in long steps, once the model was measured",
-                           {"order": 1, "law": "analytic"}, PUBLISHED, ANALYTIC_DPM),
 })
 def sde(
     order: Annotated[int, Option(ORDER_HELP, 1, 3)] = 2,
@@ -242,26 +239,37 @@ def sde(
     lower_order_final: LowerOrderFinal = "auto",
     law: Annotated[str, Option(
         "What eta is a share of. sde: of the SDE's noise in every stretch of lambda; ddim: of the ancestral "
-        "noise of a step, at most 1, as in DDIM and ComfyUI's euler_ancestral, and at 0 and 1 as sde; "
-        "analytic: as ddim, and noise for what the denoised image is off on average, measured once "
-        "(Analytic-DPM, of order 1)", choices=tuple(LAWS), advanced=True)] = "sde",
-    statistics: Annotated[Statistics, Option(
-        "the model's statistics: samplers.estimate_statistics(...), or Statistics.load(path)",
-        stand_in=Statistics.constant(), where=OF_ANALYTIC)] = None,
-    half_range: Annotated[float, Option(
-        "Half the range of the data, which bounds how far the denoised image may be off. 1 for pixels from "
-        "-1 to 1, large for latents, whose range is not known", 0.0, 1000.0, 0.1,
-        advanced=True, where=OF_ANALYTIC)] = 1000.0,
+        "noise of a step, at most 1, as in DDIM and ComfyUI's euler_ancestral, and at 0 and 1 as "
+        "sde", choices=tuple(LAWS), advanced=True)] = "sde",
     noise_device: NoiseDevice = "cpu",
 ) -> Solver:
     """DPM-Solver++ multistep on the diffusion SDE: fresh noise in every step forgets earlier errors, given
-    enough steps. DDIM, DDPM and Analytic-DPM are laws of its noise.
+    enough steps. DDIM and DDPM are of another law of its noise.
 
-    Image k of a batch gets the noise of seed + k alone, as in the WebUI, so it can be made again by itself.
-    ComfyUI's own samplers draw one noise for the whole batch.
+    The steps' noise of image k of a batch is that of seed + k, as in the WebUI: from the same start the image
+    comes out alone as in the batch. ComfyUI's own samplers draw one noise for the whole batch.
     """
-    return Multistep(LAWS[law](eta, s_noise, statistics, half_range), order, RULES[rule], lower_order_final,
-                     corrector=corrector, corrector_rule=CORRECTING[rule])
+    return Multistep(LAWS[law](eta, s_noise), order, RULES[rule], lower_order_final, corrector=corrector,
+                     corrector_rule=CORRECTING[rule])
+
+
+@family("Analytic-DPM", ANALYTIC_DPM, {
+    "analytic_dpm": Preset("Analytic-DPM",
+                           "noise of the right size in long steps, once the model was measured", {}),
+})
+def analytic(
+    statistics: StatisticsOption = None,
+    eta: Annotated[float, Option("Share of the ancestral noise of a step: 1 is DDPM's, 0 none", 0.0, 10.0,
+                                 0.01)] = 1.0,
+    s_noise: SNoise = 1.0,
+    half_range: Annotated[float, Option(
+        "Half the range of the data, which bounds how far the denoised image may be off. 1 for pixels from "
+        "-1 to 1, large for latents, whose range is not known", 0.0, 1000.0, 0.1,
+        advanced=True)] = 1000.0,
+    noise_device: NoiseDevice = "cpu",
+) -> Solver:
+    """DDIM of order 1, and noise for what the denoised image is off on average, which was measured once."""
+    return Multistep(AnalyticPrediction(eta, s_noise, statistics, half_range), 1)
 
 
 @family("Predictor-Corrector", f"{SCORE_SDE}, Algorithms 1-5", {
@@ -301,9 +309,7 @@ def pc(
                             "dpm_2m", {}),
 })
 def v3(
-    statistics: Annotated[Statistics, Option(
-        "the model's statistics: samplers.estimate_statistics(...), or Statistics.load(path)",
-        stand_in=Statistics.constant())] = None,
+    statistics: StatisticsOption = None,
     order: Annotated[int, Option(ORDER_HELP, 1, 3)] = 2,
     corrector: Annotated[str, Option(
         "Repeat each step with the evaluation at its end, at no further cost. half: only in the cleaner half "
@@ -323,8 +329,7 @@ def v3(
     """DPM-Solver-v3: what the model does on average is measured once and integrated exactly, so less is left
     to interpolate.
 
-    The defaults, order 2 without corrector, are what dev/benchmark.py accuracy found best over guidance 3 and
-    7.
+    The defaults, order 2 without corrector, were the best over guidance 3 and 7 in our measurements.
     """
     return Multistep(EmpiricalPrediction(statistics, fine=quadrature == "fine"), order,
                      lower_order_final=lower_order_final,
@@ -336,24 +341,23 @@ def v3(
 @family("Fitted Multistep", "Lambda Solvers, on the integrand of Zheng et al. 2023 (arXiv:2310.13268)", {
     "fitted": Preset("Fitted multistep",
                      "few evaluations on a schedule you choose, once the model was measured",
-                     {"nodes": "given"}),
+                     {"choose_levels": False}),
     "fitted_chosen": Preset("Fitted multistep, levels chosen",
                             "few evaluations, once the model was measured, on levels chosen "
-                            "for it: of a schedule only the range counts", {"nodes": "chosen"}),
+                            "for it: of a schedule only the range counts", {"choose_levels": True}),
 })
 def fitted(
     statistics: Annotated[Statistics, Option(
         "the model's statistics, measured for fitting: samplers.estimate_statistics(..., fitted=True)",
         stand_in=Unmeasured())] = None,
-    order: Annotated[int, Option("Order of DPM-Solver-v3's steps; the fit adds one more evaluation to each",
-                                 1, 3)] = 2,
-    nodes: Annotated[str, Option(
-        "given: the schedule as it is. chosen: only its first and last level and its number of steps count, "
-        "and the levels between are chosen for the measured model", choices=("given", "chosen"))] = "given",
+    choose_levels: Annotated[bool, Option(
+        "Choose the noise levels for the measured model: of a schedule only the first and last level and the "
+        "number of steps count. Off: the schedule as it is, and what was trained or tuned is not "
+        "used")] = True,
 ) -> Solver:
-    """DPM-Solver-v3 with weights, and if asked noise levels, fitted to trajectories of the model that were
-    measured once."""
-    return Fitted(statistics, order, nodes)
+    """DPM-Solver-v3 of order 2 with noise levels and weights that are fitted to trajectories of the model,
+    measured once; or with what was trained or tuned for it."""
+    return Fitted(statistics, choose_levels)
 
 
 @family("iPNDM", "Zhang & Chen 2022, DEIS (arXiv:2204.13902), section 3.3; Liu et al. 2022, PNDM "
@@ -414,14 +418,15 @@ def amed(
         "what was learned for the schedule: samplers.fit_amed(...), or Amed.load(path)",
         stand_in=Amed.untrained())] = None,
     base: Annotated[str, Option(
-        "The rule that steps to the learned node and on: AMED's own, or another solver's",
-                                choices=tuple(BASES))] = "amed",
+        "The rule that steps to the learned node and on: AMED's own, or another solver's. dpmpp_2m was the "
+        "best in our measurements",
+                                choices=tuple(BASES))] = "dpmpp_2m",
     interpolate: Annotated[bool, Option(
         "Allow another schedule than the trained one: r, c and a are then taken as functions of lambda",
         advanced=True)] = False,
     lower_order_final: LowerOrderFinal = "auto",
 ) -> Solver:
-    """AMED: two evaluations a step, the second at a place that was learned for your model, prompt and
+    """AMED: two evaluations a step, the second at a place that was learned for your model, guidance and
     schedule."""
     if trained.base not in (None, base):
         raise ValueError(f"this AMED was trained on base {trained.base}, and {base} is chosen: choose "

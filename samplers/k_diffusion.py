@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .catalogue import Sampler, find
-from .denoisers import FIRST_STEPS, MeanAnswer, check_full_noise
+from .denoisers import FIRST_STEPS, check_full_noise
 from .learning.amed import Insertion
 from .model import answer, latents, not_finite
 from .noise import BrownianNoise
@@ -22,8 +22,7 @@ from .solver import Adaptive, Step, finite
 
 
 def k_diffusion_sampler(name: str, path: str = "ve", *, sigma_max: float | None = None,
-                        sigma_min: float | None = None, mean: MeanAnswer | None = None,
-                        **options: Any) -> Callable[..., Tensor]:
+                        sigma_min: float | None = None, **options: Any) -> Callable[..., Tensor]:
     """fn(model, x, sigmas, extra_args=None, callback=None, disable=None) -> x at sigmas[-1], for a name of
     SAMPLERS.
 
@@ -37,15 +36,13 @@ def k_diffusion_sampler(name: str, path: str = "ve", *, sigma_max: float | None 
 
     sigma_max is the model's highest level: with it, a first_step that is not evaluated is refused in runs
     that start lower. sigma_min is its lowest above 0: down to there an adaptive run to 0 controls its error
-    (sample.LOWEST if not given). first_step = "mean" needs a MeanAnswer that lives as long as model, prompt
-    and shape are the same; the run that finds it empty fills it.
+    (sample.LOWEST if not given).
 
     ValueError for an unknown name, path or option, an option out of range, or unusable sigmas;
     FloatingPointError if the model returned NaN or infinity, naming the step, or if an adaptive run finds no
     end.
     """
-    return k_diffusion_function(find(name), path, options, sigma_max=sigma_max, sigma_min=sigma_min,
-                                mean=mean)
+    return k_diffusion_function(find(name), path, options, sigma_max=sigma_max, sigma_min=sigma_min)
 
 
 Follow = Callable[[Mapping[str, Any], Sequence[float]], Mapping[str, Any]]
@@ -54,7 +51,6 @@ Follow = Callable[[Mapping[str, Any], Sequence[float]], Mapping[str, Any]]
 
 def k_diffusion_function(sampler: Sampler, path: str, options: Mapping[str, Any], *, noise_scale: float = 1.0,
                          sigma_max: float | None = None, sigma_min: float | None = None,
-                         mean: MeanAnswer | None = None,
                          follow: Follow | None = None) -> Callable[..., Tensor]:
     """`k_diffusion_sampler` for any entry of the catalogue.
 
@@ -65,9 +61,6 @@ def k_diffusion_function(sampler: Sampler, path: str, options: Mapping[str, Any]
     settings = sampler.settings(options)
     solver, first_step = sampler.solver_of(settings), sampler.first_step(settings)
     gaussian = find_path(path)
-    if first_step == "mean" and mean is None:
-        raise ValueError(
-            "first_step = 'mean' needs mean: give a MeanAnswer, the same one for every run of a prompt")
     lowest = None if sigma_min is None else gaussian.level(float(sigma_min))
     if isinstance(solver, Adaptive) and lowest and not finite(lowest):
         raise ValueError(f"sigma_min = {sigma_min}: give the model's lowest noise level above 0, or None")
@@ -80,7 +73,7 @@ def k_diffusion_function(sampler: Sampler, path: str, options: Mapping[str, Any]
         denoise = _Denoiser(model, x, extra, schedule)
         if first_step != "evaluate":
             check_full_noise(schedule[0], sigma_max)
-        answering = FIRST_STEPS[first_step](denoise, schedule[0], mean)
+        answering = FIRST_STEPS[first_step](denoise, schedule[0])
         with tqdm(total=len(schedule) - 1, disable=disable) as bar:
             observe = _observer(bar, callback, dict(zip((level.sigma for level in schedule), sigmas)))
             with denoise:

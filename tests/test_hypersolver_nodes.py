@@ -12,9 +12,10 @@ import torch
 
 from comfy_models import IMAGE, Network, guider, in_a_run, listed, model, part, prompt, sampled
 from test_measuring import folder  # noqa: F401  (the fixture)
-from test_panel import ABOUT, ask, ksampler, lines, node, nothing_run, run, two_trajectories  # noqa: F401
+from test_panel import (  # noqa: F401
+    ABOUT, ask, custom, ksampler, lines, node, nothing_run, run, two_trajectories)
 
-OPTIONS = {"order": 2, "nodes": "chosen"}
+OPTIONS = {"choose_levels": True}
 LOW, HIGH, COUNTS = 5.0, 9.0, (4, 5)
 
 
@@ -66,6 +67,13 @@ def test_the_built_in_prompts_are_a_hundred_different_ones() -> None:
     assert len(set(prompts)) == len(prompts) == 100 and all(10 < len(line) < 90 for line in prompts)
     node = part("nodes.knowledge").TrainHypersolver
     assert node.INPUT_TYPES()["required"]["prompts"][1]["default"].splitlines() == list(prompts)
+
+
+def test_a_dozen_of_them_is_what_tune_fitted_learns_from_unless_told() -> None:
+    made, nodes = part("hosting.prompts"), part("nodes.knowledge")
+    assert len(made.DOZEN) == 12 and {*made.DOZEN} < {*made.PROMPTS}
+    told = nodes.TuneFitted.INPUT_TYPES()["optional"]["prompts"][1]["default"]
+    assert nodes.lines(told) == [*made.DOZEN]
 
 
 @pytest.mark.parametrize("batch, calls", [(1, [0, 0, 10, 20, 20]), (2, [0, 10, 20]), (3, [0, 10, 20])])
@@ -185,6 +193,25 @@ def test_the_panel_names_it_and_shows_the_levels_it_goes_with(monkeypatch, folde
     run(given(3.0, scheduler="simple"), "5", 12, monkeypatch, describe=lambda guider: ABOUT)
     assert told not in lines(given(3.0)) and any("this is 3" in line for line in lines(given(3.0)))
     assert {told, "good: the calibration fits this model and guidance"} <= {*lines(given(9.0))}
+
+
+@pytest.mark.parametrize("options", [{"choose_levels": False}, {"first_step": "afs"}])
+def test_the_panel_says_where_it_is_left_out(monkeypatch, folder, options: dict) -> None:  # noqa: F811
+    """By an option of the node: where guidance or steps do not fit, it is no option that leaves it out."""
+    statistics(hypersolver()).save(folder / "taught.safetensors")
+    part("nodes.folder").folder_paths.filename_list_cache.pop("solver_calibrations", None)
+    run(ksampler(), "5", 12, monkeypatch, describe=lambda guider: {**ABOUT, "any": "any"})
+
+    def said(cfg: float = 8.0, **options) -> list[str]:
+        graph = custom("fitted", calibration=["12", 0], **options) | {
+            "12": node("LambdaLoadCalibration", name="taught.safetensors")}
+        graph["6"]["inputs"]["steps"], graph["7"]["inputs"]["cfg"] = 5, cfg
+        return [line for line in lines(graph) if "hypersolver" in line]
+
+    assert said() == ["good: a hypersolver adds what every step misses"]
+    assert said(**options) == [
+        "warn: warning: the hypersolver is left out: it needs choose_levels on and first_step evaluate"]
+    assert said(3.0, **options) == said(3.0) == []
 
 
 def test_a_file_keeps_what_it_says_of_its_training_and_is_named_after_it(folder) -> None:  # noqa: F811

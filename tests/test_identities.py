@@ -176,8 +176,8 @@ def test_a_run_may_be_cut_anywhere_when_the_solver_has_no_memory(sigmas: list[fl
     sampler = SAMPLERS[name]
     solver = sampler.solver(**needed(name))
     base = solver.base if isinstance(solver, Insertion) else solver
-    if sampler.fixed.get("fast") or isinstance(solver, PredictorCorrector) or (
-            isinstance(base, (Multistep, Fitted)) and base.order > 1):
+    if sampler.fixed.get("fast") or isinstance(solver, (PredictorCorrector, Fitted)) or (
+            isinstance(base, Multistep) and base.order > 1):
         return
     sigmas = sorted(sigmas, reverse=True)
     x = start("flow", sigmas[0])

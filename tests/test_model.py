@@ -9,7 +9,6 @@ import torch
 
 from problems import FIXED, Gaussian, needed
 from samplers import SAMPLERS, estimate_statistics, fit_amed, k_diffusion_sampler, nfe, refit_multistep
-from samplers.denoisers import MeanAnswer
 from samplers.schedule import VarianceExploding
 from samplers.learning.storage import Partial
 from test_calibrate import mixture, noise
@@ -169,13 +168,3 @@ def test_a_partial_file_that_cannot_be_removed_is_left(tmp_path) -> None:
     (tmp_path / "x.part").mkdir()
     (tmp_path / "x.part" / "y").write_text("")
     Partial(tmp_path / "x.part", "k 1", torch.zeros(1), {}, 0.0).remove()
-
-
-def test_the_mean_learns_no_answer_that_is_not_finite() -> None:
-    mean = MeanAnswer()
-    fn = k_diffusion_sampler("dpmpp_2m", sigma_max=14.6, mean=mean, first_step="mean")
-    with pytest.raises(FloatingPointError):
-        fn(spoiled(Gaussian(), 1, math.nan), noise(2), torch.tensor(SIGMAS), disable=True)
-    assert mean.count == 0
-    fn(Gaussian(), noise(2), torch.tensor(SIGMAS), disable=True)
-    assert mean.count == 2 and mean.mean.isfinite().all()

@@ -82,10 +82,15 @@ def test_ksampler_s_function_is_ours(name: str) -> None:
     assert result.isfinite().all() and result.dtype == x.dtype
 
 
-def test_there_are_seventeen_nodes_in_one_category() -> None:
+def test_there_are_seventeen_nodes_in_two_categories() -> None:
     found = nodes()
     assert set(found) == NODES and len(found) == 17
-    assert {node.GET_SCHEMA().category for node in found.values()} == {"Lambda Solvers"}
+    category = {name: node.GET_SCHEMA().category for name, node in found.items()}
+    assert set(category.values()) == {"Lambda Solvers", "Lambda Solvers/special"}
+    assert {name for name in SHOWN if category["LambdaSampler" + name.capitalize()] == "Lambda Solvers"} == {
+        "multistep", "sde", "fitted"}
+    assert {name for name in NODES - {*SAMPLER_NODES} if category[name] != "Lambda Solvers"} == {
+        "LambdaOptions", "LambdaClassifierGuider", "LambdaTrainAmed"}
 
 
 def test_a_family_s_node_has_one_widget_for_every_option_and_one_socket_for_any_calibration() -> None:
@@ -187,9 +192,8 @@ def test_a_node_refuses_what_the_server_let_through() -> None:
 
 
 @pytest.mark.parametrize("node, name, values", [
-    ("LambdaSamplerFitted", "measure", {"order": 2, "nodes": "chosen"}),
-    ("LambdaOptions", "threshold", {"sampler": "euler", "first_step": "evaluate", "quantile": 1.0,
-                                    "bound": 1.0}),
+    ("LambdaSamplerFitted", "measure", {"choose_levels": True}),
+    ("LambdaOptions", "threshold", {"sampler": "euler", "quantile": 1.0, "bound": 1.0}),
     ("LambdaScheduler", "clock", {"model": None, "steps": 3, "rho": 1.0, "denoise": 1.0, "sigma_max": 0.0,
                                   "sigma_min": 0.0, "to_zero": True, "values": ""})])
 def test_a_choice_that_there_is_not_is_refused_by_its_name(node: str, name: str, values: dict) -> None:
@@ -245,10 +249,11 @@ def test_the_environment_says_what_a_listed_sampler_does_without_statistics(monk
     assert settings.rule() == "auto"
     monkeypatch.setenv("LAMBDA_SOLVERS_CALIBRATION", "saved only")
     assert settings.rule() == "saved only"
-    monkeypatch.setenv("LAMBDA_SOLVERS_CALIBRATION", "sometimes")
-    with pytest.raises(ValueError,
-                       match="LAMBDA_SOLVERS_CALIBRATION is 'sometimes': choose one of auto, every prompt"):
-        settings.rule()
+    for value in ("sometimes", "never"):  # which was one
+        monkeypatch.setenv("LAMBDA_SOLVERS_CALIBRATION", value)
+        with pytest.raises(ValueError, match=f"LAMBDA_SOLVERS_CALIBRATION is '{value}': choose one of auto, "
+                                             "every prompt, saved only$"):
+            settings.rule()
 
 
 def test_an_empty_latent_gets_the_shape_that_comfyui_gives_it_newer_ones_by_their_ratio(monkeypatch) -> None:

@@ -17,7 +17,7 @@ from samplers.phi import RULES, midpoint, pseudo_weights, weights
 from samplers.sample import advance, combine
 from samplers.schedule import levels
 from samplers.solver import Multistep
-from samplers.learning.fitted import Fitted
+from samplers.learning.fitted import ORDER, Fitted
 from samplers.learning.statistics import EmpiricalPrediction
 
 START, END = -2.2, 1.8  # the range in lam: nowhere stiff, everywhere curved
@@ -35,6 +35,8 @@ def order_of(name: str) -> int:
         return 2  # iPNDM: these steps are equal in lam and not in sigma, where its coefficients are exact
     if SAMPLERS[name].family == "AMED":
         return 1 if settings["base"] == "euler" else 2
+    if SAMPLERS[name].family == "Fitted Multistep":
+        return ORDER
     if settings.get("corrector", "off") == "full":
         return settings["order"] + 1  # of the predictor; its corrector has one node more
     if settings.get("rule", "taylor") != "taylor" and "lower_order_final" in settings:
@@ -62,7 +64,8 @@ def end_error(solver, n: int, path: str) -> float:
         values[0] = e.x * x + e.denoised * denoise(x, e.at.sigma)
         if before:
             x = combine(x, before, {1 - k: m for k, m in enumerate((values[0], *past))})
-        seeding = isinstance(solver, (Multistep, Fitted)) and len(past) < solver.order - 1
+        order = ORDER if isinstance(solver, Fitted) else solver.order if isinstance(solver, Multistep) else 1
+        seeding = len(past) < order - 1
         before = None if seeding else step.correction
         own = range(len(step.evaluations) - 1, -1, -1)
         x = problem.exact(start, schedule[0].sigma, step.t.sigma) if seeding else advance(

@@ -191,58 +191,39 @@ def test_too_few_steps_for_the_order_are_named() -> None:
     assert warned(5) and not warned(6)
 
 
-@pytest.mark.parametrize("first_step", ["afs", "mean"])
-def test_a_skipped_first_step_is_not_counted_nor_drawn_and_warned_of_where_the_run_is_refused(
-        first_step: str) -> None:
-    """Set on the node, or by a node that wraps its sampler."""
-    wrapped = custom() | {"8": options_node("5", first_step)}
+def test_a_skipped_first_step_is_not_counted_nor_drawn_and_warned_of_where_the_run_is_refused() -> None:
+    """Set on the node, alone and with one that wraps its sampler."""
+    wrapped = custom(first_step="afs") | {"8": options_node("5")}
     wrapped["9"]["inputs"]["sampler"] = ["8", 0]
     warning = "the first step can be skipped at full noise only, and this run starts at sigma"
-    for graph in (custom(first_step=first_step), wrapped):
+    for graph in (custom(first_step="afs"), wrapped):
         whole, shown = ask(custom())["curve"], ask(graph)["curve"]
         assert lines(graph)[0] == "count: model evaluations: 9" and ask(graph)["runs"] == "9"
         assert shown == {**whole, "points": whole["points"][1:]}
-        assert any("in the first run of a prompt" in line for line in lines(graph)) == (first_step == "mean")
         assert not any(warning in line for line in lines(graph))
         graph["6"]["inputs"]["denoise"] = 0.5
         assert any(line.startswith("warn") and warning in line for line in lines(graph))
 
 
-def options_node(of: str, first_step: str = "evaluate", threshold: str = "off") -> dict:
-    return node("LambdaOptions", sampler=[of, 0], first_step=first_step, threshold=threshold, quantile=0.995,
-                bound=1.0)
+def options_node(of: str, threshold: str = "off") -> dict:
+    return node("LambdaOptions", sampler=[of, 0], threshold=threshold, quantile=0.995, bound=1.0)
 
 
-def test_a_threshold_is_looked_through() -> None:
-    """Alone, and around or behind a first step that is left out, by a node or an option."""
+def test_what_wraps_a_sampler_is_looked_through() -> None:
+    """One node, and one around the other."""
     graph = custom() | {"8": options_node("5", threshold="dynamic")}
     graph["9"]["inputs"]["sampler"] = ["8", 0]
     assert ask(graph) == ask(custom()) and ask(graph)["runs"] == "9"
-    graph["5"]["inputs"]["first_step"] = "afs"
-    assert lines(graph)[0] == "count: model evaluations: 9"
-    graph["5"]["inputs"]["first_step"] = "evaluate"
-    for inner, outer in (("8", "10"), ("10", "8")):
-        graph["8"]["inputs"]["sampler"] = ["5", 0] if inner == "8" else ["10", 0]
-        graph["10"] = options_node("5" if inner == "10" else "8", "afs")
-        graph["9"]["inputs"]["sampler"] = [outer, 0]
-        assert lines(graph)[0] == "count: model evaluations: 9"
-
-
-def test_the_sde_needs_a_calibration_by_the_law_analytic_alone() -> None:
-    def about(**options) -> list[str]:
-        return [line for line in lines(custom("sde", **options)) if "calibration" in line]
-
-    assert about() == about(law="ddim", measure="never") == []
-    assert "one is measured first" in about(law="analytic")[0]
-    assert about(law="analytic", measure="never") == [
-        "warn: warning: no calibration is connected and measuring is switched off, so the run will stop"]
+    graph["10"] = options_node("8")
+    graph["9"]["inputs"]["sampler"] = ["10", 0]
+    assert ask(graph) == ask(custom()) and ask(graph)["runs"] == "9"
 
 
 def test_wrappers_that_wrap_each_other_run_nothing() -> None:
-    graph = {"5": custom()["5"], "8": options_node("8", "mean")}
+    graph = {"5": custom()["5"], "8": options_node("8")}
     assert "Connect it to SamplerCustom" in lines(graph)[0]
     graph["8"]["inputs"]["sampler"] = ["10", 0]
-    graph["10"] = options_node("5", "mean")
+    graph["10"] = options_node("5")
     assert "Connect it to SamplerCustom" in lines(graph)[0]
 
 
@@ -394,11 +375,11 @@ def images(evaluations: int, many: int, image: int) -> str:
 
 
 def test_before_a_run_the_status_says_what_is_known_and_what_not(monkeypatch, saved) -> None:
-    refused = "warn: warning: no calibration is connected and measuring is switched off, so the run will stop"
+    saves = "note: only a saved calibration that serves this run is used; without one it stops"
     listed = ksampler(sampler_name="lambda_v3")
     assert UNSURE + images(54, 1, 10) in lines(custom("v3", measure="auto"))
     assert UNSURE + images(54, 1, 12) in lines(listed)
-    assert refused in lines(custom("v3", measure="never")) and refused in lines(listed, rule="never")
+    assert saves in lines(custom("v3", measure="saved only")) and saves in lines(listed, rule="saved only")
     assert f"note: each new prompt is measured once, {images(54, 1, 12)}" in lines(
         listed, rule="every prompt")
 
@@ -479,7 +460,7 @@ def trained(saved, tmp_path):
 
 
 def amed(steps: int = 3, **inputs) -> dict:
-    graph = custom("amed", **{"measure": "auto", **inputs})
+    graph = custom("amed", **{"measure": "auto", "base": "amed", **inputs})
     graph["6"]["inputs"]["steps"] = steps
     return graph
 
@@ -523,7 +504,8 @@ def test_amed_of_too_many_steps_is_said_to_be_refused_with_what_to_choose(steps:
     said = [
         text for text in found if text.startswith(f"warn: warning: AMED is not trained for {steps} steps")
     ]
-    assert bool(said) == refused and all("choose at most 10 steps, or lambda_fitted" in text for text in said)
+    remedy = "choose at most 10 steps, or the fitted sampler"
+    assert bool(said) == refused and all(remedy in text for text in said)
     assert any("measured first" in text for text in found) != refused
 
 
@@ -586,17 +568,6 @@ def test_too_few_steps_for_amed_to_learn_are_named() -> None:
     assert not any("nothing to learn" in line for line in lines(amed(2)))
 
 
-def test_a_mean_is_counted_as_the_run_was(monkeypatch) -> None:
-    """The first run of a prompt evaluates the first step, and is drawn so."""
-    graph, first_steps = custom(first_step="mean"), module("first_steps")
-    mean = first_steps.MeanAnswer()
-    monkeypatch.setattr(first_steps, "answer_of", lambda *run: mean)
-    for evaluations in (5, 4):
-        run(graph, "9", 5, monkeypatch, first_step="mean", sigma_max=10.0)
-        assert lines(graph)[0] == f"count: model evaluations: {evaluations} (last run)"
-        assert len(ask(graph)["curve"]["points"]) == evaluations
-
-
 def test_what_was_said_in_a_run_is_the_status_after_it(monkeypatch, saved) -> None:
     graph = ksampler(sampler_name="lambda_v3")
     run(graph, "5", 12, monkeypatch, describe=lambda guider: ABOUT, said="statistics: one.safetensors")
@@ -617,12 +588,13 @@ def test_the_variable_goes_before_the_setting_and_the_setting_before_auto(monkey
     request = types.SimpleNamespace(headers={})
     users.settings.save_settings(request, {"LambdaSolvers.Calibration": "saved only"})
     assert calibration.rule() == "saved only"
-    monkeypatch.setenv(variable, "never")
-    assert calibration.rule() == "never"
+    monkeypatch.setenv(variable, "every prompt")
+    assert calibration.rule() == "every prompt"
     monkeypatch.delenv(variable)
-    users.settings.save_settings(request, {"LambdaSolvers.Calibration": "often"})
-    with pytest.raises(ValueError, match="LambdaSolvers.Calibration is 'often': choose one of auto"):
-        calibration.rule()
+    for other in ("often", "never"):  # which was one
+        users.settings.save_settings(request, {"LambdaSolvers.Calibration": other})
+        with pytest.raises(ValueError, match=f"LambdaSolvers.Calibration is '{other}': choose one of auto"):
+            calibration.rule()
     users.users = {"somebody": "somebody"}  # --multi-user
     assert calibration.rule() == "auto"
 

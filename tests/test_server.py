@@ -183,8 +183,8 @@ def test_a_threshold_bounds_the_images_of_any_sampler(server, name: str, how: st
         graph = Graph("doughnut").counted()
         sampler = [graph.add("KSamplerSelect", sampler_name=name), 0]
         if threshold:
-            sampler = [graph.add("LambdaOptions", sampler=sampler, first_step="evaluate", threshold=how,
-                                 quantile=0.9, bound=0.8), 0]
+            sampler = [graph.add("LambdaOptions", sampler=sampler, threshold=how, quantile=0.9,
+                                 bound=0.8), 0]
         sigmas = [graph.add("BasicScheduler", model=graph.model, scheduler="karras", steps=8, denoise=1.0), 0]
         samples, run = graph.custom(sampler, sigmas).run(server)
         assert run.status == "success", run.error
@@ -199,8 +199,8 @@ def test_cfg_pp_makes_euler_euler_cfg_pp(server) -> None:
         graph = Graph("doughnut").counted()
         sampler = [graph.add("KSamplerSelect", sampler_name=name), 0]
         if cfg_pp:
-            sampler = [graph.add("LambdaOptions", sampler=sampler, first_step="evaluate", threshold="off",
-                                 quantile=0.995, bound=1.0, cfg_pp=True), 0]
+            sampler = [graph.add("LambdaOptions", sampler=sampler, threshold="off", quantile=0.995,
+                                 bound=1.0, cfg_pp=True), 0]
         sigmas = [graph.add("BasicScheduler", model=graph.model, scheduler="karras", steps=8, denoise=1.0), 0]
         samples, run = graph.custom(sampler, sigmas).run(server)
         assert run.status == "success", run.error

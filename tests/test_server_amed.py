@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from samplers import Amed
+from samplers import FAMILIES, Amed
 from test_server import Graph, looks_like_an_image
 from test_server_v3 import files
 
@@ -46,7 +46,7 @@ def train(graph: Graph, **changes) -> list:
 
 def sampler_node(graph: Graph, **options) -> Graph:
     options.setdefault("sigmas", schedule(graph))
-    return graph.family("amed", **{"measure": "never", **options})
+    return graph.family("amed", **{"base": "amed", "measure": "saved only", **options})
 
 
 @pytest.mark.parametrize("name, kind", [("lambda_amed", "amed"), ("lambda_amed_2m", "amed_dpmpp_2m")])
@@ -235,57 +235,33 @@ def test_half_precision_is_trained_and_sampled(servers, folder, flag: str) -> No
     assert losses["trained"]["training"][-1] < 0.8 * losses["untrained"]["training"][0]
 
 
-def test_the_first_step_is_skipped_by_a_node_or_an_option_and_refused_for_img2img(
-        server, folder) -> None:
-    bounds = dict(threshold="off", quantile=0.995, bound=1.0)
-
-    def wrapped(mode: str | None, denoise: float = 1.0, **options):
+def test_the_first_step_is_skipped_and_refused_for_img2img(server) -> None:
+    """Alone, and inside a node that wraps the sampler."""
+    def made(wrapped: bool = False, denoise: float = 1.0):
         graph = Graph("panda").counted()
-        family = graph.add(
-            "LambdaSamplerMultistep", **{
-                **dict(order=2, prediction="data", rule="midpoint", corrector="off",
-                       lower_order_final="auto", first_step="evaluate"),
-                **options
-            })
-        node = graph.add("LambdaOptions", sampler=[family, 0], first_step=mode, **bounds) if mode else family
-        sampler = [node, 0]
-        sigmas = [
-            graph.add("BasicScheduler", model=graph.model, scheduler="karras", steps=6, denoise=denoise), 0
-        ]
-        graph.latent = [
-            graph.add("SamplerCustom", model=graph.model, add_noise=True, noise_seed=7, cfg=3.0,
-                      positive=graph.positive, negative=graph.negative, sampler=sampler, sigmas=sigmas,
-                      latent_image=graph.latent), 0
-        ]
-        samples, run = graph.run(server)
+        options = {name: option.default for name, option in FAMILIES["multistep"].options.items()}
+        sampler = [graph.add("LambdaSamplerMultistep", **{**options, "first_step": "afs"}), 0]
+        if wrapped:
+            sampler = [graph.add("LambdaOptions", sampler=sampler, threshold="off", quantile=0.995,
+                                 bound=1.0), 0]
+        sigmas = [graph.add("BasicScheduler", model=graph.model, scheduler="karras", steps=6,
+                            denoise=denoise), 0]
+        samples, run = graph.custom(sampler, sigmas).run(server)
         return samples, run, len(graph.evaluations(server)) if run.status == "success" else None
 
-    for how in (("afs", {}), (None, {"first_step": "afs"})):
-        samples, run, count = wrapped(how[0], **how[1])
+    results = [made(), made(wrapped=True)]
+    for samples, run, count in results:
         assert run.status == "success" and count == 5 and samples.isfinite().all()
-    _, run, _ = wrapped("afs", denoise=0.5)
+    assert torch.equal(results[0][0], results[1][0])
+    _, run, _ = made(denoise=0.5)
     assert run.status == "error" and re.search(
         r"starts at sigma = .* holds an image, and not at the model's highest, 14\.6",
         run.error["exception_message"])
-    counts = [wrapped("mean", order=order)[2] for order in (1, 2, 3)]
-    assert counts == [6, 5, 5]  # the first run fills the mean
-    graph = Graph()
-    core = graph.add("KSamplerSelect", sampler_name="euler")
-    node = graph.add("LambdaOptions", sampler=[core, 0], first_step="afs", **bounds)
-    sigmas = schedule(graph)
-    graph.latent = [
-        graph.add("SamplerCustom", model=graph.model, add_noise=True, noise_seed=7, cfg=3.0,
-                  positive=graph.positive, negative=graph.negative, sampler=[node, 0], sigmas=sigmas,
-                  latent_image=graph.latent), 0
-    ]
-    _, run = graph.run(server)
-    assert run.status == "error" and "is for samplers of this pack, and this is sample_euler" in run.error[
-        "exception_message"]
 
 
 def test_more_than_10_steps_are_refused_before_the_model_is_asked_and_a_training_for_them_is_used(
         server, folder) -> None:
-    told = "AMED is not trained for 11 steps.*choose at most 10 steps, or lambda_fitted"
+    told = "AMED is not trained for 11 steps.*choose at most 10 steps, or the fitted sampler"
     graph = Graph("panda").counted().ksampler("lambda_amed", steps=11)
     _, run = graph.run(server)
     assert run.status == "error" and re.search(told, run.error["exception_message"])

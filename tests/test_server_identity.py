@@ -266,25 +266,3 @@ def test_a_refit_wants_statistics_of_its_own_model_and_an_image_for_every_prompt
     assert "samples = 2 is too few: choose at least 3" in refused(samples=2)
     assert "samples = 4 is too few: choose at least 13" in refused(
         samples=4, clip=None, prompts="\n".join(f"pizza {k}" for k in range(12)))
-
-
-MEAN = dict(first_step="mean")
-
-
-def mean(graph: Graph, seed: int) -> Graph:
-    return graph.counted().family("multistep", seed=seed, steps=6, **MEAN)
-
-
-def test_the_mean_first_step_learns_from_the_model_alone_and_from_each_by_itself(
-        server) -> None:
-    half = Graph("ladybug")
-    half.latent = [
-        half.add("SetLatentNoiseMask", samples=half.latent,
-                 mask=[half.add("SolidMask", value=1.0, width=256, height=256), 0]), 0
-    ]
-    assert spent(mean(half, 1), server) == 6
-    for seed, count in ((2, 6), (3, 5)):  # an inpainted image taught nothing
-        assert spent(mean(Graph("ladybug"), seed), server) == count
-    for patch in (FREEU, VELOCITY):
-        for seed, count in ((4, 6), (5, 5)):
-            assert spent(mean(Graph("ladybug").through(patch[0], **patch[1]), seed), server) == count

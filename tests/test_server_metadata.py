@@ -86,7 +86,7 @@ def test_with_a_custom_guider_inside_a_subgraph_and_with_what_is_given(server, f
     options = {
         name: option.default for name, option in FAMILIES["v3"].options.items() if option.stand_in is None
     }
-    sampler = [graph.add("LambdaSamplerV3", measure="never", calibration=measure(graph), **options), 0]
+    sampler = [graph.add("LambdaSamplerV3", measure="saved only", calibration=measure(graph), **options), 0]
     node = graph.add("SamplerCustomAdvanced", noise=[graph.add("RandomNoise", noise_seed=3), 0],
                      guider=guider, sampler=sampler, sigmas=sigmas, latent_image=graph.latent)
     graph.latent = ["4:1", 0]

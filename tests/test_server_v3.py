@@ -36,7 +36,7 @@ def tune(graph: Graph, statistics: list, **changes) -> list:
 
 
 def sampler_node(graph: Graph, **options) -> Graph:
-    return graph.family("v3", **{"measure": "never", **options})
+    return graph.family("v3", **{"measure": "saved only", **options})
 
 
 def test_from_nothing_it_is_measured_once_saved_and_found_again(server, folder) -> None:
@@ -64,26 +64,12 @@ def test_from_nothing_it_is_measured_once_saved_and_found_again(server, folder) 
         assert run.texts == [f"statistics: {name}"] and files(folder) == [name]
 
 
-def test_analytic_dpm_takes_what_v3_measured_and_the_other_way_round(server, folder) -> None:
-    graph = Graph("panda").counted().family("sde", law="analytic", order=1, steps=20, measure="auto")
-    samples, run = graph.run(server)
-    assert run.status == "success", run.error
-    assert looks_like_an_image(samples)
-    [name] = files(folder)
-    spent = IMAGES * Statistics.load(folder / name).about["evaluations"]
-    assert len(graph.evaluations(server)) == spent + 20
-    for again in (Graph("panda").counted().ksampler(NAME),
-                  Graph("ghost").counted().family("sde", law="analytic", order=1, measure="auto")):
-        samples, run = again.run(server)
-        assert run.texts == [f"statistics: {name}"] and len(again.evaluations(server)) == STEPS
-
-
 def test_the_fitted_solver_measures_a_file_of_its_own_beside_v3_s_once(server, folder) -> None:
     Graph("panda").ksampler(NAME).samples(server)
     [name] = files(folder)
     assert Statistics.load(folder / name).root is None
     for seed, spent in ((1, IMAGES * 77), (2, 0)):
-        graph = Graph("panda").counted().family("fitted", measure="auto", nodes="chosen", seed=seed)
+        graph = Graph("panda").counted().family("fitted", measure="auto", seed=seed)
         samples, run = graph.run(server)
         assert run.status == "success" and looks_like_an_image(samples), run.error
         assert len(graph.evaluations(server)) == spent + STEPS and len(files(folder)) == 2
@@ -127,7 +113,7 @@ def test_a_refit_is_used_for_its_number_of_steps_alone(server, folder) -> None:
     graph = Graph("panda")
     plain = measure(graph, fitted=True, save=True, name="plain")
     refitted = tune(graph, plain, samples=3, save=True, name="refitted")
-    samples, run = graph.family("fitted", measure="never", nodes="chosen", calibration=refitted,
+    samples, run = graph.family("fitted", measure="saved only", calibration=refitted,
                                 steps=4).run(server)
     assert run.status == "success" and looks_like_an_image(samples), run.error
     told = ("tuned for 4 steps in [0-9]+ s, as long as [0-9]+ images: error|"
@@ -216,7 +202,7 @@ def test_a_flow_model_is_fitted_and_refitted_from_pure_noise(server, folder) -> 
     """The first evaluation, at sigma = 1, leads to the grid; the others are chosen."""
     graph = Graph("red heart").through("TinyEmojiAsFlow").counted()
     refitted = tune(graph, measure(graph, fitted=True), steps=6, samples=3, save=True, name="flow")
-    samples, run = graph.family("fitted", measure="never", nodes="chosen", calibration=refitted,
+    samples, run = graph.family("fitted", measure="saved only", calibration=refitted,
                                 steps=6).run(server)
     assert run.status == "success" and looks_like_an_image(samples), run.error
     redness = samples.mean((0, 2, 3))
@@ -232,7 +218,7 @@ def test_a_flow_model_is_fitted_and_refitted_from_pure_noise(server, folder) -> 
 
 def test_the_fitted_solver_refuses_statistics_that_were_measured_for_v3(server, folder) -> None:
     graph = Graph("panda")
-    samples, run = graph.family("fitted", measure="never", calibration=measure(graph)).run(server)
+    samples, run = graph.family("fitted", measure="saved only", calibration=measure(graph)).run(server)
     assert run.status == "error"
     assert "measure again with fitted on" in run.error["exception_message"]
 

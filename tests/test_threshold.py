@@ -59,8 +59,8 @@ def run(sampler, denoiser) -> torch.Tensor:
                                     callback=None, disable=True, **sampler.extra_options)
 
 
-def wrapped(sampler, first_step: str = "evaluate", threshold: str = "off", cfg_pp: bool = False):
-    return nodes()["LambdaOptions"].execute(sampler, first_step, threshold, 0.9, 0.3, cfg_pp).result[0]
+def wrapped(sampler, threshold: str = "off", cfg_pp: bool = False):
+    return nodes()["LambdaOptions"].execute(sampler, threshold, 0.9, 0.3, cfg_pp).result[0]
 
 
 @pytest.mark.parametrize(("threshold", "bounded"), [("dynamic", dynamic), ("static", static)])
@@ -81,30 +81,24 @@ def test_any_sampler_takes_the_bounded_answer_for_the_model_s(name: str, thresho
     assert torch.equal(run(wrapped(plain), denoiser), run(plain, denoiser))
 
 
-def test_it_goes_with_a_first_step_in_one_node_or_in_two_in_either_order() -> None:
+def test_it_goes_with_a_first_step_that_is_left_out() -> None:
     pack()
-    import comfy.samplers
-    plain = comfy.samplers.sampler_object("lambda_2m")
+    plain = nodes()["LambdaSamplerMultistep"].execute(order=2, first_step="afs").result[0]
     mixture, calls = reference_mixture("ve")[0], []
 
     def denoiser(x, sigma, **extra):
         calls.append(sigma)
         return mixture(x, sigma).float()
 
-    results = [run(sampler, denoiser) for sampler in (
-        wrapped(plain, "afs", "dynamic"), wrapped(wrapped(plain, "afs"), threshold="dynamic"),
-        wrapped(wrapped(plain, threshold="dynamic"), "afs"))]
-    assert torch.equal(*results[:2]) and torch.equal(*results[1:]) and len(calls) == 6
+    expected = run(plain, lambda x, sigma, **extra: dynamic(denoiser(x, sigma), 0.9, 0.3))
+    assert torch.equal(run(wrapped(plain, "dynamic"), denoiser), expected) and len(calls) == 4
+    assert not torch.equal(run(plain, denoiser), expected)
 
 
 def test_what_cannot_be_wrapped_is_refused() -> None:
     pack()
-    import comfy.samplers
     with pytest.raises(ValueError, match="wraps ComfyUI's KSAMPLER, and this is a object: connect"):
         wrapped(object())
-    with pytest.raises(ValueError, match="first_step = 'afs' is for samplers of this pack, and this is "
-                                         "sample_euler: connect"):
-        wrapped(comfy.samplers.sampler_object("euler"), "afs")
 
 
 class Guided(Model):
@@ -165,8 +159,7 @@ def test_cfg_pp_is_refused_where_it_cannot_be() -> None:
     plain = comfy.samplers.sampler_object("lambda_2m")
     with pytest.raises(ValueError, match="cfg_pp needs the model's answer to the negative prompt"):
         guided(wrapped(plain, cfg_pp=True), "ve", negative=None)
-    learned = (wrapped(comfy.samplers.sampler_object("lambda_v3"), cfg_pp=True),
-               wrapped(plain, "mean", cfg_pp=True), wrapped(wrapped(plain, cfg_pp=True), "mean"))
-    for sampler in learned:
+    for name in ("lambda_v3", "lambda_fitted", "lambda_amed"):
+        sampler = wrapped(comfy.samplers.sampler_object(name), cfg_pp=True)
         with pytest.raises(ValueError, match="cfg_pp is another guidance in every step, .* connect a sam"):
             guided(sampler, "ve")

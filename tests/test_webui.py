@@ -11,7 +11,7 @@ import torch
 
 import comfy_models
 from problems import Gaussian
-from samplers import fitted_sigmas, k_diffusion_sampler, load_calibration
+from samplers import k_diffusion_sampler
 from samplers.learning.train_hypersolver import USUAL
 from test_nodes import NAMES
 from webui_host import (PACK, Composable, Entry, Host, Multicond, SamplerData,
@@ -55,16 +55,6 @@ def test_our_names_are_appended_once_and_those_of_an_earlier_load_are_replaced(m
 def test_no_name_ends_in_a_schedule_type(host) -> None:
     endings = [f" {word}" for kind in host.schedulers for word in (kind.name, kind.label)]
     assert not [data.name for data in host.samplers.all_samplers if data.name.endswith(tuple(endings))]
-
-
-def test_our_schedule_type_is_appended_once(monkeypatch) -> None:
-    host = Host(monkeypatch)
-    theirs = list(host.schedulers)
-    for _ in range(2):
-        host.load()
-    assert host.schedulers[:-1] == theirs and host.schedulers[-1].label == "Lambda Fitted"
-    known = host.schedule_types.schedulers_map
-    assert known["lambda_fitted"] is known["Lambda Fitted"] is host.schedulers[-1]
 
 
 def test_another_s_sampler_of_our_name_is_left_alone(monkeypatch) -> None:
@@ -262,21 +252,6 @@ def test_a_job_in_which_the_model_does_not_answer_for_itself_is_refused_by_name(
     assert files(bent) == []
 
 
-def test_the_fitted_schedule_is_that_of_the_file_that_the_fitted_sampler_measured(bent) -> None:
-    p = processed(bent, bent.job(rng=types.SimpleNamespace(shape=(4, 40, 40))))
-    p.c, p.uc = p.cond, p.uncond
-    wrap = types.SimpleNamespace(predictor=types.SimpleNamespace(prediction_type="epsilon"))
-    ends = {"sigma_min": float(bent.sigmas[0]), "sigma_max": float(bent.sigmas[-1]), "inner_model": wrap,
-            "device": "cpu"}
-    levels = bent.schedulers[-1].function  # the panel was loaded anew
-    with pytest.raises(ValueError, match="make one picture with the sampler Lambda Fitted"):
-        levels(n=5, **ends)
-    bent.run("Lambda Fitted", p, large(), full(bent, 5))
-    [file] = files(bent)
-    expected = fitted_sigmas(load_calibration(file), 5, ends["sigma_max"])
-    torch.testing.assert_close(levels(n=5, **ends), torch.tensor(expected))
-
-
 def test_a_file_with_a_hypersolver_is_taken_and_used_at_its_guidances(bent) -> None:
     plain = bent.run("Lambda Fitted", bent.job(), large(), full(bent, 5))
     found = bent.part("samplers").load_calibration(files(bent)[0])
@@ -296,11 +271,20 @@ def test_a_file_with_a_hypersolver_is_taken_and_used_at_its_guidances(bent) -> N
     assert torch.isfinite(used).all() and bent.sampler.model_wrap_cfg.asked == 5
 
 
-@pytest.mark.parametrize("rule", ["saved only", "never"])
-def test_the_panel_s_rule_is_kept_and_says_what_to_do(bent, rule: str) -> None:
+def test_the_panel_s_rule_is_kept_and_says_what_to_do(bent) -> None:
     with pytest.raises(ValueError, match="Lambda calibration to auto"):
-        bent.run("Lambda Fitted", processed(bent, bent.job(), calibration=rule), large(), full(bent))
+        bent.run("Lambda Fitted", processed(bent, bent.job(), calibration="saved only"), large(), full(bent))
     assert bent.sampler.model_wrap_cfg.asked == 0
+
+
+def test_a_rule_that_there_is_no_more_is_refused_by_its_name(bent) -> None:
+    """In the settings, and in the panel by an earlier infotext."""
+    with pytest.raises(ValueError, match="Lambda calibration = 'never' is out of range: choose one of"):
+        bent.run("Lambda v3", processed(bent, bent.job(), calibration="never"), large(), full(bent))
+    setattr(bent.opts, bent.part("webui.settings_page").RULE, "never")
+    with pytest.raises(ValueError, match="is 'never': choose one of auto, every prompt, saved only"):
+        bent.run("Lambda v3", bent.job(), large(), full(bent))
+    assert files(bent) == [] and bent.sampler.model_wrap_cfg.asked == 0
 
 
 def test_a_checkpoint_and_nobody_s_prompt_have_the_names_that_comfyui_gives_them(bent) -> None:
@@ -322,6 +306,65 @@ def test_a_checkpoint_and_nobody_s_prompt_have_the_names_that_comfyui_gives_them
     patcher.lora_loader.backup["diffusion_model.weight"] = network.weight.clone()
     network.weight.neg_()  # as a LoRA may
     assert bent.part("webui.checkpoint").checkpoint()[1] == told["fingerprint"]
+
+
+def test_a_file_that_was_not_hashed_is_named_by_its_short_hash(bent) -> None:
+    """With --no-hashing."""
+    bent.sd_model_hash, bent.sd_checkpoint_info = None, types.SimpleNamespace(hash="89abcdef")
+    assert bent.part("webui.checkpoint").checkpoint() == ("Host", "89abcdef")
+
+
+@pytest.mark.parametrize("sdxl, length, words", [(True, 2816, 1280), (False, 2048, 2048)])
+def test_of_an_sdxl_condition_s_vector_the_sizes_are_kept_and_of_others_all_is_text(
+        bent, sdxl: bool, length: int, words: int) -> None:
+    checkpoint, bent.is_sdxl = bent.part("webui.checkpoint"), sdxl
+    cond = {"crossattn": torch.randn(4, 8), "vector": torch.full((length,), 7.0)}
+    assert checkpoint.texts(cond, False)["pooled_output"].shape == (1, words)
+    told = {"cond": Multicond((1,), [[Composable([Entry(100, cond)])]]), "uncond": None}
+    made = checkpoint.positive(checkpoint.nobody(told))
+    assert (made["vector"][:words] != 7.0).all() and (made["vector"][words:] == 7.0).all()
+    assert (cond["vector"] == 7.0).all() and "guidance" not in made
+
+
+def test_nobody_s_prompt_is_told_the_rounded_guidance_of_a_model_that_is_told_one(bent) -> None:
+    checkpoint = bent.part("webui.checkpoint")
+    cond = {"crossattn": torch.randn(4, 8), "vector": torch.randn(16), "guidance": torch.tensor([3.6])}
+    told = {"cond": Multicond((1,), [[Composable([Entry(100, cond)])]]), "uncond": None}
+    rounded = bent.part("hosting.canonical").guidance(3.6)
+    assert checkpoint.distilled(told) == [pytest.approx(3.6)] and rounded == 3.5
+    assert checkpoint.distilled(checkpoint.nobody(told)) == [rounded] and float(cond["guidance"]) != rounded
+
+
+def test_controlnets_are_left_out_while_a_model_is_measured(bent) -> None:
+    """Of Forge, also where the measurement is interrupted."""
+    patcher, controls, seen = comfy_models.model(comfy_models.Network()), object(), []
+    patcher.lora_loader, patcher.controlnet_linked_list = types.SimpleNamespace(backup={}), controls
+    bent.forge_objects = types.SimpleNamespace(unet=patcher)
+    bent.called = lambda: seen.append(patcher.controlnet_linked_list)
+    bent.interrupt_at = 20
+    bent.run("Lambda v3", bent.job(), large(), full(bent))
+    assert seen == [None] * 20 and patcher.controlnet_linked_list is controls
+    bent.interrupt_at, bent.state.interrupted = None, False
+    bent.run("Lambda v3", bent.job(), large(), full(bent))
+    assert set(seen[:-3]) == {None} and seen[-3:] == [controls] * 3
+
+
+@pytest.mark.parametrize("sampler, second, strength, refused", [
+    ("Lambda AMED", None, 0.6, True), ("Lambda 2M", "Lambda AMED 2M", 0.6, True),
+    ("Lambda AMED", None, 1.0, False), ("Lambda AMED", "Lambda Fitted", 0.6, False),
+    ("Lambda 2M", None, 0.6, False)])
+def test_a_second_pass_that_amed_is_not_trained_for_is_refused_in_the_first(
+        bent, sampler: str, second: str | None, strength: float, refused: bool) -> None:
+    p = bent.job(enable_hr=True, is_hr_pass=False, denoising_strength=strength, sampler_name=sampler,
+                 hr_sampler_name=second)
+    if refused:
+        with pytest.raises(ValueError, match="second pass of Hires. fix begins lower: choose another Hires"):
+            bent.run(sampler, p, large(), full(bent))
+        assert bent.sampler.model_wrap_cfg.asked == 0
+    else:
+        bent.part("webui.sampler").check_second_pass(p)
+    p.is_hr_pass = True  # as of image to image, where training itself says what it needs
+    bent.part("webui.sampler").check_second_pass(p)
 
 
 # --- options ------------------------------------------------------------------------------------------------

@@ -27,7 +27,6 @@ from safetensors.torch import save_file
 
 import environment
 from comfyui_server import free_port
-from samplers import fitted_sigmas, load_calibration
 from test_webui import MEASURED, PLAIN, RULE, USED
 
 sys.path.append(str(Path(__file__).parent / "browser"))
@@ -39,7 +38,7 @@ ON_CPU = {"Forge": ["--always-cpu"], "A1111": ["--use-cpu", "all", "--no-half", 
 CLOSED = "closed form of a cat"
 PLOT = "x/y/z plot"
 PANEL = "#script_txt2img_lambda_solvers_panel"
-DEFAULTS = {"order": "2", "eta": "0.4", "first_step": "evaluate", "calibration": "as in the settings"}
+DEFAULTS = {"eta": "0.4", "first_step": "evaluate", "calibration": "as in the settings"}
 PICTURES = environment.HOME / "browser" / "webui"
 """Where screenshots are left."""
 FORGE = {"hr_additional_modules": ["Use same choices"], "styles": []}
@@ -107,8 +106,8 @@ def pixels(file: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(file)).convert("RGB"))
 
 
-def panel(order: int = 2, eta: float = 0.4, first_step: str = "evaluate", rule: str = "auto") -> dict:
-    return {"alwayson_scripts": {"Lambda Solvers": {"args": [order, eta, first_step, rule]}}}
+def panel(eta: float = 0.4, first_step: str = "evaluate", rule: str = "auto") -> dict:
+    return {"alwayson_scripts": {"Lambda Solvers": {"args": [eta, first_step, rule]}}}
 
 
 def value(label: str, picture: Picture) -> str:
@@ -118,7 +117,7 @@ def value(label: str, picture: Picture) -> str:
 
 def told(picture: Picture) -> dict[str, str]:
     """What an infotext says of our options."""
-    labels = ("Sampler", "Lambda order", "Lambda eta", "Lambda first step", RULE, USED)
+    labels = ("Sampler", "Lambda eta", "Lambda first step", RULE, USED)
     return {label: value(label, picture) for label in labels if f", {label}: " in picture.infotext}
 
 
@@ -153,9 +152,8 @@ def webui(tmp_path_factory):
 
 # --- samplers -----------------------------------------------------------------------------------------------
 
-def test_every_sampler_and_the_schedule_type_is_listed(webui) -> None:
+def test_every_sampler_is_listed(webui) -> None:
     assert {*PLAIN, *MEASURED} <= {entry["name"] for entry in webui("samplers") if entry["aliases"]}
-    assert "Lambda Fitted" in {entry["label"] for entry in webui("schedulers")}
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -181,7 +179,7 @@ def test_a_model_is_measured_once_and_sampled_as_by_a_direct_call(webui, name: s
 @pytest.mark.parametrize("sampler, options, said", [
     ("Lambda 2M SDE", {"eta": 0.35, "first_step": "afs"}, "Lambda eta: 0.35, Lambda first step: afs"),
     ("Lambda 3M", {"first_step": "afs"}, "Lambda first step: afs"),
-    ("Lambda v3", {"order": 3}, "Lambda order: 3"),
+    ("Lambda v3", {"rule": "every prompt"}, "Lambda calibration: every prompt"),
 ])
 def test_what_the_panel_says_is_sampled_and_stands_in_the_infotext(webui, sampler, options, said) -> None:
     picture, run = webui.picture(sampler_name=sampler, **panel(**options)), webui.run()
@@ -252,7 +250,7 @@ def test_interrupted_a_measurement_stops_and_the_next_job_goes_on_from_there(web
 # --- infotext -----------------------------------------------------------------------------------------------
 
 JOBS = [{"sampler_name": "Lambda 2M SDE", **panel(eta=0.35, first_step="afs")},
-        {"sampler_name": "Lambda Fitted", **panel(order=3)},
+        {"sampler_name": "Lambda Fitted", **panel(first_step="afs")},
         {"sampler_name": "Lambda AMED 2M", "steps": 3, **panel()}]
 
 
@@ -264,7 +262,7 @@ def test_the_api_makes_the_same_picture_of_its_infotext(webui, job: dict) -> Non
     assert json.loads(answer["info"])["infotexts"][0] == made.infotext
 
 
-# --- the plot, the schedule type, LoRAs ---------------------------------------------------------------------
+# --- the plot, LoRAs ----------------------------------------------------------------------------------------
 
 def test_the_plot_varies_an_option(webui) -> None:
     script = next(one for one in webui("script-info") if one["name"] == PLOT and not one["is_img2img"])
@@ -274,18 +272,6 @@ def test_the_plot_varies_an_option(webui) -> None:
                   for argument in script["args"][len(arguments):]]
     pictures = webui.pictures(sampler_name="Lambda 2M SDE", script_name=PLOT, script_args=arguments)
     assert {value("Lambda eta", picture) for picture in pictures[1:]} == {"0.2", "0.9"}
-
-
-def test_the_schedule_type_is_that_of_the_file_that_fitted_measured(webui) -> None:
-    used = value(USED, webui.picture(sampler_name="Lambda Fitted")).split()[0]
-    found = load_calibration(webui.data / "models" / "solver_calibrations" / f"{used}.safetensors")
-    picture, run = webui.picture(sampler_name="Lambda 2M", scheduler="Lambda Fitted", steps=5), webui.run()
-    expected = fitted_sigmas(found, 5, run["sigmas"][0])
-    assert np.allclose(run["sigmas"], expected, rtol=1e-6)
-    assert "Schedule type: Lambda Fitted" in picture.infotext
-    assert len(webui.pictures(sampler_name="Euler", scheduler="Lambda Fitted")) == 1
-    with pytest.raises(RuntimeError, match="no saved statistics for .* at guidance 30"):
-        webui.picture(sampler_name="Euler", scheduler="Lambda Fitted", cfg_scale=30.0)
 
 
 def test_a_lora_changes_which_model_it_is_and_its_strength_may_be_near(webui) -> None:
@@ -354,7 +340,7 @@ def shown(page) -> dict[str, str]:
     def widget(name: str, kind: str):
         return page.locator(f"#script_txt2img_lambda_solvers_{name} input{kind}")
 
-    return {**{name: widget(name, "[type=number]").input_value() for name in ("order", "eta")},
+    return {"eta": widget("eta", "[type=number]").input_value(),
             **{name: widget(name, ":checked").get_attribute("value")
                for name in ("first_step", "calibration")}}
 
@@ -373,11 +359,11 @@ def generated(page) -> Picture:
 
 
 def test_the_panel_is_closed_and_says_what_it_is_for(page) -> None:
-    assert not page.locator("#script_txt2img_lambda_solvers_order").is_visible()
+    assert not page.locator("#script_txt2img_lambda_solvers_eta").is_visible()
     show(page, "panel_closed")
     page.locator(f"{PANEL} .label-wrap").first.click()
     page.wait_for_timeout(1500)
-    assert page.locator("#script_txt2img_lambda_solvers_order").is_visible()
+    assert page.locator("#script_txt2img_lambda_solvers_eta").is_visible()
     show(page, "panel_open")
     shows(page, DEFAULTS)
 
@@ -386,9 +372,9 @@ def test_the_panel_is_closed_and_says_what_it_is_for(page) -> None:
 def test_a_pasted_infotext_sets_the_panel_and_makes_the_same_picture(webui, page, job: dict) -> None:
     made = webui.picture(**job)
     paste(page, made.infotext)
-    order, eta, first_step, rule = job["alwayson_scripts"]["Lambda Solvers"]["args"]
+    eta, first_step, rule = job["alwayson_scripts"]["Lambda Solvers"]["args"]
     measured = job["sampler_name"] in MEASURED
-    shows(page, {"order": str(order), "eta": f"{eta:g}", "first_step": first_step,
+    shows(page, {"eta": f"{eta:g}", "first_step": first_step,
                  "calibration": rule if measured else "as in the settings"})
     show(page, f"pasted {job['sampler_name']}")
     again = generated(page)
@@ -418,7 +404,7 @@ def test_the_script_that_trains_says_what_it_costs_before_it_starts(page) -> Non
     images.scroll_into_view_if_needed()
     page.wait_for_timeout(1000)
     page.screenshot(path=PICTURES / "training.png")
-    assert images.input_value() == "4"
+    assert images.input_value() == "2"
     assert page.get_by_text("about 2 images of 20 steps for each image").first.is_visible()
     prompts = page.locator("[id$=lambda_solvers_train_hypersolver_prompts] textarea").first.input_value()
     assert len(prompts.splitlines()) == 100

@@ -16,9 +16,9 @@ def noise() -> torch.Tensor:
     return torch.randn(1, 4, 24, 24, generator=torch.Generator().manual_seed(1))
 
 
-def asked(host, **changes):  # noqa: F811
+def asked(host, **changes):
     """A job in which the script was chosen, as the WebUI makes it until it samples."""
-    p = host.job(cfg_scale=2.0, **changes.pop("job", {}))
+    p = host.job(**{"cfg_scale": 2.0, **changes.pop("job", {})})
     p.prompts, p.negative_prompts, p.sampler_name, p.enable_hr = ["0.5"], ["-0.1"], "Euler", True
     p.read = []
 
@@ -55,6 +55,26 @@ def test_it_is_trained_saved_and_used_for_the_picture(bent) -> None:  # noqa: F8
     before = bent.sampler.model_wrap_cfg.asked
     bent.run("Lambda Fitted", p, noise(), full(bent, STEPS))  # of a second batch
     assert before > 100 and bent.sampler.model_wrap_cfg.asked == STEPS
+    assert not hasattr(p, "lambda_solvers_told")  # of many prompts: it is no longer kept
+
+
+def test_whoever_trains_may_measure_whatever_the_settings_say(bent) -> None:  # noqa: F811
+    setattr(bent.opts, bent.part("webui.settings_page").RULE, "saved only")
+    assert bent.part("webui.settings_page").rule() == "saved only"
+    p = asked(bent, training=2, cfg_low=3.0)  # not the page's guidance, of which nothing is saved
+    found = bent.run("Lambda Fitted", p, noise(), full(bent, STEPS))
+    assert found.isfinite().all() and p.extra_generation_params["Lambda calibration"] == "auto"
+    with pytest.raises(ValueError, match="set Lambda calibration to auto once"):
+        bent.run("Lambda Fitted", bent.job(cfg_scale=7.0), noise(), full(bent, STEPS))
+
+
+def test_a_page_without_guidance_may_train_for_some(bent) -> None:  # noqa: F811
+    """The WebUI reads no negative prompt for it."""
+    p = asked(bent, training=2, job={"cfg_scale": 1.0, "uncond": None})
+    found = bent.run("Lambda Fitted", p, noise(), full(bent, STEPS))
+    scales = [scale for _, scale, _ in bent.sampler.model_wrap_cfg.told]
+    assert found.isfinite().all() and scales[-STEPS:] == [1.0] * STEPS
+    assert scales[0] == bent.part("hosting.canonical").guidance((1.5 * 3.0) ** 0.5) == 2.0
 
 
 def test_interrupted_it_goes_on_with_what_was_done_whatever_the_picture_s_prompt(bent) -> None:  # noqa: F811
@@ -94,6 +114,6 @@ def test_it_is_a_script_of_txt2img_with_the_built_in_prompts(bent) -> None:  # n
     assert script.title() == "Lambda Solvers: train hypersolver"
     assert script.show(False) is True and script.show(True) is False
     prompts, images, *numbers = script.ui(False)
-    assert prompts.label == "Prompts" and images.value == 4
+    assert prompts.label == "Prompts" and images.value == 2
     assert [widget.value for widget in numbers] == [5, 9, 4, 10, 6000]
     assert all(widget.minimum <= widget.value <= widget.maximum for widget in (images, *numbers))

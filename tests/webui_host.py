@@ -44,13 +44,13 @@ class Denoiser:
         if self.host.state.interrupted or self.asked == self.host.interrupt_at:
             self.host.state.interrupted = True
             raise InterruptedException
-        assert len(x) == len(cond.batch) == len(uncond)
+        assert len(x) == len(cond.batch) == len(cond.batch if uncond is None else uncond)
         self.told.append((value(cond.batch[0][0].schedules, self.step), cond_scale, self.step))
         self.step, self.asked = self.step + 1, self.asked + 1
         torch.rand(1)  # as a mask does
         self.host.called()
-        denoised = self.host.denoised(x, sigma, cond_scale * self.told[-1][0]
-                                      + (1 - cond_scale) * value(uncond[0], self.step))
+        other = 0.0 if cond_scale == 1.0 else value(uncond[0], self.step)
+        denoised = self.host.denoised(x, sigma, cond_scale * self.told[-1][0] + (1 - cond_scale) * other)
         self.sampler.last_latent = self.host.state.current_latent = denoised
         return denoised
 
@@ -207,7 +207,7 @@ class Host:
         spec.loader.exec_module(module)
         return module
 
-    sd_model_hash = "0123456789"
+    sd_model_hash, is_sdxl = "0123456789", False
 
     def denoised(self, x: torch.Tensor, sigma: torch.Tensor, mean: float) -> torch.Tensor:
         """Data in closed form, or near two values, whose trajectories bend."""

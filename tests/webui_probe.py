@@ -13,7 +13,7 @@ from modules import paths, scripts
 
 FORGE = importlib.util.find_spec("modules_forge") is not None
 RUNS = Path(paths.data_path) / "runs"
-OPTIONS = {"Lambda order": "order", "Lambda eta": "eta", "Lambda first step": "first_step"}
+OPTIONS = {"Lambda eta": "eta", "Lambda first step": "first_step"}
 asked = []
 
 

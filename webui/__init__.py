@@ -6,7 +6,7 @@ from __future__ import annotations
 from modules import script_callbacks
 
 from ..hosting import events, store
-from . import axes, folder, job, registration, schedule_type, settings_page
+from . import axes, folder, job, registration, settings_page
 from .panel import Panel
 from .training import Training
 
@@ -16,7 +16,6 @@ __all__ = ["Panel", "Training", "register"]
 def register() -> None:
     """Tell the WebUI of everything that is here; again after every reload of its interface."""
     registration.samplers()
-    schedule_type.append()
     script_callbacks.on_ui_settings(settings_page.add)
     script_callbacks.on_before_ui(axes.append)
     store.use(folder.Folder())

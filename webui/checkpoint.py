@@ -4,15 +4,16 @@ from __future__ import annotations
 import hashlib
 from typing import Any, Iterator, Mapping, Sequence
 
+import torch
 from modules import prompt_parser, shared
 from torch import Tensor
 
-from ..hosting import fingerprint
+from ..hosting import canonical, fingerprint
 from ..hosting.canonical import Text, digest
 from ..samplers.learning.storage import plain
 
 POOLED = 1280
-"""Of an SDXL condition's vector, what the text says; behind it are the sizes."""
+"""Of an SDXL condition's vector, what the text says; behind it are the sizes. Of others all of it is text."""
 
 
 def description(p: Any, extra_args: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,13 +49,6 @@ def lora(items: Sequence[str]) -> tuple[str, list[float]]:
     return " ".join(["LoRA", items[0], *others]), strengths
 
 
-def of_job(p: Any) -> dict[str, Any]:
-    """The same before sampling, when the prompts have been read."""
-    second = "hr_" if getattr(p, "is_hr_pass", False) else ""
-    told = {"cond": getattr(p, second + "c"), "uncond": getattr(p, second + "uc"), "cond_scale": p.cfg_scale}
-    return {**description(p, told), "channels": p.rng.shape[0]}
-
-
 def path(model_wrap: Any) -> str:
     """The Gaussian path of the model: "flow" where x = (1 - sigma) x0 + sigma eps, else "ve"."""
     if hasattr(model_wrap, "predictor"):  # Forge
@@ -72,7 +66,8 @@ def checkpoint() -> tuple[str, str]:
     file."""
     patched = unet()
     if patched is None:
-        return type(shared.sd_model).__name__, shared.sd_model.sd_model_hash
+        digits = shared.sd_model.sd_model_hash or shared.sd_model.sd_checkpoint_info.hash  # with --no-hashing
+        return type(shared.sd_model).__name__, digits
     config = getattr(shared.sd_model, "model_config", None) or patched.model.model_config
     kept = getattr(patched, "lora_loader", patched).backup
     originals = {name: getattr(value, "weight", value) for name, value in kept.items()}
@@ -105,15 +100,19 @@ def texts(cond: Any, negative: bool) -> dict[str, Text]:
                 "pooled_output": Text.like(cond[-1:], negative)}
     told = {"cross_attn": Text.like(cond["crossattn"][None], negative)}
     if "vector" in cond:
-        told["pooled_output"] = Text.like(cond["vector"][None, :POOLED], negative)
+        words = POOLED if shared.sd_model.is_sdxl else None
+        told["pooled_output"] = Text.like(cond["vector"][None, :words], negative)
     return told
 
 
 def distilled(extra_args: Mapping[str, Any]) -> list[float]:
     """The scale that the model itself is told, if it is told one."""
     cond = positive(extra_args)
-    told = isinstance(cond, Mapping) and "guidance" in cond
-    return [float(cond["guidance"].flatten()[0])] if told else []
+    return [_told(cond)] if isinstance(cond, Mapping) and "guidance" in cond else []
+
+
+def _told(cond: Mapping[str, Any]) -> float:
+    return float(cond["guidance"].flatten()[0])
 
 
 def conditions(p: Any, extra_args: Mapping[str, Any]) -> str:
@@ -163,6 +162,8 @@ def _made(cond: Any, negative: bool) -> Any:
         pooled, vector = found["pooled_output"][0].to(cond["vector"]), cond["vector"].clone()
         vector[:len(pooled)] = pooled
         made["vector"] = vector
+    if "guidance" in cond:
+        made["guidance"] = torch.full_like(cond["guidance"], canonical.guidance(_told(cond)))
     return type(cond)(made)
 
 

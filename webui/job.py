@@ -14,9 +14,8 @@ from ..hosting import canonical, measuring
 from ..samplers.learning.measure import INTERVALS
 from . import checkpoint
 
-KEPT = {"model": ("step",), "sampler": ("last_latent",),
-        "state": ("sampling_step", "current_latent", "current_image", "current_image_sampling_step")}
-"""What every call of the model moves."""
+STATE = "sampling_step", "current_latent", "current_image", "current_image_sampling_step"
+"""What every call of the model moves, of the WebUI's state."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +27,9 @@ class Run(measuring.Run):
 
     cancelled = sd_samplers_common.InterruptedException
     remedies = {
-        "never": ("set Lambda calibration to auto in the panel Lambda Solvers, or choose a sampler that "
-                  "needs none, such as Lambda 2M"),
         "saved only": ("set Lambda calibration to auto once, in the panel Lambda Solvers, or put a file "
                        "there that was made by ComfyUI's node {makes}"),
+        "full noise": ("choose another sampler for image to image, such as Lambda Fitted"),
         "unsteady": ("Extensions have put around this model: {changed}. Switch off the one that did it, or "
                      "choose a sampler that measures nothing, such as Lambda 2M"),
     }
@@ -82,31 +80,24 @@ class Run(measuring.Run):
         """Also torch's random numbers: with masks and prompts that change the picture would else be another
         one than without a measurement."""
         refuse(self.sampler.p, self.model)
-        holders = {"model": self.model, "sampler": self.sampler, "state": shared.state}
-        before = [(holders[of], name, getattr(holders[of], name))
-                  for of, names in KEPT.items() for name in names if hasattr(holders[of], name)]
         devices_used = [self.x.device] if self.x.device.type == "cuda" else []
-        try:
-            with torch.random.fork_rng(devices_used):
-                yield
-        finally:
-            for holder, name, value in before:
-                setattr(holder, name, value)
+        state = {name: getattr(shared.state, name) for name in STATE if hasattr(shared.state, name)}
+        with (torch.random.fork_rng(devices_used), temporarily(shared.state, **state),
+              temporarily(self.model, step=self.model.step),
+              temporarily(self.sampler, last_latent=getattr(self.sampler, "last_latent", None)),
+              temporarily(checkpoint.unet(), controlnet_linked_list=None)):  # Forge's ControlNets
+            yield
 
     @contextmanager
     def at_no_prompt(self) -> Iterator[None]:
         p, extra, before = self.sampler.p, self.extra_args, dict(self.extra_args)
-        second = {"hr_cfg": p.hr_cfg} if hasattr(p, "hr_cfg") else {}
         scale = canonical.guidance(checkpoint.guidance(p, extra))
         extra.update(checkpoint.nobody(extra), cond_scale=scale)
-        for name in second:
-            setattr(p, name, scale)
         try:
-            yield
+            with temporarily(p, hr_cfg=scale):
+                yield
         finally:
             extra.update(before)
-            for name, value in second.items():
-                setattr(p, name, value)
 
     @contextmanager
     def at_its_prompt(self) -> Iterator[None]:
@@ -122,6 +113,19 @@ class Run(measuring.Run):
 
     def show(self, done: int, total: int) -> None:
         """The lines say it (hosting/events.py): the WebUI's bar is the picture's."""
+
+
+@contextmanager
+def temporarily(holder: Any, **values: Any) -> Iterator[None]:
+    """Attributes that are set for a while; those that the holder has not are left out."""
+    before = {name: getattr(holder, name) for name in values if hasattr(holder, name)}
+    try:
+        for name in before:
+            setattr(holder, name, values[name])
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(holder, name, value)
 
 
 def refuse(p: Any, model: Any) -> None:

@@ -20,17 +20,14 @@ class Setting(NamedTuple):
 RULE, AS_SET = "calibration", "as in the settings"
 USED = "Lambda calibration file"  # in the infotext
 PANEL: Mapping[str, Setting] = {
-    "order": Setting("Lambda order", replace(SAMPLERS["fitted_chosen"].options["order"], help=(
-        "Of v3 and Fitted: how many evaluations a step uses. 2 was the best up to 20 steps"))),
     "eta": Setting("Lambda eta", replace(SAMPLERS["dpmpp_2m_sde"].options["eta"], help=(
         "Of the SDE samplers: the share of noise. 1 is the diffusion SDE, 0 the ODE (no noise)"))),
-    "first_step": Setting("Lambda first step", replace(FIRST_STEP, choices=("evaluate", "afs"), help=(
-        "How the first evaluation at full noise is answered. evaluate: by the model; afs: analytically, "
-        "at no cost, which suits models with a very high sigma_max. Image to image is evaluated"))),
+    "first_step": Setting("Lambda first step", replace(
+        FIRST_STEP, help=f"{FIRST_STEP.help}. Image to image is evaluated")),
     RULE: Setting("Lambda calibration", Option(
-        "Of v3, Fitted and AMED, which must know the model. auto: a saved calibration of this model and "
-        "guidance, or a new one, at no prompt in particular; every prompt: of each prompt; saved only: never "
-        "measure; never: stop", choices=(AS_SET, *RULES), default=AS_SET)),
+        "Of v3, Fitted and AMED, which must know the model. auto: what was saved for this model and "
+        "guidance, or measured once, at no prompt in particular; every prompt: of each prompt; saved only: "
+        "never measure", choices=(AS_SET, *RULES), default=AS_SET)),
 }
 
 

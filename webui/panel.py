@@ -6,7 +6,7 @@ from typing import Any
 import gradio as gr
 from modules import scripts
 
-from . import options, schedule_type, training
+from . import options, training
 from .options import PANEL, Setting
 
 
@@ -27,7 +27,6 @@ class Panel(scripts.Script):
         return [*widgets.values()]
 
     def process(self, p: Any, *values: Any) -> None:
-        schedule_type.begin(p)
         options.choose(p, dict(zip(PANEL, values)))
 
     def process_batch(self, p: Any, *values: Any, **told: Any) -> None:

@@ -30,6 +30,7 @@ class LambdaSampler(KDiffusionSampler):
             callback: Callable | None = None, disable: bool | None = None) -> Tensor:
         """The function that the WebUI calls in the place of k-diffusion's. It reads the names of these
         arguments: what it knows under another one (eta, n, sigma_min, ...) it would hand over too."""
+        check_second_pass(self.p)
         sigmas, highest = steps(sigmas, self.path), float(self.model_wrap.sigmas[-1])
         chosen = options.chosen(self.p, self.solver, float(sigmas[0]), highest)
         options.note(self.p, chosen)
@@ -48,7 +49,8 @@ class LambdaSampler(KDiffusionSampler):
                   sampler=self)
         how = options.rule(self.p) or settings_page.rule()
         with events.noting() as notes, commented(self.p, notes):
-            training.teach(run)
+            if training.teach(run):
+                how = library.RULES[0]  # whoever trains may measure
             with library.provided(kind, run, None, how) as ready:
                 options.note_calibration(self.p, how, notes.used[kind.option].told())
                 return sample(**{kind.option: ready})
@@ -65,6 +67,15 @@ def steps(sigmas: Tensor, path: str) -> Tensor:
         raise ValueError(f"the schedule starts at sigma = {float(sigmas[0]):.4g}, and this model's levels go "
                          "from 1 to 0: choose the schedule type Simple, Beta, Normal or SGM Uniform")
     return sigmas
+
+
+def check_second_pass(p: Any) -> None:
+    """ValueError in the first pass for a second one that AMED is not trained for."""
+    if not getattr(p, "enable_hr", False) or p.is_hr_pass or p.denoising_strength >= 1.0:
+        return
+    if (p.hr_sampler_name or p.sampler_name).startswith("Lambda AMED"):
+        raise ValueError("AMED is trained from full noise, and the second pass of Hires. fix begins lower: "
+                         "choose another Hires sampling method, such as Lambda Fitted")
 
 
 @contextmanager

@@ -13,11 +13,11 @@ SECTION = ("lambda_solvers", "Lambda Solvers")
 
 def add() -> None:
     options = {
-        RULE: shared.OptionInfo(RULES[0], "Samplers that measure the model", gr.Radio,
+        RULE: shared.OptionInfo(RULES[0], "When a sampler must know the model", gr.Radio,
                                 {"choices": list(RULES)}, section=SECTION).info(
-            "auto: take a saved calibration of this model and guidance, or measure and save one, at no "
-            "prompt in particular; every prompt: measure each new prompt; saved only: never measure; "
-            "never: stop"),
+            "auto: use what was saved for this model and guidance, or measure once, at no prompt in "
+            "particular, and save it; every prompt: measure each new prompt, which is more exact; saved "
+            "only: never measure"),
         FOLDER: shared.OptionInfo("", "Folder of calibrations", section=SECTION).info(
             "empty: models/solver_calibrations here. ComfyUI's folder of that name does too: the files are "
             "the same"),

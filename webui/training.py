@@ -20,7 +20,7 @@ SAMPLER = "Lambda Fitted"
 READ = 8  # prompts at once, by the text encoder
 COST = ("Trains a small network that adds what every step of *Lambda Fitted* misses, for all prompts, a "
         "range of guidances and of numbers of steps; then makes a picture with it. It takes as long as "
-        "**about 2 images of 20 steps for each image it learns from: 840** with these prompts. *Interrupt* "
+        "**about 2 images of 20 steps for each image it learns from: 460** with these prompts. *Interrupt* "
         "keeps what was done. LoRAs, negative prompt, size and batch are those of the page: a batch of 1 "
         "takes the least memory, and no longer.")
 
@@ -52,7 +52,7 @@ class Training(scripts.Script):
                              elem_id=self.elem_id("prompts"), info=(
                                  "One a line, of all that the model will be used for: the more and the more "
                                  "varied, the better it serves others"))
-        images = number("images", "Images of every prompt", 1, 64, 4, "The time it takes goes with them")
+        images = number("images", "Images of every prompt", 1, 64, 2, "Twice as many take twice as long")
         low = number("cfg_low", "Lowest CFG scale", 1, 30, 5, "That it will be used at", 0.5)
         high = number("cfg_high", "Highest CFG scale", 1, 30, 9, "That it will be used at", 0.5)
         with gr.Accordion("More", open=False):
@@ -96,14 +96,16 @@ def _told(p: Any, lessons: teaching.Lessons) -> Iterator[Told]:
             setattr(p, name, value)
 
 
-def teach(run: Run) -> None:
-    """Train a hypersolver in a job that asks for it, and save it: the job's own run finds it then."""
+def teach(run: Run) -> bool:
+    """Train a hypersolver in a job that asks for it, and save it: the job's own run finds it then. Whether it
+    asked."""
     p, lessons = run.sampler.p, getattr(run.sampler.p, "lambda_solvers_lessons", None)
     if not lessons:
-        return
+        return False
     p.lambda_solvers_lessons = None  # once, however many pictures are made
-    told = p.lambda_solvers_told
-    found = teaching.beneath(replace(run, extra_args={**run.extra_args, "cond_scale": lessons.middle}))
+    told = vars(p).pop("lambda_solvers_told")
+    middle = _under(told[:1] * len(run.x), lessons.middle)  # the page may have no negative prompt, at 1
+    found = teaching.beneath(replace(run, extra_args={**run.extra_args, **middle}))
     run = replace(run, prompts=len(told), each=[
         _under([one] * len(run.x), guidance) for one, guidance in zip(told, lessons.guidances)])
     with run.apart():
@@ -111,6 +113,7 @@ def teach(run: Run) -> None:
         result = teaching.teach(run, found, lessons, about)
     if result is not found and (path := library.kept(STATISTICS_KIND, result)):
         say(f"saved as {store.shown(path)}; {SAMPLER} finds it by itself")
+    return True
 
 
 def _under(each: Sequence[Told], guidance: float) -> dict[str, Any]:

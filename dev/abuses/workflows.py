@@ -54,7 +54,6 @@ def workflow(kind: str, chance: random.Random) -> Graph:
     sampler = [graph.add("LambdaSampler" + family.capitalize(), **_options(family, chance, denoise)), 0]
     if kind == "options":
         sampler = [graph.add("LambdaOptions", sampler=sampler, quantile=0.9, bound=0.8,
-                             first_step="afs" if denoise == 1.0 else "evaluate",
                              threshold=chance.choice([*THRESHOLDS]), cfg_pp=chance.random() < 0.5), 0]
     sigmas = _sigmas(graph, chance, steps, denoise, None if trained else scheduler)
     if kind == "guider":
@@ -96,12 +95,12 @@ def _latent(graph: Graph, chance: random.Random, sizes: Sequence[int], batch: in
 
 
 def _options(family: str, chance: random.Random, denoise: float) -> dict[str, Any]:
-    """Half of a family's options at random: choices, whole numbers and switches. Not first_step mean: that
-    is what earlier seeds have left behind. And AMED on its own base, or it trains for long."""
+    """Half of a family's options at random: choices, whole numbers and switches; but AMED on its own base, or
+    it trains for long."""
     own = {name: option for name, option in FAMILIES[family].options.items() if option.stand_in is None}
     drawn = {name: _value(option, chance) if chance.random() < 0.5 else option.default
              for name, option in own.items()}
-    if "first_step" in drawn and (drawn["first_step"] == "mean" or denoise < 1.0):
+    if "first_step" in drawn and denoise < 1.0:
         drawn["first_step"] = "evaluate"
     return drawn | ({"base": "amed"} if family == "amed" else {})
 

@@ -33,7 +33,7 @@ WORDS = {
     "first_step_not_skipped":
         "warning: the first step can be skipped at full noise only, and this run starts at sigma {sigma}",
     "nothing_to_learn": "warning: {steps} steps leave AMED nothing to learn, choose more",
-    "mean_first_step": "in the first run of a prompt the model answers the first step too",
+    "not_taught": "warning: the hypersolver is left out: it needs choose_levels on and first_step evaluate",
     "unusable": "warning: {fault}",
     "hypersolver": "a hypersolver adds what every step misses",
     "used": "the last run used {name}, digest {digest}",
@@ -49,7 +49,6 @@ WORDS = {
     "cost_minutes": "{cost}, about {count} min",
     "only_saved": "only a saved calibration that serves this run is used; without one it stops",
     "none_saved": "warning: no saved calibration serves this run, so it will stop",
-    "none_given": "warning: no calibration is connected and measuring is switched off, so the run will stop",
     "given": "calibration by a link; whether it fits is known after a run",
     "given_file": "calibration {name}; whether it fits is known after a run",
     "misfit": "warning: {name} was made for something else: {fault}",
@@ -80,7 +79,7 @@ def answer(graph: Graph, node_id: str, rule: Callable[[], str], say: Say) -> dic
         if job is None:
             return result
         result["runs"] = job.runs or node_id
-        kind = kind_for(job.sampler, job.options)
+        kind = kind_for(job.sampler)
         how = (graph[job.node]["inputs"].get("measure") or rule()) if kind else ""
         if run := runs.last(graph, job.runs):
             if kind:
@@ -106,8 +105,6 @@ def _drawn(line: Put, shown: Plan, run: runs.Run | None, guessed: bool = False) 
     """The curve of a plan, or of a run that was made so; its schedule and warnings as lines."""
     if run:
         line("count", "evaluations_run", count=run.evaluations)
-    elif shown.settings["first_step"] == "mean":
-        line("note", "mean_first_step")
     _schedule(line, shown, guessed)
     if shown.taught:
         line("good", "hypersolver")
@@ -139,7 +136,7 @@ def _before(line: Put, say: Say, graph: Graph, job: Job, kind: Kind | None, how:
         given = {name: kind.suited(found, about) for name, found in loaded.items()} if about else loaded
         job = job._replace(options={**job.options, **given})
         shown = _planned(graph, job, model.sampling)
-        if kind and about and giver is None and how != "never":
+        if kind and about and giver is None:
             prompt = {"conditions": ""} if how == "every prompt" else {}  # a new one
             saved = library.choice(kind, {**about, **prompt}, how, shown.settings, shown.path, shown.levels)
         if saved:
@@ -157,8 +154,6 @@ def _before(line: Put, say: Say, graph: Graph, job: Job, kind: Kind | None, how:
 
 def _unmeasured(line: Put, how: str, about: Mapping[str, Any] | None, cost: Callable[[], str]) -> None:
     """What a run does for which nothing is given, nor found where the model is known."""
-    if how == "never":
-        return line("warn", "none_given")
     if how == "saved only":
         return line(*(("note", "only_saved") if about is None else ("warn", "none_saved")))
     key = "every_prompt" if how == "every prompt" else "unsure" if about is None else "to_be_measured"

@@ -30,9 +30,8 @@ from ..sampling import listed
 
 Graph = Mapping[str, Mapping[str, Any]]
 NODE_IDS = {node_id(name): name for name in NODES}
-WRAPPERS = {"LambdaOptions": {"first_step": "evaluate"}}
-"""Nodes from a sampler to one that still is that sampler -> the options they set, and by which value they do
-not."""
+WRAPPERS = ("LambdaOptions",)
+"""Nodes from a sampler to one that still is that sampler."""
 GIVERS = {
     **dict.fromkeys(("LambdaMeasureModel", "LambdaTuneFitted", "LambdaTrainHypersolver"), "statistics"),
     "LambdaTrainAmed": "trained", "LambdaLoadCalibration": None}
@@ -89,7 +88,7 @@ class Plan:
     @property
     def levels_chosen(self) -> bool | None:
         """Whether the solver has chosen the levels itself; None if it will, once the model is measured."""
-        if self.settings.get("nodes") != "chosen":
+        if not self.settings.get("choose_levels"):
             return False
         return None if isinstance(self.settings["statistics"], Unmeasured) else True
 
@@ -115,25 +114,20 @@ def job(graph: Graph, node_id: str) -> Job | None:
         sampler = listed(value(node, "sampler_name", str))
         if sampler is None:
             return None
-    runs, sets = (node_id, {}) if "model" in node["inputs"] else consumer(graph, node_id)
-    options |= sets
+    runs = node_id if "model" in node["inputs"] else consumer(graph, node_id)
     sampler.settings({**sampler.stand_ins, **options})
-    return Job(sampler, options, [name for name in linked if name not in sets], node_id, runs)
+    return Job(sampler, options, linked, node_id, runs)
 
 
-def consumer(graph: Graph, node_id: str) -> tuple[str, dict[str, Any]]:
-    """The first node that takes this one's SAMPLER, or "", and what wrappers on the way set."""
-    sets: dict[str, Any] = {}
+def consumer(graph: Graph, node_id: str) -> str:
+    """The first node that takes this one's SAMPLER and is no wrapper, or ""."""
     for _ in graph:  # as many wrappers as that, unless they wrap each other
         users = [other for other, node in graph.items() if source(node, "sampler")[:1] == [node_id]]
         node_id = min(users, key=lambda name: (len(name), name), default="")
         node = graph.get(node_id)
         if not node or node["class_type"] not in WRAPPERS:
-            return node_id, sets
-        said = {option: (value(node, option, str), none)
-                for option, none in WRAPPERS[node["class_type"]].items()}
-        sets |= {option: chosen for option, (chosen, none) in said.items() if chosen != none}
-    return "", sets
+            return node_id
+    return ""
 
 
 def plan(job: Job, sigmas: Sequence[float], sampling: object) -> Plan:
@@ -144,7 +138,7 @@ def plan(job: Job, sigmas: Sequence[float], sampling: object) -> Plan:
     solver = job.sampler.solver_of(settings)
     run = levels(sigmas, find_path(path)) if len(sigmas) else []
     steps = None if isinstance(solver, Adaptive) else solver.steps(run, find_path(path)) if run else []
-    if settings.get("nodes") == "chosen" and steps:
+    if settings.get("choose_levels") and steps:
         run = [*(step.evaluations[0].at for step in steps), run[-1]]
     return Plan(job.sampler, settings, path, run, steps, float(sampling.sigma_max))
 
@@ -362,9 +356,17 @@ def _nothing_to_learn(plan: Plan) -> dict[str, Any] | None:
     return {"steps": len(plan.steps)} if nothing else None
 
 
+def _not_taught(plan: Plan) -> dict[str, Any] | None:
+    found = plan.settings.get("statistics")
+    left_out = "choose_levels" in plan.settings and found.hypersolver and (
+        plan.skips_first or not plan.settings["choose_levels"])
+    return {} if left_out else None
+
+
 WARNINGS: Mapping[str, Callable[[Plan], dict[str, Any] | None]] = {
     "order_not_reached": _order_not_reached,
     "first_step_not_skipped": _first_step_not_skipped,
     "nothing_to_learn": _nothing_to_learn,
+    "not_taught": _not_taught,
 }
 """What to say before a run: the key of its text (panel.WORDS) -> the values in it, or None to say nothing."""

@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Iterable, Literal, NamedTuple, Sequence
+from typing import Iterable, NamedTuple, Sequence
 
 import numpy as np
 
@@ -39,6 +39,8 @@ from .hypersolver import Hypersolver, spaced
 from .statistics import SLACK, EmpiricalPrediction, Statistics, integral
 from .storage import digest
 
+ORDER = 2
+"""Of v3's steps. Of order 3 they err more (docs/notes.md)."""
 EVEN = ("lambda", 1.0), ("sigma", 12.0), ("sigma", 7.0)
 """Clocks, and their rho, on which levels are even (clocks.CLOCKS)."""
 HIGHEST = 0.7
@@ -115,7 +117,7 @@ class Plan:
         return Step((evaluation,), (Update(t, t.alpha * decay / s.alpha, terms, t.alpha * bias),))
 
 
-def fit_multistep(calibration: Statistics, evaluations: int, *, order: int = 2, start: float | None = None,
+def fit_multistep(calibration: Statistics, evaluations: int, *, start: float | None = None,
                   end: float | None = None) -> Plan:
     """The best levels for so many evaluations from lam = start to lam = end, and weights for them.
 
@@ -127,7 +129,7 @@ def fit_multistep(calibration: Statistics, evaluations: int, *, order: int = 2, 
         raise ValueError(f"evaluations = {evaluations} is out of range: choose a whole number >= 1")
     low, high = (float(usual if given is None else given)
                  for given, usual in zip((start, end), calibration.lam[[0, -1]]))
-    return _chosen(Numbers(calibration, digest(calibration.arrays())), evaluations, order, low, high, end)
+    return _chosen(Numbers(calibration, digest(calibration.arrays())), evaluations, low, high, end)
 
 
 @dataclass(frozen=True)
@@ -139,14 +141,13 @@ class Numbers:
 
 
 @lru_cache(64)
-def _chosen(numbers: Numbers, evaluations: int, order: int, low: float, high: float,
-            end: float | None) -> Plan:
+def _chosen(numbers: Numbers, evaluations: int, low: float, high: float, end: float | None) -> Plan:
     """Of a few even spacings the one that is expected to err least."""
     calibration = numbers.calibration
     many = evaluations + (end is not None)
 
     def best(choices: Iterable[tuple[str, float, float]]) -> Plan:
-        return min((fit_weights(calibration, _even(low, last, many, clock, rho)[:evaluations], end, order)
+        return min((fit_weights(calibration, _even(low, last, many, clock, rho)[:evaluations], end)
                     for clock, rho, last in choices), key=lambda plan: plan.error)
 
     if end is not None or evaluations == 1:
@@ -163,13 +164,12 @@ def _even(low: float, high: float, n: int, clock: str, rho: float) -> list[float
     return [level.lam for level in evenly(path.at(low), path.at(high), n, CLOCKS[clock](path, ()), rho)]
 
 
-def fit_weights(calibration: Statistics, nodes: Sequence[float], end: float | None = None,
-                order: int = 2) -> Plan:
+def fit_weights(calibration: Statistics, nodes: Sequence[float], end: float | None = None) -> Plan:
     """Weights for given nodes, in rising lam, by least squares over the calibrating trajectories.
 
-    The features of a step are its y_s and the last order + 1 values of f, one more than v3's own step of that
-    order has (and that is lower in the last step above 0 if it is LONG); those of the last step D_-1 - D_0
-    alone (with order 1 none). The residual is v3's own. The correction is damped by a ridge
+    The features of a step are its y_s and the last ORDER + 1 values of f, one more than v3's own step has
+    (and of those it has fewer in the last step above 0 if it is LONG); that of the last step is D_-1 - D_0
+    alone. The residual is v3's own. The correction is damped by a ridge
     rho = q / (1 - q), at least LEAST, in units of the features' squares, with q the rms that an undamped fit
     leaves on trajectories that it was not fitted to, as a share of v3's: near 0 where the fit explains
     everything, infinite (v3 itself) where it explains nothing. With a single trajectory nothing can be left
@@ -184,7 +184,7 @@ def fit_weights(calibration: Statistics, nodes: Sequence[float], end: float | No
     off, damping = np.zeros((len(lam), y.shape[1])), np.interp(lam, calibration.lam, calibration.damping)
     shrunk = _shrinking(calibration, lam, end)[1:]
     weights, missed = [], 0.0
-    orders = _orders(lam, order) if end is None else [order] * n
+    orders = _orders(lam) if end is None else [ORDER] * n
     for i, (decay, terms, bias) in enumerate(_v3(calibration, lam, orders)):
         own = decay * y[i] + sum(c * f[i - k] for k, c in enumerate(terms)) - y[i + 1]
         own[-1] += bias
@@ -201,7 +201,7 @@ def fit_weights(calibration: Statistics, nodes: Sequence[float], end: float | No
     if end is None:
         before, x0 = max(n - 2, 0), _last(calibration)
         feature, residual = denoised[before] - denoised[-1:], denoised[-1] - x0
-        [c], error = _correction(calibration.root, feature, residual, wanted=order > 1)
+        [c], error = _correction(calibration.root, feature, residual)
         weights.append(Weights(0.0, (float(1.0 - c), float(c))[:n], 0.0))
         seen = denoised + (1.0 - damping)[:, None] * off
         arrived = seen[-1] + c * (seen[before] - seen[-1]) - x0
@@ -212,10 +212,10 @@ def fit_weights(calibration: Statistics, nodes: Sequence[float], end: float | No
 
 
 def planned(calibration: Statistics, nodes: Sequence[float]) -> Plan:
-    """v3's own steps of order 2 over given nodes, to x0."""
+    """v3's own steps over given nodes, to x0."""
     lam = np.array(nodes, dtype=np.float64)
     return Plan(tuple(map(float, lam)), math.inf, tuple(map(float, calibration.at("l", lam))),
-                (*_v3(calibration, lam, [2] * len(lam)), Weights(0.0, (1.0,), 0.0)), math.nan)
+                (*_v3(calibration, lam, [ORDER] * len(lam)), Weights(0.0, (1.0,), 0.0)), math.nan)
 
 
 def check(calibration: Statistics) -> None:
@@ -231,14 +231,13 @@ def check(calibration: Statistics) -> None:
 class Fitted:
     """DPM-Solver-v3 with fitted nodes and weights; one evaluation a step.
 
-    With nodes "given" the schedule is kept; with "chosen" only its first and last level and the number of its
-    intervals. A first level without a finite lam leads, by a step of infinite length, to the calibration's
+    Levels that are `chosen` keep of a schedule the first and the last one and the number of intervals. A
+    first level without a finite lam leads, by a step of infinite length, to the calibration's
     first.
     """
 
     calibration: Statistics
-    order: int = 2
-    nodes: Literal["given", "chosen"] = "given"
+    chosen: bool = True
 
     def steps(self, levels: Sequence[Level], path: Path) -> list[Step]:
         n = len(levels) - 1
@@ -246,7 +245,7 @@ class Fitted:
             return []
         check(self.calibration)
         self.calibration.check_range(*filter(finite, levels))
-        given = self.nodes == "given" or isinstance(self.calibration, Unmeasured)
+        given = not self.chosen or isinstance(self.calibration, Unmeasured)
         refitted, learned = self.refitted(levels), self.learned(levels)
         end = levels[-1].lam if finite(levels[-1]) else None
         opening = []
@@ -262,9 +261,9 @@ class Fitted:
         if refitted is not None:
             plan = Plan.read(refitted, self.calibration)
         elif given:
-            plan = fit_weights(self.calibration, [level.lam for level in levels[:-1]], end, self.order)
+            plan = fit_weights(self.calibration, [level.lam for level in levels[:-1]], end)
         else:
-            plan = fit_multistep(self.calibration, n, order=self.order, start=levels[0].lam, end=end)
+            plan = fit_multistep(self.calibration, n, start=levels[0].lam, end=end)
         return [*opening, *plan.steps(path)]
 
     def learned(self, levels: Sequence[Level]) -> Hypersolver | None:
@@ -274,7 +273,7 @@ class Fitted:
 
     def _fits(self, levels: Sequence[Level]) -> bool:
         """Whether a run is of the kind that is learned for: with chosen levels, to x0."""
-        return self.order == 2 and self.nodes == "chosen" and not finite(levels[-1])
+        return self.chosen and not finite(levels[-1])
 
     def refitted(self, levels: Sequence[Level]) -> np.ndarray | None:
         """The calibration's plan that was learned for such a run: of as many evaluations, from full noise
@@ -296,7 +295,7 @@ def fitted_sigmas(calibration: Statistics, evaluations: int, start: float, path:
                          evaluations)[finite(first):]
     schedule = levels([start, *(gaussian.at(lam).sigma for lam in inside[:evaluations - 1].tolist()), 0.0],
                       gaussian)
-    steps = Fitted(calibration, nodes="chosen").steps(schedule, gaussian)
+    steps = Fitted(calibration).steps(schedule, gaussian)
     return [*(step.evaluations[0].at.sigma for step in steps), 0.0]
 
 
@@ -339,13 +338,13 @@ def _shrinking(calibration: Statistics, lam: np.ndarray, end: float | None) -> n
     return np.exp(np.interp(lam, grid, total) - np.interp(grid[-1] if end is None else end, grid, total))
 
 
-def _orders(lam: np.ndarray, order: int) -> list[int]:
+def _orders(lam: np.ndarray) -> list[int]:
     """The order of every step to the last level above 0: lower where that one is long, as in
     solver.Multistep."""
     left = range(len(lam) - 1, 0, -1)
     if len(lam) >= SHORT_RUN or len(lam) == 1:
-        return [order] * len(left)
-    return [min(order, k + (lam[-1] - lam[-2] <= LONG)) for k in left]
+        return [ORDER] * len(left)
+    return [min(ORDER, k + (lam[-1] - lam[-2] <= LONG)) for k in left]
 
 
 def _v3(calibration: Statistics, lam: np.ndarray, orders: Sequence[int]) -> list[Weights]:
@@ -360,14 +359,13 @@ def _v3(calibration: Statistics, lam: np.ndarray, orders: Sequence[int]) -> list
     return result
 
 
-def _correction(root: np.ndarray, features: np.ndarray, residual: np.ndarray,
-                wanted: bool = True) -> tuple[np.ndarray, float]:
+def _correction(root: np.ndarray, features: np.ndarray, residual: np.ndarray) -> tuple[np.ndarray, float]:
     """Coefficients of the features to add to a step, and the squared error left on trajectories not fitted
     to."""
     rows = np.linalg.qr(root @ np.stack([*features, -residual]).T, mode="r")
     design, target = rows[..., :-1], rows[..., -1]
     none = np.zeros(len(features)), float(np.square(target).sum(1).mean())
-    if len(root) == 1 or none[1] == 0.0 or not wanted:
+    if len(root) == 1 or none[1] == 0.0:
         return none
     q = math.sqrt(_left_out(design, target, 0.0) / none[1])
     if q >= 1.0:

@@ -244,7 +244,7 @@ class Student:
         out."""
         first = self.solver.step(self.schedule, self.path, i, [Inner()] * (i + 1)).evaluations[0]
         how = "evaluate" if i else self.solver.trained.first_step
-        return evaluate(FIRST_STEPS[how](self.denoise, self.schedule[0], None), x, first)
+        return evaluate(FIRST_STEPS[how](self.denoise, self.schedule[0]), x, first)
 
     def error(self, place: Place) -> Tensor:
         """The residual in y, [B, elements]."""

@@ -288,14 +288,14 @@ def test_a_missing_file_is_named_on_its_node(ui) -> None:
 
 def test_a_sampler_without_statistics_says_so_before_and_after(ui) -> None:
     ui.load("lambda_v3")
-    ui.put(ui.node("LambdaSamplerV3"), "measure", "never")
-    ui.reads("warn: warning: no calibration is connected and measuring is switched off")
+    ui.put(ui.node("LambdaSamplerV3"), "measure", "saved only")
+    ui.reads("only a saved calibration that serves this run is used")
     ui.run(expect="error")
-    ui.reads("warn: this sampler needs statistics")
+    ui.reads("warn: no saved statistics for ")
     ui.put(ui.node("LambdaSamplerV3"), "measure", "auto")
     ui.run()
     shown = ui.reads("good: statistics", "(last run)")
-    assert not any("needs statistics" in line for line in shown["lines"])
+    assert not any("no saved statistics" in line for line in shown["lines"])
 
 
 def test_the_help_of_a_node_shows_its_equation_and_its_picture(ui) -> None:
@@ -332,10 +332,10 @@ def test_the_settings_say_whether_to_draw_and_to_measure(ui) -> None:
              if node["type"] == "KSampler")["widgets_values"][4] = "lambda_v3"
         ui.load(workflow)
         ui.reads("model evaluations: 12")
-        ui.do(put, ["LambdaSolvers.Calibration", "never"])
-        ui.reads("warn: warning: no calibration is connected and measuring is switched off")
+        ui.do(put, ["LambdaSolvers.Calibration", "saved only"])
+        ui.reads("only a saved calibration that serves this run is used")
         ui.run(expect="error")
-        ui.reads("warn: this sampler needs statistics")
+        ui.reads("warn: no saved statistics for ")
     finally:
         ui.do(put, ["LambdaSolvers.Calibration", "auto"])
 
