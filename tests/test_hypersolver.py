@@ -536,6 +536,7 @@ def test_what_cannot_be_trained_is_refused_by_name(how: dict, message: str) -> N
     (lambda a: a.update({"hypersolver.other": np.zeros(3)}), "other has shape .3.: it must be"),
     (lambda a: a.update({"hypersolver.counts": np.array([0])}), "must be from 1 to 1000"),
     (lambda a: a["hypersolver.enter.bias"].__setitem__(0, np.nan), "1 values that are not finite"),
+    (lambda a: a["hypersolver.enter.bias"].__setitem__(0, np.inf), "1 values that are not finite"),
     (lambda a: a.update({"hypersolver.bounds": -BOUNDS}), "the lowest and the highest"),
     (lambda a: a.update({"hypersolver.end": np.zeros(6)}), "end has shape .6.: it must be .4."),
 ])

@@ -101,7 +101,8 @@ def direct(p, x, sigmas, extra):
     said = p.extra_generation_params
     options = {option: said[label] for label, option in OPTIONS.items() if label in said}
     if file := said.get("Lambda calibration file"):
-        options |= calibration(pack, f"{file.split('; ')[-1].split()[0]}.safetensors")
+        own = said["Lambda calibration"] == "every prompt"
+        options |= calibration(pack, f"{file.split('; ')[-1].split()[0]}.safetensors", own)
     function = pack.k_diffusion_sampler(p.sampler.solver.name, p.sampler.path, **options)
     levels = sigmas[:-1] if len(sigmas) > 2 and sigmas[-2] == 0 else sigmas
     first = p.iteration * p.batch_size
@@ -117,9 +118,9 @@ def forge(p, x, sigma, texts):
     return unet.model.apply_model(x, sigma, c_crossattn=texts)
 
 
-def calibration(pack, name):
-    """The solver's option that holds a saved file, as another prompt than the measured one uses it."""
+def calibration(pack, name, own):
+    """The solver's option that holds a saved file, as the prompt that was measured uses it, or another."""
     found = pack.load_calibration(Path(paths.models_path) / "solver_calibrations" / name)
     if hasattr(found, "for_another_prompt"):
-        return {"statistics": found.for_another_prompt()}
+        return {"statistics": found if own else found.for_another_prompt()}
     return {"trained": found}

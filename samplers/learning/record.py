@@ -135,7 +135,7 @@ def _check_shape(name: str, value: np.ndarray, wanted: tuple) -> None:
 
 
 def _check_finite(name: str, value: np.ndarray) -> None:
-    wrong = ~(np.abs(value) <= GREATEST)
+    wrong = ~(np.abs(value, dtype=np.float64) <= GREATEST)  # float16 takes it for infinite
     if wrong.any():
         raise CalibrationError(f"{name} has {int(wrong.sum())} values that are not finite, or beyond "
                                f"{GREATEST:.0e}")
