@@ -113,7 +113,7 @@ def laid(kind: str, info: dict) -> tuple[dict, int, int | None]:
     amed = "Amed" in kind
     chosen = {"cfg": demo.GUIDANCE, "fitted": True, "noise_seed": demo.SEED,
               "scheduler": "karras", "seed": [*info].index(kind),  # one's own: nothing comes from a cache
-              "steps": 3 if amed else STEPS, "sampler_name": "lambda_amed" if amed else "lambda_v3",
+              "steps": 3 if amed else STEPS, "sampler_name": "lambda_v3",
               "name": f"{'amed' if amed else 'statistics'}-panda{'.safetensors' if 'Load' in kind else ''}"}
     chosen |= SMALL.get(kind, {})
     known = {**got._asdict(), "MODEL": got.model, "LATENT": got.latent, "VAE": got.vae}

@@ -383,7 +383,7 @@ def lambda_amed(canvas: Canvas) -> None:
 
     Train AMED learns, for one schedule, where to look a second time inside every step (its picture shows r,
     c, a and the error); 3 steps are 5 evaluations, because the last one, to sigma 0, takes one. Train it
-    again after a change of model, guidance or schedule. In KSampler the same is `lambda_amed`, which finds
+    again after a change of model, guidance or schedule. In KSampler the same is `lambda_amed_2m`, which finds
     what was saved, or trains by itself.
     """
     got = start(canvas)

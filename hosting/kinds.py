@@ -246,6 +246,11 @@ def _fits(options: Mapping[str, Any]) -> bool:
     return "choose_levels" in options
 
 
+def _first_step(options: Mapping[str, Any]) -> str:
+    """How the first evaluation is answered."""
+    return options.get("first_step", "evaluate")
+
+
 def _skipped(options: Mapping[str, Any]) -> bool:
     """Whether the first evaluation is not the model's."""
     return _first_step(options) != "evaluate"
@@ -254,11 +259,6 @@ def _skipped(options: Mapping[str, Any]) -> bool:
 def _held_out(count: int) -> int:
     """Images that test what so many teach."""
     return max(1, count // 4)
-
-
-def _first_step(options: Mapping[str, Any]) -> str:
-    """What AMED is trained with."""
-    return options.get("first_step", "evaluate")
 
 
 STATISTICS_KIND, AMED_KIND = KINDS = (StatisticsKind(), AmedKind())

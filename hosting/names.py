@@ -22,7 +22,8 @@ NODES = {
     "fitted": "Fitted",
     "amed": "AMED",
 }
-"""Family -> its node's title. The other families are bases and teachers: SAMPLERS has them, nodes do not."""
+"""Family -> its node's title. The other families are bases and teachers, and Analytic-DPM: SAMPLERS has
+them, and Compare Samplers runs them, as lambda/analytic_dpm."""
 
 EVERYDAY = ("multistep", "sde", "fitted")
 """Families for every model. The others seldom pay, or want many steps (docs/accuracy.md)."""

@@ -207,16 +207,16 @@ class TuneFitted(Learning):
             category=CATEGORY,
             description="Learns levels and weights of lambda_fitted for one number of steps from its own "
                         "runs on the model, for all prompts from a dozen, or for one: worth it without "
-                        "guidance (cfg 1). Takes as long as 100 to 150 images of 20 steps for 5 steps, twice "
-                        "that for 8; for one prompt a third.",
+                        "guidance (cfg 1). Takes as long as 110 images of 20 steps for 5 steps, and 220 for "
+                        "8; twice that for small latents; for one prompt 33 to 67 for 5 steps.",
             inputs=[
                 *_model("beside those below; alone, what is learned is used for it only"),
                 SOCKET.Input("calibration", tooltip=FITTED),
                 io.Int.Input("steps", default=5, min=FEWEST, max=LARGEST + 1, tooltip=(
                     "KSampler's steps that it is for: other numbers stay as they were")),
                 io.Clip.Input("clip", optional=True, tooltip=(
-                    "The checkpoint's own: reads the prompts below; what else the positive input has "
-                    "(guidance, sizes, ControlNet) they get from it")),
+                    "The checkpoint's own: it reads the prompts below, and is needed unless there are none. "
+                    "What else the positive input has (guidance, sizes, ControlNet) they get from it")),
                 io.String.Input("prompts", default="\n".join(DOZEN), multiline=True, optional=True, tooltip=(
                     "One a line, a dozen or more. What is learned from several is used for every prompt, if "
                     "it helps on those that select. Empty: for the positive one alone, which lambda_fitted "

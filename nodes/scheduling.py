@@ -39,9 +39,9 @@ class LambdaScheduler(io.ComfyNode):
                     "What is divided evenly. lambda: half the log of the signal-to-noise ratio; sigma: sigma "
                     "/ alpha, with rho 7 that of karras; t: the model's own time, with rho 2 DDIM's "
                     "quadratic; linear, cosine: the time of the continuous VP schedules. fitted: what "
-                    "lambda_fitted chooses for a model that was measured; other samplers gained nothing by "
-                    "it over sgm_uniform or beta in our measurements. Or the levels in values, as they "
-                    "are")),
+                    "lambda_fitted chooses for a model that was measured; with guidance other samplers "
+                    "gained nothing by it over sgm_uniform or beta in our measurements. Or the levels in "
+                    "values, as they are")),
                 io.Int.Input("steps", default=20, min=1, max=1000, tooltip=(
                     "Intervals of the schedule. A list has its own")),
                 io.Float.Input("rho", default=1.0, min=0.1, max=100.0, step=0.1, round=False, tooltip=(

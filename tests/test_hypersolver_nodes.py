@@ -202,16 +202,16 @@ def test_the_panel_says_where_it_is_left_out(monkeypatch, folder, options: dict)
     part("nodes.folder").folder_paths.filename_list_cache.pop("solver_calibrations", None)
     run(ksampler(), "5", 12, monkeypatch, describe=lambda guider: {**ABOUT, "any": "any"})
 
-    def said(cfg: float = 8.0, **options) -> list[str]:
+    def said(cfg: float = 8.0, steps: int = 5, **options) -> list[str]:
         graph = custom("fitted", calibration=["12", 0], **options) | {
             "12": node("LambdaLoadCalibration", name="taught.safetensors")}
-        graph["6"]["inputs"]["steps"], graph["7"]["inputs"]["cfg"] = 5, cfg
+        graph["6"]["inputs"]["steps"], graph["7"]["inputs"]["cfg"] = steps, cfg
         return [line for line in lines(graph) if "hypersolver" in line]
 
     assert said() == ["good: a hypersolver adds what every step misses"]
     assert said(**options) == [
         "warn: warning: the hypersolver is left out: it needs choose_levels on and first_step evaluate"]
-    assert said(3.0, **options) == said(3.0) == []
+    assert said(3.0, **options) == said(3.0) == said(steps=20, **options) == []
 
 
 def test_a_file_keeps_what_it_says_of_its_training_and_is_named_after_it(folder) -> None:  # noqa: F811

@@ -166,6 +166,8 @@ def test_what_a_link_sets_is_known_after_a_run() -> None:
         ksampler(steps=["2", 0])) == ["count: set by a link: steps (model evaluations known after a run)"]
     assert lines(
         custom(order=["2", 0])) == ["count: set by a link: order (model evaluations known after a run)"]
+    assert lines(custom("v3", measure=["2", 0])) == [
+        "count: set by a link: measure (model evaluations known after a run)"]
     assert "set by a link: sigmas" in lines(custom(scheduler=node("AnothersScheduler", steps=5)))[0]
 
 

@@ -198,7 +198,6 @@ class Host:
         gradio.Accordion = gradio.Radio = gradio.Slider = gradio.Textbox = gradio.Markdown = Widget
         monkeypatch.setitem(sys.modules, "gradio", gradio)
         self.samplers, self.schedulers = modules.sd_samplers, schedulers
-        self.schedule_types = getattr(modules, "sd_schedulers", None)
 
     def load(self) -> types.ModuleType:
         """The pack's script, as the WebUI imports it: by path, each time anew."""

@@ -38,9 +38,7 @@ def defaults() -> dict[str, Any]:
 def choose(p: Any, values: Mapping[str, Any]) -> None:
     """What the panel says for a job, but for what an axis of the X/Y/Z plot says; and no word in the infotext
     of an earlier one, which may be another sampler's."""
-    given = {**values, **getattr(p, "lambda_solvers_axes", {})}
-    p.lambda_solvers = {name: int(value) if PANEL[name].option.kind is int and value == int(value) else value
-                        for name, value in given.items()}  # a slider may say 2.0
+    p.lambda_solvers = {**values, **getattr(p, "lambda_solvers_axes", {})}
     for label in (USED, *(setting.label for setting in PANEL.values())):
         p.extra_generation_params.pop(label, None)
 

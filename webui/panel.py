@@ -38,4 +38,4 @@ class Panel(scripts.Script):
                 "elem_id": self.elem_id(name)}
         if option.choices:
             return gr.Radio(choices=list(option.choices), **said)
-        return gr.Slider(minimum=option.low, maximum=option.high, step=option.step or 1, **said)
+        return gr.Slider(minimum=option.low, maximum=option.high, step=option.step, **said)

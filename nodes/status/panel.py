@@ -80,7 +80,6 @@ def answer(graph: Graph, node_id: str, rule: Callable[[], str], say: Say) -> dic
             return result
         result["runs"] = job.runs or node_id
         kind = kind_for(job.sampler)
-        how = (graph[job.node]["inputs"].get("measure") or rule()) if kind else ""
         if run := runs.last(graph, job.runs):
             if kind:
                 result["lines"] += _said(line, run)
@@ -89,6 +88,8 @@ def answer(graph: Graph, node_id: str, rule: Callable[[], str], say: Say) -> dic
         elif job.linked:
             raise Linked(", ".join(job.linked))
         elif job.runs:
+            own = kind and "measure" in graph[job.node]["inputs"]
+            how = plan.value(graph[job.node], "measure", str) if own else rule() if kind else ""
             result["curve"] = _before(line, say, graph, job, kind, how)
         else:
             each = _each(job)

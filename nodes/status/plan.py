@@ -22,7 +22,7 @@ from ...hosting.names import NODES, node_id
 from ...samplers import FAMILIES
 from ...samplers.catalogue import Sampler
 from ...samplers.denoisers import FULL
-from ...samplers.learning.fitted import Unmeasured
+from ...samplers.learning.fitted import Fitted, Unmeasured
 from ...samplers.schedule import Level, find_path, levels
 from ...samplers.solver import Adaptive, Step
 from ..host import path_of
@@ -357,10 +357,10 @@ def _nothing_to_learn(plan: Plan) -> dict[str, Any] | None:
 
 
 def _not_taught(plan: Plan) -> dict[str, Any] | None:
-    found = plan.settings.get("statistics")
-    left_out = "choose_levels" in plan.settings and found.hypersolver and (
-        plan.skips_first or not plan.settings["choose_levels"])
-    return {} if left_out else None
+    """By an option, where it would serve the run."""
+    if "choose_levels" not in plan.settings or plan.taught or len(plan.levels) < 2:
+        return None
+    return {} if Fitted(plan.settings["statistics"]).learned(plan.levels) else None
 
 
 WARNINGS: Mapping[str, Callable[[Plan], dict[str, Any] | None]] = {

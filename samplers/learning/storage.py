@@ -16,6 +16,7 @@ import re
 import secrets
 import stat
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
@@ -141,7 +142,7 @@ def write_checked(path: Path, kind: str, tensors: Mapping[str, np.ndarray], abou
     described = json.dumps(checked(_plainly(about)), sort_keys=True, allow_nan=False)
     metadata = {"format": kind, "about": described, "seal": seal(kind, described, rules.content(tensors))}
 
-    def write(temporary: Path) -> None:  # gigabytes, of which no copy is made
+    def write(temporary: Path) -> None:  # gigabytes, of which safetensors makes no copy, unless it is old
         own = {name: np.asarray(value, order="C") for name, value in tensors.items()}
         try:
             save_file(own, temporary, metadata)
@@ -163,7 +164,9 @@ def write_whole(path: Path, write: Callable[[Path], None], overwrite: bool) -> N
         with open(temporary, "xb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)  # that new files have here
         write(temporary)  # which may be by another file in its place, nobody else's to read
-        os.chmod(temporary, mode)
+        if stat.S_IMODE(temporary.stat().st_mode) != mode:
+            with suppress(OSError):  # some mounts know no permissions
+                os.chmod(temporary, mode)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         if overwrite:
