@@ -28,7 +28,7 @@ USERS = {"SAMPLER": ("SamplerCustom", "sampler"), "GUIDER": ("SamplerCustomAdvan
          "MODEL": ("KSampler", "model"), "LATENT": ("VAEDecode", "samples"),
          "IMAGE": ("PreviewImage", "images")}
 SMALL = {"LambdaClassifierGuider": {"label": "blue", "scale": 4.0},
-         "LambdaTuneFitted": {"prompts": "\n".join(demo.LEARNED)},
+         "LambdaTuneFitted": {"prompts": "\n".join(demo.LEARNED), "steps": 4},
          "LambdaTrainHypersolver": {  # what the tiny checkpoint knows, in minutes
     "prompts": "\n".join((*demo.PROMPTS, "pizza", "tulip", "ghost", "red apple")), "images": 2,
     "training": 150}}
