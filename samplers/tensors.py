@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 import numpy as np
 import torch
 from torch import Tensor
+from torch.amp import autocast
 
 Coefficient = float | np.ndarray | Tensor
 """A host float; or an array that broadcasts over the channels or elements of one latent, a tensor once it
@@ -21,7 +22,7 @@ def moved(v: Tensor, device: torch.device) -> Tensor:
 def as_written(device: torch.device) -> AbstractContextManager[object]:
     """Arithmetic in the dtypes it is written in. A host may have autocast around a whole job (A1111): that
     computes in half precision, and keeps its copies of weights until the job ends, whatever they learn."""
-    return torch.autocast(device.type, enabled=False) if device.type in ("cuda", "cpu") else nullcontext()
+    return autocast(device.type, enabled=False) if device.type in ("cuda", "cpu") else nullcontext()
 
 
 def placed(coefficient: Coefficient, x: Tensor) -> Coefficient:
