@@ -322,8 +322,9 @@ def test_statistics_of_another_checkpoint_or_guidance_bring_a_warning_that_names
 
 def test_without_leave_to_measure_the_error_names_the_nodes_to_add(server, folder) -> None:
     _, run = sampler_node(Graph(), measure="saved only").run(server)
-    assert run.status == "error" and re.search("no saved statistics for NanoEmoji-.* run Measure Model once, "
-                                               "connect what Load Calibration", run.error["exception_message"])
+    assert run.status == "error" and re.search(
+        "no saved statistics for NanoEmoji-.* run Measure Model once, connect what Load Calibration",
+        run.error["exception_message"])
     assert files(folder) == []
 
 
